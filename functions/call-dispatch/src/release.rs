@@ -1,0 +1,66 @@
+//! Release: one request picks what may be dialled now and writes an attempt for each; the attempts go to the queue.
+//!
+//! The nudge and the schedule run the same thing, at once if it so happens: the database hands each row out once. An attempt whose
+//! message was not sent keeps its lease until it runs out, and is then handed out again under the same id.
+
+use crate::Dispatch;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use shared::{
+    Result,
+    queue::{Envelope, Outgoing, VERSION},
+    trigger::Invocation,
+};
+use std::time::{Duration, Instant};
+
+/// Attempts a request.
+const LIMIT: u32 = 200;
+/// Rounds an invocation: a backlog is worked off over several, so that a pause takes effect soon.
+const ROUNDS: u32 = 10;
+
+#[derive(Deserialize)]
+struct Released {
+    attempts: Vec<Attempt>,
+    #[serde(default)]
+    more: bool,
+}
+
+#[derive(Deserialize)]
+struct Attempt {
+    id: String,
+    organization_id: String,
+    not_after: Option<String>,
+}
+
+/// Releases until nothing more may be dialled now. Returns how many attempts went to the queue, and how many it did not take.
+pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> {
+    let (mut sent, mut unsent) = (0, 0);
+    for _ in 0..ROUNDS {
+        let request = json!({ "v": 1, "limit": LIMIT });
+        let released: Released = dispatch.supabase.call("release_calls", &request).await?;
+        let messages: Vec<Outgoing> = released.attempts.iter().map(message).collect();
+        if !messages.is_empty() {
+            let refused = dispatch.queues.send(&dispatch.config, "dial", &messages).await?;
+            sent += messages.len() - refused.len();
+            unsent += refused.len();
+        }
+        let time_left = invocation.deadline.saturating_duration_since(Instant::now());
+        if !released.more || unsent > 0 || time_left < Duration::from_secs(10) {
+            break;
+        }
+    }
+    if sent + unsent > 0 {
+        tracing::info!(sent, unsent, "released");
+    }
+    Ok(json!({ "sent": sent, "unsent": unsent }))
+}
+
+fn message(attempt: &Attempt) -> Outgoing {
+    Outgoing::from(&Envelope {
+        v: VERSION,
+        kind: "dial".to_owned(),
+        organization_id: attempt.organization_id.clone(),
+        id: attempt.id.clone(),
+        not_after: attempt.not_after.clone(),
+    })
+}

@@ -1,0 +1,70 @@
+//! What is billed: closes ended billing periods, and shows organizations their invoices as JSON and as a page.
+//!
+//! The database closes a period and makes its invoice in one transaction; here is only who asks it to, and how an invoice looks.
+
+mod document;
+mod invoice;
+mod money;
+mod run;
+
+use http::Method;
+use serde_json::Value;
+use shared::{
+    Error, Result,
+    config::Config,
+    http::{self as web, Request, Response},
+    secrets::SecretStore,
+    standard_webhooks,
+    supabase::{self, Supabase},
+    trigger::{Function, Invocation},
+};
+
+/// The function, with its clients built once.
+pub struct Invoicing {
+    secrets: SecretStore,
+    supabase: Supabase,
+}
+
+impl Invoicing {
+    /// Builds the clients; the stack's secret is fetched at the first event that needs it.
+    pub fn new(config: Config) -> Result<Self> {
+        let http = supabase::http_client()?;
+        let secrets = SecretStore::new(http.clone(), config.secret_arn.clone());
+        Ok(Self::with_secrets(config, http, secrets))
+    }
+
+    /// As [`Invoicing::new`], with an HTTP client and secrets of the caller's.
+    pub fn with_secrets(config: Config, http: reqwest::Client, secrets: SecretStore) -> Self {
+        let supabase = Supabase::new(&config, http, secrets.clone());
+        Self { secrets, supabase }
+    }
+
+    /// Supabase's database webhook: "look now". Its body says nothing that matters.
+    async fn nudge(&self, request: &Request, invocation: &Invocation) -> Result<Response> {
+        let secrets = self.secrets.get().await?;
+        let now = chrono::Utc::now().timestamp();
+        standard_webhooks::verify(&secrets.nudge_keys, &request.headers, &request.body, now)
+            .map_err(|_| Error::bad_signature())?;
+        web::json(&run::close_periods(&self.supabase, invocation).await?)
+    }
+}
+
+impl Function for Invoicing {
+    async fn http(&self, request: Request, invocation: &Invocation) -> Result<Response> {
+        let segments = request.segments();
+        match (&request.method, segments.as_slice()) {
+            (&Method::GET, ["invoices"]) => invoice::list(&self.supabase, &request).await,
+            (&Method::GET, ["invoices", name]) => invoice::show(&self.supabase, &request, name).await,
+            (&Method::POST, ["nudge"]) => self.nudge(&request, invocation).await,
+            (_, ["invoices"] | ["invoices", _] | ["nudge"]) => Err(Error::method_not_allowed(&request.method)),
+            _ => Err(Error::not_found("there is no such route")),
+        }
+    }
+
+    async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
+        match job {
+            "close_periods" => run::close_periods(&self.supabase, invocation).await,
+            _ => Err(Error::internal(format!("there is no job {job} here"))),
+        }
+    }
+}

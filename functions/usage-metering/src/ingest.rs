@@ -1,0 +1,245 @@
+//! Usage events of an organization's own systems: CloudEvents in JSON, one or many, each stored once.
+//!
+//! An answer of 200 means that what is `stored` is durable and counted. Sending the same events again, for instance because an
+//! answer was lost, counts nothing twice: `source` and `id` name an event for ever.
+
+use crate::Metering;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use shared::{
+    Error, Result,
+    http::{self as web, Request, Response},
+    trigger::Invocation,
+};
+
+/// Events that one request may carry.
+const MAX_EVENTS: usize = 1_000;
+/// Length of `tlk_` and eight hexadecimal digits, by which a key is found.
+const PREFIX_LENGTH: usize = 12;
+/// Length of a whole key: the prefix, an underscore and forty hexadecimal digits.
+const KEY_LENGTH: usize = PREFIX_LENGTH + 1 + 40;
+
+/// An organization's key, as the database is shown it.
+#[derive(Serialize, Debug, PartialEq)]
+struct ApiKey<'a> {
+    prefix: &'a str,
+    sha256: String,
+}
+
+/// What the database makes of an event.
+#[derive(Deserialize, Serialize)]
+struct Outcome {
+    id: String,
+    status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+}
+
+#[derive(Clone, Copy, Deserialize, Serialize, PartialEq)]
+#[serde(rename_all = "snake_case")]
+enum Status {
+    /// Counted now.
+    Stored,
+    /// Counted before; nothing changed.
+    Duplicate,
+    /// Another event was counted under this source and id; nothing changed.
+    Conflict,
+    /// Not a usage event that can be counted.
+    Rejected,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Outcomes {
+    results: Vec<Outcome>,
+}
+
+/// `POST usage/events`. A batch is answered 200 with an outcome an event; a single event with its own outcome, where a conflict is
+/// 409 and a rejection 422. Errors: 401 and 403 for the key, 400 for what is no event, 413 for more than a thousand.
+pub async fn receive(metering: &Metering, request: &Request, invocation: &Invocation) -> Result<Response> {
+    let key = api_key(request)?;
+    let (events, is_batch) = events(request.json()?)?;
+    let request = json!({ "v": 1, "api_key": key, "events": events });
+    // Recording is idempotent, so a lost answer is asked for again.
+    let outcomes: Outcomes = metering.supabase.call_until("record_usage", &request, invocation.wait_until()).await?;
+    if is_batch {
+        return web::json(&outcomes);
+    }
+    let outcome = outcomes.results.into_iter().next();
+    single(outcome.ok_or_else(|| Error::internal("record_usage answered an event with nothing"))?)
+}
+
+/// The key in `Authorization: Bearer` or `x-api-key`. Error 401 without one, or for what cannot be one.
+fn api_key(request: &Request) -> Result<ApiKey<'_>> {
+    let bearer = request.header("authorization").and_then(|value| {
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    });
+    let (field, key) = match (request.header("x-api-key"), bearer) {
+        (Some(key), _) => ("x-api-key", key.trim()),
+        (None, Some(key)) => ("authorization", key),
+        (None, None) => {
+            return Err(Error::unauthorized("this route needs an organization's API key").at("authorization"));
+        }
+    };
+    let is_key = key.len() == KEY_LENGTH
+        && key.is_ascii()
+        && key.starts_with("tlk_")
+        && key.as_bytes()[PREFIX_LENGTH] == b'_';
+    if !is_key {
+        return Err(Error::new(StatusCode::UNAUTHORIZED, "invalid_api_key", "this is not an API key of an organization")
+            .at(field)
+            .hint("A key starts with tlk_ and is shown once, when it is made."));
+    }
+    Ok(ApiKey { prefix: &key[..PREFIX_LENGTH], sha256: hex::encode(Sha256::digest(key)) })
+}
+
+/// The events of a body, as the database takes them, and whether they came as a batch.
+fn events(body: Value) -> Result<(Vec<Value>, bool)> {
+    let (items, is_batch) = match body {
+        Value::Array(items) => (items, true),
+        item @ Value::Object(_) => (vec![item], false),
+        _ => return Err(Error::malformed("body", "the body is one CloudEvent or an array of them")),
+    };
+    if items.is_empty() {
+        return Err(Error::malformed("body", "there is no event in the array"));
+    }
+    if items.len() > MAX_EVENTS {
+        return Err(Error::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "too_many_events",
+            format!("at most {MAX_EVENTS} events are taken at once"),
+        )
+        .at("body"));
+    }
+    Ok((items.iter().map(event).collect(), is_batch))
+}
+
+/// One event in the words of `record_usage`. What is wrong with it is said there, for that event alone.
+fn event(item: &Value) -> Value {
+    // PostgreSQL stores no NUL in a text: such a text is no valid one, and must not cost the others of its batch.
+    let text = |name: &str| item.get(name).filter(|value| value.as_str().is_none_or(|text| !text.contains('\0')));
+    json!({
+        "specversion": text("specversion"),
+        "id": text("id").filter(|id| id.is_string()),
+        "source": text("source").filter(|source| source.is_string()),
+        "type": text("type"),
+        "time": text("time"),
+        "quantity": item.pointer("/data/quantity").filter(|quantity| quantity.is_number()),
+    })
+}
+
+fn single(outcome: Outcome) -> Result<Response> {
+    let (status, field) = match outcome.status {
+        Status::Stored | Status::Duplicate => return web::json(&outcome),
+        Status::Conflict => (StatusCode::CONFLICT, "id"),
+        Status::Rejected => (StatusCode::UNPROCESSABLE_ENTITY, field_of(outcome.code.as_deref().unwrap_or_default())),
+    };
+    let code = outcome.code.unwrap_or_else(|| "event_rejected".to_owned());
+    Err(Error::new(status, code, outcome.message.unwrap_or_default()).at(field))
+}
+
+/// The field that a rejection's code is about.
+fn field_of(code: &str) -> &'static str {
+    match code {
+        "invalid_specversion" => "specversion",
+        "invalid_source" | "reserved_source" => "source",
+        "unknown_type" | "reserved_type" => "type",
+        "invalid_quantity" => "data.quantity",
+        "invalid_time" | "time_in_future" => "time",
+        _ => "id",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use http::{HeaderMap, HeaderName, Method};
+
+    const KEY: &str = "tlk_0123abcd_0123456789abcdef0123456789abcdef01234567";
+
+    fn with_headers(headers: &[(&'static str, &str)]) -> Request {
+        Request {
+            method: Method::POST,
+            path: String::new(),
+            query: String::new(),
+            headers: headers
+                .iter()
+                .map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()))
+                .collect::<HeaderMap>(),
+            body: Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn a_key_is_found_by_its_prefix_and_known_by_its_hash() {
+        let bearer = format!("Bearer {KEY}");
+        for headers in [[("authorization", bearer.as_str())], [("x-api-key", KEY)]] {
+            let request = with_headers(&headers);
+            let key = api_key(&request).unwrap();
+            assert_eq!(key.prefix, "tlk_0123abcd");
+            assert_eq!(key.sha256, hex::encode(Sha256::digest(KEY)));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_a_key_is_401_and_names_the_header() {
+        for (name, value) in [
+            ("authorization", "Bearer eyJ.a.b"),
+            ("authorization", "Bearer "),
+            ("x-api-key", "tlk_short"),
+            ("x-api-key", &KEY.replace("tlk", "tlx")),
+        ] {
+            let error = api_key(&with_headers(&[(name, value)])).unwrap_err();
+            assert_eq!((error.status, error.code.as_str()), (StatusCode::UNAUTHORIZED, "invalid_api_key"), "{value}");
+            assert_eq!(error.field.as_deref(), Some(name));
+        }
+        assert_eq!(api_key(&with_headers(&[])).unwrap_err().code, "unauthorized");
+        assert_eq!(api_key(&with_headers(&[("authorization", "Basic x")])).unwrap_err().code, "unauthorized");
+    }
+
+    #[test]
+    fn one_event_and_a_batch_are_told_apart() {
+        let one = json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "data": {"quantity": 3}});
+        let (events_of_one, is_batch) = events(one.clone()).unwrap();
+        assert!(!is_batch);
+        assert_eq!(
+            events_of_one[0],
+            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "time": null, "quantity": 3})
+        );
+        assert!(events(json!([one])).unwrap().1);
+    }
+
+    #[test]
+    fn what_is_no_event_is_400_and_too_many_are_413() {
+        for body in [json!(7), json!("x"), json!(null), json!([])] {
+            assert_eq!(events(body).unwrap_err().status, StatusCode::BAD_REQUEST);
+        }
+        assert!(events(json!(vec![json!({}); MAX_EVENTS])).is_ok());
+        let error = events(json!(vec![json!({}); MAX_EVENTS + 1])).unwrap_err();
+        assert_eq!((error.status, error.code.as_str()), (StatusCode::PAYLOAD_TOO_LARGE, "too_many_events"));
+    }
+
+    #[test]
+    fn a_wrong_field_becomes_null_and_leaves_the_rest_of_the_batch_alone() {
+        let (events, _) = events(json!([7, {"id": "a\0b", "source": 3, "data": {"quantity": "1"}}])).unwrap();
+        assert!(events[0].as_object().unwrap().values().all(Value::is_null));
+        assert!(events[1].as_object().unwrap().values().all(Value::is_null));
+    }
+
+    #[test]
+    fn a_single_event_s_outcome_is_its_answer() {
+        let outcome = |status, code: Option<&str>| {
+            single(Outcome { id: "a".into(), status, code: code.map(str::to_owned), message: Some("m".into()) })
+        };
+        assert_eq!(outcome(Status::Duplicate, None).unwrap().status(), StatusCode::OK);
+        let conflict = outcome(Status::Conflict, Some("idempotency_conflict")).unwrap_err();
+        assert_eq!((conflict.status, conflict.code.as_str()), (StatusCode::CONFLICT, "idempotency_conflict"));
+        let rejected = outcome(Status::Rejected, Some("invalid_quantity")).unwrap_err();
+        assert_eq!((rejected.status, rejected.field.as_deref()), (StatusCode::UNPROCESSABLE_ENTITY, Some("data.quantity")));
+    }
+}

@@ -1,0 +1,152 @@
+//! Starts the stack, plays the story from leads to an invoice, and tells how it ended.
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use local::{
+    parts::progress::Progress,
+    shutdown,
+    stack::{Stack, StackOptions},
+    story::{self, Played, StoryOptions},
+};
+use std::{
+    fs,
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    time::Instant,
+};
+use url::Url;
+
+/// Takes a campaign from leads to an invoice, on real parts, on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "demo", bin_name = "cargo demo --")]
+struct Arguments {
+    /// Decides how calls end: two seeds give two invoices.
+    #[arg(long, default_value_t = 7)]
+    seed: u64,
+    /// Number of leads; beyond the 200 of the CSV they are made up.
+    #[arg(long, value_name = "N", default_value_t = story::leads_shipped())]
+    calls: usize,
+    /// Leave everything running afterwards, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+    /// Print the table also as one JSON object, on the last line.
+    #[arg(long)]
+    json: bool,
+    /// Kill PostgREST in the middle, for five seconds.
+    #[arg(long)]
+    kill_postgrest: bool,
+    /// Calls at the same time at most [default: by the number of leads]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=10_000))]
+    live_calls: Option<i32>,
+    /// Root of the carrier's API, in place of the simulated carrier.
+    #[arg(long, value_name = "URL")]
+    carrier_url: Option<Url>,
+    /// Account at that carrier [default: a random one]
+    #[arg(long, value_name = "ID", requires_all = ["carrier_url", "carrier_auth_token"])]
+    carrier_auth_id: Option<String>,
+    /// Its token, which signs callbacks too [default: a random one]
+    #[arg(long, value_name = "TOKEN", requires_all = ["carrier_url", "carrier_auth_id"])]
+    carrier_auth_token: Option<String>,
+    /// Where /rest/v1 goes, in place of the stack's own PostgREST, which runs all the same.
+    #[arg(long, value_name = "URL")]
+    postgrest_url: Option<Url>,
+    /// Processes a function [default: by the number of processors]
+    #[arg(long)]
+    workers: Option<usize>,
+    /// What the functions log.
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: String,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Arguments::parse_from(local::arguments())).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<ExitCode> {
+    let started = Instant::now();
+    let progress = Progress::visible();
+    let interrupted = shutdown::requested()?;
+    tokio::pin!(interrupted);
+    let stack = tokio::select! {
+        stack = Stack::start(arguments.stack(&progress)) => stack?,
+        // What was started so far is killed as it is dropped.
+        () = &mut interrupted => return Ok(ExitCode::from(130)),
+    };
+    let options = arguments.story();
+    let played = tokio::select! {
+        played = story::play(&stack, &options, &progress, started) => played,
+        () = &mut interrupted => {
+            progress.print("  stopping");
+            stack.stop().await?;
+            return Ok(ExitCode::from(130));
+        }
+    };
+    let played = match played {
+        Ok(played) => played,
+        Err(error) => {
+            let logs = stack.log_dir.clone();
+            stack.stop().await?;
+            return Err(error.context(format!("the story broke off; the logs are in {}", logs.display())));
+        }
+    };
+    let code = if played.report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    tell(&played, arguments.json)?;
+    if arguments.keep {
+        progress.print("\n  Everything is still running. Ctrl-C stops it.");
+        interrupted.await;
+        progress.print("  stopping");
+    }
+    if let Some(carrier) = played.carrier {
+        carrier.stop().await;
+    }
+    stack.stop().await?;
+    Ok(code)
+}
+
+impl Arguments {
+    fn stack(&self, progress: &Progress) -> StackOptions {
+        let default = StackOptions::default();
+        StackOptions {
+            postgrest_url: self.postgrest_url.clone(),
+            workers: self.workers.unwrap_or(default.workers),
+            log_level: self.log_level.clone(),
+            progress: progress.clone(),
+            ..default
+        }
+    }
+
+    fn story(&self) -> StoryOptions {
+        StoryOptions {
+            seed: self.seed,
+            leads: self.calls,
+            live_calls: self.live_calls,
+            kill_postgrest: self.kill_postgrest,
+            carrier_url: self.carrier_url.clone(),
+            carrier_account: self.carrier_auth_id.clone().zip(self.carrier_auth_token.clone()),
+        }
+    }
+}
+
+/// Prints the table, and keeps it with the logs.
+fn tell(played: &Played, json: bool) -> Result<()> {
+    let report = &played.report;
+    let numbers = serde_json::to_string(&report.numbers)?;
+    fs::write(report.log_dir.join("table.txt"), story::render(report, false))
+        .and_then(|()| fs::write(report.log_dir.join("table.json"), &numbers))
+        .with_context(|| format!("cannot write to {}", report.log_dir.display()))?;
+    let mut out = std::io::stdout().lock();
+    let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    writeln!(out, "{}", story::render(report, colour))?;
+    if json {
+        writeln!(out, "{numbers}")?;
+    }
+    out.flush()?;
+    Ok(())
+}

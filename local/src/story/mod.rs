@@ -1,0 +1,145 @@
+//! The story: an organization signs up, imports its leads, runs a campaign, and is sent an invoice.
+//!
+//! Every step goes through the API as its user would send it. What is told at the end comes from the database and from the carrier's own
+//! record, and is compared, so that a story that ends well is a proof and not a show.
+
+mod bill;
+mod browser;
+mod cast;
+mod facts;
+mod leads;
+mod report;
+mod table;
+mod watch;
+mod witness;
+
+pub use leads::shipped as leads_shipped;
+pub use report::{Check, Numbers, Report};
+pub use table::render;
+
+use crate::{
+    carrier::{Account, Carrier, CarrierOptions},
+    parts::{clock, progress::Progress},
+    stack::Stack,
+};
+use anyhow::Result;
+use chrono::Utc;
+use report::Evidence;
+use std::time::Instant;
+use url::Url;
+use witness::Witness;
+
+/// What is played.
+#[derive(Clone, Debug)]
+pub struct StoryOptions {
+    /// Decides how calls end.
+    pub seed: u64,
+    /// How many leads there are.
+    pub leads: usize,
+    /// Calls at the same time at most; chosen by the number of leads when none.
+    pub live_calls: Option<i32>,
+    /// Whether PostgREST is killed in the middle, for five seconds.
+    pub kill_postgrest: bool,
+    /// Somebody else's carrier in place of the simulated one.
+    pub carrier_url: Option<Url>,
+    /// The account there, with its token; made up when none, for a carrier that takes whoever comes.
+    pub carrier_account: Option<(String, String)>,
+}
+
+/// A story that was played, and the carrier that is still there for whoever wants to go on.
+pub struct Played {
+    /// How it ended.
+    pub report: Report,
+    /// The simulated carrier, if it was ours.
+    pub carrier: Option<Carrier>,
+}
+
+/// Calls at the same time when nobody says how many: enough that the machine and not the limit is what is waited for.
+fn live_calls(leads: usize) -> i32 {
+    (leads / 8).clamp(10, 48) as i32
+}
+
+/// Plays the story on a stack on which nothing has happened. `started` is when the stack began to start.
+pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, started: Instant) -> Result<Played> {
+    let mut stages = vec![("starting the stack", started.elapsed())];
+    let mut begun = Instant::now();
+    let mut stage = |name: &'static str| {
+        stages.push((name, begun.elapsed()));
+        begun = Instant::now();
+    };
+
+    stack.clock.start_at(clock::tuesday_morning(Utc::now())).await?;
+    let account = match &options.carrier_account {
+        Some((auth_id, auth_token)) => {
+            Account { auth_id: auth_id.clone(), auth_token: auth_token.clone(), ..Account::fresh() }
+        }
+        None => Account::fresh(),
+    };
+    let (carrier, url) = match &options.carrier_url {
+        Some(url) => (None, url.clone()),
+        None => {
+            let options = CarrierOptions {
+                accounts: vec![account.clone()],
+                seed: options.seed,
+                log: Some(stack.log_dir.join("carrier.jsonl")),
+                ..CarrierOptions::default()
+            };
+            let carrier = Carrier::start(options).await?;
+            let url = carrier.url().clone();
+            (Some(carrier), url)
+        }
+    };
+
+    let live_calls = options.live_calls.unwrap_or_else(|| live_calls(options.leads));
+    let step = progress.step("Sign-up");
+    let cast = cast::sign_up(stack, &url, (&account.auth_id, &account.auth_token), live_calls).await?;
+    step.done("Sunrise Realty, on a plan with 60 minutes a month");
+    stage("signing up");
+
+    let step = progress.step("Leads");
+    let project = cast::import_leads(&cast, options.leads, &step).await?;
+    step.done(format!("{} imported from a CSV", options.leads));
+    stage("importing leads");
+
+    let campaign = cast::plan_campaign(&cast, project, live_calls).await?;
+    cast::start_campaign(&cast, campaign).await?;
+    watch::campaign(stack, &cast, campaign, options.kill_postgrest, progress).await?;
+    watch::settle(stack, carrier.as_ref()).await?;
+    stage("calling");
+
+    let step = progress.step("Invoice");
+    let billed = bill::close(stack, &cast, &step).await?;
+    step.done(format!("{} of the period that ended", billed.number()));
+    stage("closing the period");
+
+    let step = progress.step("Comparing");
+    let witness = Witness { url, auth_id: account.auth_id, auth_token: account.auth_token, http: crate::parts::http_client()? };
+    let dials = witness.dials(|read, of| step.say(format!("the carrier's record, {read} of {of} calls"))).await?;
+    let database = stack.connect(crate::parts::postgres::Role::Admin).await?;
+    let evidence = Evidence {
+        seed: options.seed,
+        calls: options.leads,
+        standing: facts::standing(&database, campaign).await?,
+        books: facts::books(&database, cast.organization.id, cast::PLAN).await?,
+        invoices: facts::invoices(&database, cast.organization.id).await?,
+        shown: billed.shown,
+        usage: billed.usage,
+        dials,
+        function_errors: stack.invoker().activity().failed,
+        outage: options.kill_postgrest,
+        dead_letters: bill::dead_letters(stack).await?,
+    };
+    step.done("database and carrier compared");
+    stage("comparing");
+
+    let (numbers, checks) = report::judge(&evidence, |real| stack.clock.to_business(real), started.elapsed());
+    let places = vec![
+        ("API", stack.origin_text().to_owned()),
+        ("Database", stack.database_url.clone()),
+        ("Carrier", witness.url.to_string()),
+        ("Invoice", billed.page.display().to_string()),
+        ("Logs", stack.log_dir.display().to_string()),
+    ];
+    let report = Report { numbers, checks, evidence, stages, places, log_dir: stack.log_dir.clone() };
+    Ok(Played { report, carrier })
+}

@@ -1,0 +1,170 @@
+//! The campaign, from its start until every lead is in a terminal state: watched, and moved on in time whenever nothing is under way.
+
+use super::{
+    cast::Cast,
+    facts::{self, Standing},
+};
+use crate::{
+    carrier::Carrier,
+    parts::{
+        clock::Advance,
+        postgres::Role,
+        progress::{Progress, Step},
+    },
+    stack::Stack,
+};
+use anyhow::{Result, bail};
+use chrono::FixedOffset;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// How often the campaign is looked at.
+const GLANCE: Duration = Duration::from_millis(120);
+/// How often its owner's browser asks for it.
+const POLL: Duration = Duration::from_secs(2);
+/// After so long without any change something is wrong.
+const PATIENCE: Duration = Duration::from_secs(150);
+/// How long PostgREST stays away when it is killed.
+const OUTAGE: Duration = Duration::from_secs(5);
+
+/// How long what is still on its way may take to arrive.
+const SETTLING: Duration = Duration::from_secs(60);
+/// How long after the last call somebody else's carrier may still send something.
+const OTHERS_TAIL: Duration = Duration::from_millis(1_500);
+
+/// PostgREST's death and return.
+enum Outage {
+    /// Not asked for, or over.
+    None,
+    /// It comes when this many attempts were dialled.
+    At(i64),
+    /// Since then PostgREST is away.
+    Since(Instant),
+}
+
+/// Watches until the campaign is over and nothing is under way any more. `kill_postgrest` kills PostgREST in the middle, for five seconds.
+pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest: bool, progress: &Progress) -> Result<Standing> {
+    let database = stack.connect(Role::Admin).await?;
+    let mut display = Display::new(progress);
+    let mut last = Standing::default();
+    let mut changed = Instant::now();
+    let mut polled = Instant::now();
+    let mut outage = Outage::None;
+    loop {
+        let standing = facts::standing(&database, campaign).await?;
+        display.show(stack, &standing);
+        if kill_postgrest && last.leads == 0 {
+            outage = Outage::At(standing.leads * 2 / 5);
+        }
+        if standing != last {
+            changed = Instant::now();
+            last = standing;
+        }
+        outage = weather(stack, outage, &last, progress).await?;
+        let calm = matches!(outage, Outage::None);
+        if calm && polled.elapsed() >= POLL {
+            polled = Instant::now();
+            cast.browser.get(&format!("functions/v1/call-dispatch/campaigns/{campaign}")).await?;
+        }
+        if calm {
+            let over = last.leads > 0 && last.terminal == last.leads && last.open == 0;
+            match stack.clock.advance_when_idle().await? {
+                Advance::Nothing if over => break,
+                Advance::Jumped { .. } => changed = Instant::now(),
+                Advance::Nothing | Advance::Due | Advance::Busy(_) => {}
+            }
+        }
+        if changed.elapsed() > PATIENCE {
+            bail!("nothing has moved for {} s: {}", PATIENCE.as_secs(), stuck(&last));
+        }
+        tokio::time::sleep(GLANCE).await;
+    }
+    display.done(&last);
+    Ok(last)
+}
+
+/// Waits until nothing is on its way any more: a recording's callback may come after the end of the last call.
+pub async fn settle(stack: &Stack, carrier: Option<&Carrier>) -> Result<()> {
+    let begun = Instant::now();
+    while begun.elapsed() < SETTLING {
+        let quiet = carrier.is_none_or(Carrier::is_idle);
+        if carrier.is_none() {
+            // Of somebody else's carrier nothing is known but that it had time.
+            tokio::time::sleep(OTHERS_TAIL).await;
+        }
+        if quiet && stack.clock.advance_when_idle().await? == Advance::Nothing {
+            return Ok(());
+        }
+        tokio::time::sleep(GLANCE).await;
+    }
+    bail!("calls or messages are still under way {} s after the last lead was through", SETTLING.as_secs())
+}
+
+/// Kills PostgREST and brings it back when it is time to.
+async fn weather(stack: &Stack, outage: Outage, standing: &Standing, progress: &Progress) -> Result<Outage> {
+    Ok(match outage {
+        Outage::At(dials) if standing.dials >= dials => {
+            stack.postgrest.kill().await?;
+            progress.print("  ! PostgREST        killed; it stays away for five seconds");
+            Outage::Since(Instant::now())
+        }
+        Outage::Since(since) if since.elapsed() >= OUTAGE => {
+            stack.postgrest.restart().await?;
+            progress.print("  ! PostgREST        back");
+            Outage::None
+        }
+        other => other,
+    })
+}
+
+/// What a campaign waits for that does not move.
+fn stuck(standing: &Standing) -> String {
+    let waiting: Vec<_> = standing.waiting.iter().map(|(reason, leads)| format!("{leads} leads {reason}")).collect();
+    format!(
+        "{} of {} leads are in a terminal state, {} calls are open, the campaign is {}, waiting: {}",
+        standing.terminal,
+        standing.leads,
+        standing.open,
+        standing.status,
+        if waiting.is_empty() { "nobody".to_owned() } else { waiting.join(", ") }
+    )
+}
+
+/// Two moving lines: how many leads are through, and how their calls ended.
+struct Display {
+    leads: Step,
+    outcomes: Step,
+    length: i64,
+}
+
+impl Display {
+    fn new(progress: &Progress) -> Self {
+        Self { leads: progress.step("Campaign"), outcomes: progress.step("Calls"), length: 0 }
+    }
+
+    fn show(&mut self, stack: &Stack, standing: &Standing) {
+        if self.length != standing.leads {
+            self.length = standing.leads;
+            self.leads.set_length(standing.leads.unsigned_abs());
+        }
+        self.leads.set_position(standing.terminal.unsigned_abs());
+        let kolkata = FixedOffset::east_opt(19_800).map_or_else(String::new, |zone| {
+            stack.clock.business_now().with_timezone(&zone).format("%a %-d %b %H:%M").to_string()
+        });
+        self.leads.say(format!("leads through   {kolkata} in Kolkata"));
+        self.outcomes.say(summary(standing));
+    }
+
+    fn done(self, standing: &Standing) {
+        self.leads.done(format!("{} of {} leads in a terminal state", standing.terminal, standing.leads));
+        self.outcomes.done(summary(standing));
+    }
+}
+
+fn summary(standing: &Standing) -> String {
+    let mut outcomes: Vec<_> = standing.outcomes.iter().collect();
+    outcomes.sort_by(|one, other| other.1.cmp(one.1));
+    let outcomes: Vec<_> = outcomes.into_iter().map(|(outcome, count)| format!("{count} {}", outcome.replace('_', " "))).collect();
+    let live = if standing.open > 0 { format!("{} live, ", standing.open) } else { String::new() };
+    format!("{live}{} dialled: {}", standing.dials, outcomes.join(", "))
+}

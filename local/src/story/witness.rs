@@ -1,0 +1,233 @@
+//! What the carrier says happened: its record of calls, read over its API like any customer would read it.
+//!
+//! It is the only witness that the system under test has no hand in, and it works alike for a carrier that is not ours. Nothing of our
+//! own database is looked at here, but for the business clock's history, which says what time it was.
+
+use anyhow::{Context, Result, ensure};
+use chrono::{DateTime, NaiveDateTime, TimeDelta, Utc};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use url::Url;
+
+/// Results a page at most.
+const PAGE: usize = 20;
+/// Least time between two calls to one number.
+const MIN_GAP: TimeDelta = TimeDelta::minutes(60);
+/// In so much time a number is called at most [`CAP`] times.
+const CAP_WINDOW: TimeDelta = TimeDelta::hours(24);
+const CAP: usize = 2;
+
+/// Access to an account at a carrier.
+#[derive(Clone, Debug)]
+pub struct Witness {
+    /// Where the carrier's API is.
+    pub url: Url,
+    /// The account.
+    pub auth_id: String,
+    /// Its token.
+    pub auth_token: String,
+    /// The client to ask with.
+    pub http: reqwest::Client,
+}
+
+/// An instant of the carrier's, known to the second or better: not before `0`, not after `1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Moment(DateTime<Utc>, DateTime<Utc>);
+
+/// One create that the carrier accepted.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    callee: String,
+    created: Moment,
+    /// None while the call is live.
+    ended: Option<Moment>,
+    /// Seconds the carrier bills.
+    pub billed_seconds: u64,
+    /// Code of the hang-up's cause.
+    pub hangup_code: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Page {
+    meta: Meta,
+    objects: Vec<Record>,
+}
+
+#[derive(Deserialize)]
+struct Meta {
+    total_count: usize,
+}
+
+#[derive(Deserialize)]
+struct Record {
+    call_uuid: String,
+    to_number: String,
+    initiation_time: String,
+    end_time: Option<String>,
+    #[serde(default, deserialize_with = "number")]
+    bill_duration: Option<u64>,
+    #[serde(default, deserialize_with = "number")]
+    billed_duration: Option<u64>,
+    #[serde(default, deserialize_with = "number")]
+    hangup_cause_code: Option<u64>,
+}
+
+/// A number, also where it is written as a text.
+fn number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    Ok(match Option::<serde_json::Value>::deserialize(deserializer)? {
+        Some(serde_json::Value::String(text)) => text.parse().ok(),
+        Some(value) => value.as_u64(),
+        None => None,
+    })
+}
+
+#[derive(Deserialize)]
+struct Live {
+    calls: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct LiveCall {
+    to: String,
+    session_start: String,
+}
+
+impl Witness {
+    async fn get<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<T> {
+        let url = self.url.join(&format!("v1/Account/{}/Call/{path}", self.auth_id))?;
+        let request = self.http.get(url.clone()).basic_auth(&self.auth_id, Some(&self.auth_token));
+        let response = request.send().await.with_context(|| format!("the carrier does not answer at {url}"))?;
+        let status = response.status();
+        let body = response.text().await?;
+        ensure!(status.is_success(), "the carrier answered {status} to GET {url}: {body}");
+        serde_json::from_str(&body).with_context(|| format!("the carrier's answer to GET {url} is not Plivo's: {body}"))
+    }
+
+    /// Every call that the carrier accepted on this account, ended or live. `told` hears how many were read, of how many.
+    pub async fn dials(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
+        let mut dials = Vec::new();
+        let mut seen = BTreeSet::new();
+        let mut offset = 0;
+        loop {
+            let page: Page = self.get(&format!("?limit={PAGE}&offset={offset}")).await?;
+            offset += page.objects.len();
+            let known = seen.len();
+            for record in page.objects {
+                if seen.insert(record.call_uuid.clone()) {
+                    dials.push(Dial::of(record)?);
+                }
+            }
+            told(seen.len(), page.meta.total_count);
+            // A page without anything new is the last one, whatever the count says.
+            if seen.len() == known || offset >= page.meta.total_count {
+                break;
+            }
+        }
+        for status in ["live", "queued"] {
+            let live: Live = self.get(&format!("?status={status}")).await?;
+            for uuid in live.calls.into_iter().filter(|uuid| !seen.contains(uuid)) {
+                // A call that ended in between is in neither list; it was live, and so it counts.
+                let Ok(call) = self.get::<LiveCall>(&format!("{uuid}/?status={status}")).await else { continue };
+                let created = Moment::read(&call.session_start)?;
+                dials.push(Dial { callee: digits(&call.to), created, ended: None, billed_seconds: 0, hangup_code: None });
+            }
+        }
+        Ok(dials)
+    }
+}
+
+impl Dial {
+    fn of(record: Record) -> Result<Self> {
+        Ok(Self {
+            callee: digits(&record.to_number),
+            created: Moment::read(&record.initiation_time)?,
+            ended: record.end_time.as_deref().map(Moment::read).transpose()?,
+            // What is billed, in whole pulses; the other is how long was talked.
+            billed_seconds: record.billed_duration.or(record.bill_duration).unwrap_or(0),
+            hangup_code: record.hangup_cause_code,
+        })
+    }
+}
+
+impl Moment {
+    /// Reads a time with or without offset (UTC then), to the second or finer.
+    fn read(text: &str) -> Result<Self> {
+        let at = DateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f%:z")
+            .or_else(|_| DateTime::parse_from_rfc3339(text))
+            .map(|time| time.to_utc())
+            .or_else(|_| NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f").map(|time| time.and_utc()))
+            .with_context(|| format!("the carrier's time {text:?} cannot be read"))?;
+        let uncertain = if text.contains('.') { TimeDelta::zero() } else { TimeDelta::milliseconds(999) };
+        Ok(Self(at, at + uncertain))
+    }
+}
+
+/// Creates that should not have been: while an earlier call to the number may still have been live, inside the minimum gap, or beyond
+/// the cap of a rolling day. `business` tells the business time of an instant. Where the carrier tells only whole seconds, a create counts when every reading of them makes it one.
+pub fn double_dials(dials: &[Dial], business: impl Fn(DateTime<Utc>) -> DateTime<Utc>) -> usize {
+    let mut by_callee: BTreeMap<&str, Vec<&Dial>> = BTreeMap::new();
+    for dial in dials {
+        by_callee.entry(&dial.callee).or_default().push(dial);
+    }
+    let mut doubles = 0;
+    for calls in by_callee.values_mut() {
+        calls.sort_by_key(|dial| dial.created.0);
+        for (index, call) in calls.iter().enumerate() {
+            let latest = business(call.created.1);
+            let since = |earlier: &&&Dial| latest - business(earlier.created.0);
+            let earlier = &calls[..index];
+            let live = earlier.iter().any(|earlier| earlier.ended.is_none_or(|ended| call.created.1 < ended.0));
+            let close = earlier.iter().any(|earlier| since(&earlier) < MIN_GAP);
+            let often = earlier.iter().filter(|earlier| since(earlier) < CAP_WINDOW).count() >= CAP;
+            doubles += usize::from(live || close || often);
+        }
+    }
+    doubles
+}
+
+fn digits(number: &str) -> String {
+    number.chars().filter(char::is_ascii_digit).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dial(callee: &str, from: &str, to: Option<&str>) -> Dial {
+        let moment = |time: &str| Moment::read(&format!("2026-11-24 {time}+05:30")).unwrap();
+        Dial { callee: callee.to_owned(), created: moment(from), ended: to.map(moment), billed_seconds: 0, hangup_code: None }
+    }
+
+    fn count(dials: &[Dial]) -> usize {
+        double_dials(dials, |real| real)
+    }
+
+    #[test]
+    fn two_calls_at_once_are_double_whoever_made_them() {
+        assert_eq!(count(&[dial("1", "10:00:00.0", Some("10:00:01.0")), dial("2", "10:00:00.5", Some("10:00:01.0"))]), 0);
+        assert_eq!(count(&[dial("1", "10:00:00.0", Some("11:30:00.0")), dial("1", "11:00:00.5", Some("11:31:00.0"))]), 1);
+        assert_eq!(count(&[dial("1", "10:00:00.0", None), dial("1", "15:00:00.0", Some("15:01:00.0"))]), 1);
+    }
+
+    #[test]
+    fn the_gap_and_the_cap_are_judged_in_business_time() {
+        let calls = [dial("1", "10:00:00.0", Some("10:00:01.0")), dial("1", "10:00:02.0", Some("10:00:03.0"))];
+        assert_eq!(count(&calls), 1);
+        let jump = |hours: i64| {
+            let at = Moment::read("2026-11-24 10:00:01.5+05:30").unwrap().0;
+            move |real: DateTime<Utc>| if real < at { real } else { real + TimeDelta::hours(hours) }
+        };
+        assert_eq!(double_dials(&calls, jump(1)), 0);
+        let mut calls = calls.to_vec();
+        calls.push(dial("1", "11:30:00.0", Some("11:30:01.0")));
+        assert_eq!(double_dials(&calls, jump(1)), 1, "the third in a day");
+    }
+
+    #[test]
+    fn whole_seconds_never_accuse_falsely() {
+        // The clock jumps between two calls of one second.
+        let calls = [dial("1", "10:00:00", Some("10:00:00")), dial("1", "10:00:00", Some("10:00:00"))];
+        let at = Moment::read("2026-11-24 10:00:00.5+05:30").unwrap().0;
+        assert_eq!(double_dials(&calls, |real| if real < at { real } else { real + TimeDelta::hours(1) }), 0);
+    }
+}

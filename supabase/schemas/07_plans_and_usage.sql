@@ -1,0 +1,385 @@
+-- Plans, their versioned prices, subscriptions, and what organizations have used.
+--
+-- Money is bigint in the currency's minor unit. A plan is what a customer chooses; a price is one immutable version of what it
+-- costs and allows; a subscription points at the version it was sold. Usage is kept three times, in one transaction: as an event
+-- (evidence), by organization-local day (what is billed) and by billing period (what quotas are judged by). They must always agree.
+
+-- An overlap of two usage periods is refused by an exclusion constraint, which needs equality operators for gist.
+create extension if not exists btree_gist with schema extensions;
+
+-- Meters --------------------------------------------------------------------------------------------------------------------------
+
+create table public.meters (
+  key         text primary key,
+  name        text not null,
+  unit        text not null,
+  is_reserved boolean not null default false,
+  is_active   boolean not null default true,
+  position    integer not null default 100,
+  created_at  timestamptz not null default private.clock_now(),
+  constraint meters_key_format check (key ~ '^[a-z][a-z0-9_]{0,62}$'),
+  constraint meters_name_present check (btrim(name) <> ''),
+  constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$')
+);
+
+revoke all on public.meters from anon, authenticated, service_role;
+grant select on public.meters to authenticated, service_role;
+alter table public.meters enable row level security;
+alter table public.meters force row level security;
+create policy "Signed-in users see the active meters" on public.meters
+  for select to authenticated using (is_active);
+
+comment on table public.meters is 'What can be counted: one row a kind of usage, with its unit.';
+comment on column public.meters.key is 'The meter''s name in prices, in usage and in events'' `type`.';
+comment on column public.meters.unit is 'The unit of its quantities, singular: call, second, message.';
+comment on column public.meters.is_reserved is 'Counted by the platform alone; usage events from outside are refused.';
+comment on column public.meters.position is 'Order on invoices and in usage lists, lowest first.';
+
+-- Calls are counted by the database itself, so these two are part of the schema and not of the seed.
+insert into public.meters (key, name, unit, is_reserved, position)
+values
+  ('ai_calls', 'AI calls', 'call', true, 10),
+  ('call_seconds', 'Calling time', 'second', true, 20)
+on conflict (key) do nothing;
+
+-- Plans ---------------------------------------------------------------------------------------------------------------------------
+
+create table public.subscription_plans (
+  id          uuid primary key default gen_random_uuid(),
+  slug        text not null,
+  name        text not null,
+  description text,
+  features    jsonb not null default '{}',
+  trial_days  integer not null default 14,
+  is_public   boolean not null default true,
+  is_active   boolean not null default true,
+  sort_order  integer not null default 0,
+  created_at  timestamptz not null default private.clock_now(),
+  updated_at  timestamptz not null default private.clock_now(),
+  constraint subscription_plans_slug_key unique (slug),
+  constraint subscription_plans_slug_format check (slug ~ '^[a-z0-9]+(-[a-z0-9]+)*$'),
+  constraint subscription_plans_name_present check (btrim(name) <> ''),
+  constraint subscription_plans_features_object check (jsonb_typeof(features) = 'object'),
+  constraint subscription_plans_trial_days_range check (trial_days between 0 and 365)
+);
+
+revoke all on public.subscription_plans from anon, authenticated, service_role;
+grant select on public.subscription_plans to anon, authenticated, service_role;
+alter table public.subscription_plans enable row level security;
+alter table public.subscription_plans force row level security;
+create policy "Visitors see the plans on offer" on public.subscription_plans
+  for select to anon using (is_active and is_public);
+
+create trigger update_modified_column before update on public.subscription_plans
+  for each row execute function private.update_modified_column();
+
+comment on table public.subscription_plans is
+  'What can be subscribed to. What it costs and meters is in plan_prices; `features` holds the limits that are not metered.';
+comment on column public.subscription_plans.features is
+  'Limits on things that are not metered (max_users, max_leads) and what is switched on; -1 is unlimited.';
+comment on column public.subscription_plans.trial_days is 'How long a subscription that starts as trialing stays so.';
+comment on column public.subscription_plans.is_public is 'False for a plan made for one customer, which is not on the price list.';
+
+-- Prices --------------------------------------------------------------------------------------------------------------------------
+
+create table public.plan_prices (
+  id            uuid primary key default gen_random_uuid(),
+  plan_id       uuid not null references public.subscription_plans (id) on delete restrict,
+  version       integer not null,
+  billing_cycle public.billing_cycle not null default 'monthly',
+  currency      text not null default 'INR',
+  base_minor    bigint not null default 0,
+  retired_at    timestamptz,
+  created_at    timestamptz not null default private.clock_now(),
+  constraint plan_prices_version_key unique (plan_id, billing_cycle, currency, version),
+  constraint plan_prices_version_positive check (version > 0),
+  constraint plan_prices_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint plan_prices_base_not_negative check (base_minor >= 0)
+);
+
+revoke all on public.plan_prices from anon, authenticated, service_role;
+grant select on public.plan_prices to anon, authenticated, service_role;
+alter table public.plan_prices enable row level security;
+alter table public.plan_prices force row level security;
+create policy "A price is seen by those who see its plan" on public.plan_prices
+  for select to anon, authenticated using (plan_id in (select plan.id from public.subscription_plans as plan));
+
+comment on table public.plan_prices is
+  'One immutable version of what a plan costs. To change a price, insert the next version: those who subscribed keep theirs.';
+comment on column public.plan_prices.version is 'The highest one that is not retired is sold to new subscribers.';
+comment on column public.plan_prices.base_minor is
+  'The price of one billing period, in the currency''s minor unit, billed when the period has ended.';
+comment on column public.plan_prices.retired_at is 'Since when this version is no longer sold; the only column that may change.';
+
+create table public.plan_price_meters (
+  plan_price_id       uuid not null references public.plan_prices (id) on delete restrict,
+  meter_key           text not null references public.meters (key) on delete restrict,
+  included_units      bigint default 0,
+  overage_price_minor bigint,
+  overage_unit        bigint not null default 1,
+  limit_units         bigint,
+  hard                boolean not null default false,
+  constraint plan_price_meters_pkey primary key (plan_price_id, meter_key),
+  constraint plan_price_meters_included_range check (included_units >= -1),
+  constraint plan_price_meters_overage_price_not_negative check (overage_price_minor >= 0),
+  constraint plan_price_meters_overage_unit_positive check (overage_unit > 0),
+  constraint plan_price_meters_limit_range check (limit_units >= -1)
+);
+
+create index idx_plan_price_meters_meter on public.plan_price_meters (meter_key);
+
+revoke all on public.plan_price_meters from anon, authenticated, service_role;
+grant select on public.plan_price_meters to anon, authenticated, service_role;
+alter table public.plan_price_meters enable row level security;
+alter table public.plan_price_meters force row level security;
+create policy "What a price includes is seen by those who see the price" on public.plan_price_meters
+  for select to anon, authenticated using (plan_price_id in (select price.id from public.plan_prices as price));
+
+comment on table public.plan_price_meters is
+  'What one price says about one meter: units included a period, the price beyond them, and the limit.';
+comment on column public.plan_price_meters.included_units is
+  'Units a billing period that the base price covers; null or -1 is all of them. A yearly price includes twelve months'' worth.';
+comment on column public.plan_price_meters.overage_price_minor is
+  'Price of each `overage_unit` beyond the included units, by the unit and not by started multiples; null is not sold.';
+comment on column public.plan_price_meters.overage_unit is 'How many units the overage price is for: 60 prices seconds by the minute.';
+comment on column public.plan_price_meters.limit_units is
+  'Units a billing period after which a hard meter refuses; null or -1 is unlimited.';
+comment on column public.plan_price_meters.hard is 'Whether the limit refuses new use. A meter with an overage price never refuses.';
+
+create function private.refuse_price_change() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  if tg_op = 'UPDATE' and tg_table_name = 'plan_prices'
+    and (to_jsonb(new) - 'retired_at') = (to_jsonb(old) - 'retired_at') then
+    return new;
+  end if;
+  -- A version that nobody has bought yet may still be corrected or removed.
+  if not exists (
+    select from public.subscriptions as subscription
+    where subscription.plan_price_id = case
+      when tg_table_name = 'plan_prices' then (to_jsonb(old) ->> 'id')::uuid
+      else (to_jsonb(coalesce(old, new)) ->> 'plan_price_id')::uuid
+    end
+  ) then
+    return case when tg_op = 'DELETE' then old else new end;
+  end if;
+  raise exception 'a price that was sold does not change: insert the next version instead' using errcode = '23514';
+end
+$$;
+revoke all on function private.refuse_price_change() from public;
+comment on function private.refuse_price_change() is 'Trigger: keeps every price that somebody subscribed to as it was sold.';
+
+create trigger plan_prices_are_versioned before update or delete on public.plan_prices
+  for each row execute function private.refuse_price_change();
+create trigger plan_price_meters_are_versioned before insert or update or delete on public.plan_price_meters
+  for each row execute function private.refuse_price_change();
+
+-- Subscriptions -------------------------------------------------------------------------------------------------------------------
+
+create table public.subscriptions (
+  id                   uuid primary key default gen_random_uuid(),
+  organization_id      uuid not null references public.organizations (id) on delete restrict,
+  plan_id              uuid not null references public.subscription_plans (id) on delete restrict,
+  plan_price_id        uuid not null references public.plan_prices (id) on delete restrict,
+  next_plan_price_id   uuid references public.plan_prices (id) on delete restrict,
+  status               public.subscription_status not null,
+  billing_cycle        public.billing_cycle not null,
+  timezone             text not null,
+  anchor_on            date not null,
+  period_no            integer not null default 0,
+  current_period_start timestamptz not null,
+  current_period_end   timestamptz not null,
+  trial_ends_at        timestamptz,
+  next_invoice_at      timestamptz,
+  billing_hold         text,
+  cancel_at_period_end boolean not null default false,
+  cancelled_at         timestamptz,
+  metadata             jsonb not null default '{}',
+  created_at           timestamptz not null default private.clock_now(),
+  updated_at           timestamptz not null default private.clock_now(),
+  constraint subscriptions_tenant_key unique (organization_id, id),
+  constraint subscriptions_period_ordered check (current_period_start < current_period_end),
+  constraint subscriptions_period_no_range check (period_no >= -1),
+  constraint subscriptions_trial_has_end check (status <> 'trialing' or trial_ends_at is not null)
+);
+
+create index idx_subscriptions_org_id on public.subscriptions (organization_id);
+create index idx_subscriptions_plan on public.subscriptions (plan_id);
+create index idx_subscriptions_price on public.subscriptions (plan_price_id);
+create index idx_subscriptions_next_price on public.subscriptions (next_plan_price_id) where next_plan_price_id is not null;
+create index idx_subscriptions_due on public.subscriptions (next_invoice_at, id) where billing_hold is null;
+create index idx_subscriptions_trial_end on public.subscriptions (trial_ends_at) where status = 'trialing';
+create unique index idx_subscriptions_one_live on public.subscriptions (organization_id)
+  where status not in ('cancelled', 'inactive');
+
+revoke all on public.subscriptions from anon, authenticated, service_role;
+grant select on public.subscriptions to authenticated, service_role;
+alter table public.subscriptions enable row level security;
+alter table public.subscriptions force row level security;
+create policy "Members who may see billing see the subscriptions" on public.subscriptions
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+create trigger update_modified_column before update on public.subscriptions
+  for each row execute function private.update_modified_column();
+
+comment on table public.subscriptions is
+  'Which price an organization is on, and which billing period it is in. At most one of its rows is live.';
+comment on column public.subscriptions.plan_price_id is 'The price version that was sold; a later version does not touch it.';
+comment on column public.subscriptions.next_plan_price_id is 'The price that takes over when the current period has been billed.';
+comment on column public.subscriptions.timezone is
+  'The organization''s time zone when it subscribed: it decides days and periods as long as the subscription lives.';
+comment on column public.subscriptions.anchor_on is
+  'The local date from which every period is computed, so that 31 January gives 29 February and then 31 March.';
+comment on column public.subscriptions.period_no is
+  'The current period begins this many billing cycles after the anchor; -1 is the trial of a plan that charges.';
+comment on column public.subscriptions.current_period_start is 'The first instant of the period: midnight of a local day.';
+comment on column public.subscriptions.current_period_end is 'The first instant that is no longer in the period.';
+comment on column public.subscriptions.next_invoice_at is 'When the current period is closed and billed; null when nothing more is billed.';
+comment on column public.subscriptions.billing_hold is
+  'Why billing stopped for this subscription, for a person to look at; null while all is well.';
+
+-- A plan made for one customer is not on offer, but its subscriber reads it; which subscriptions a user sees is decided above.
+create policy "Signed-in users see the plans on offer and their own" on public.subscription_plans
+  for select to authenticated using (
+    (is_active and is_public)
+    or id in (select subscription.plan_id from public.subscriptions as subscription)
+  );
+
+-- Usage ---------------------------------------------------------------------------------------------------------------------------
+
+create table public.usage_logs (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null references public.organizations (id) on delete restrict,
+  feature_key     text not null references public.meters (key) on delete restrict,
+  usage_count     bigint not null default 0,
+  reserved        bigint not null default 0,
+  period_start    date not null,
+  period_end      date not null,
+  closed_at       timestamptz,
+  metadata        jsonb not null default '{}',
+  created_at      timestamptz not null default private.clock_now(),
+  constraint usage_logs_tenant_key unique (organization_id, id),
+  constraint usage_logs_period_key unique (organization_id, feature_key, period_start),
+  constraint usage_logs_periods_apart exclude using gist (
+    organization_id with =, feature_key with =, daterange(period_start, period_end) with &&
+  ),
+  constraint usage_logs_period_ordered check (period_start < period_end),
+  constraint usage_logs_count_not_negative check (usage_count >= 0),
+  constraint usage_logs_reserved_not_negative check (reserved >= 0)
+) with (fillfactor = 50);
+
+create index idx_usage_logs_org_period on public.usage_logs (organization_id, period_start, period_end);
+create index idx_usage_logs_meter on public.usage_logs (feature_key);
+
+revoke all on public.usage_logs from anon, authenticated, service_role;
+grant select on public.usage_logs to authenticated, service_role;
+alter table public.usage_logs enable row level security;
+alter table public.usage_logs force row level security;
+create policy "Members who may see usage see the counters" on public.usage_logs
+  for select to authenticated using (organization_id = (select private.org_with('usage.view')));
+
+comment on table public.usage_logs is
+  'The counter of one meter in one billing period: what was used, and what is held for calls under way. Quotas are judged by it.';
+comment on column public.usage_logs.feature_key is 'The meter.';
+comment on column public.usage_logs.usage_count is 'Units used in the period; equals the sum of usage_days over it.';
+comment on column public.usage_logs.reserved is
+  'Units held for calls that have not ended; a hold stays in the period in which it was taken.';
+comment on column public.usage_logs.period_start is 'First local day of the period.';
+comment on column public.usage_logs.period_end is 'First local day after the period.';
+comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later counts in the next one.';
+
+create table public.usage_days (
+  organization_id uuid not null references public.organizations (id) on delete restrict,
+  meter_key       text not null references public.meters (key) on delete restrict,
+  day             date not null,
+  quantity        bigint not null default 0,
+  events          bigint not null default 0,
+  constraint usage_days_pkey primary key (organization_id, meter_key, day),
+  constraint usage_days_quantity_not_negative check (quantity >= 0),
+  constraint usage_days_events_not_negative check (events >= 0)
+) with (fillfactor = 50);
+
+create index idx_usage_days_meter on public.usage_days (meter_key);
+
+revoke all on public.usage_days from anon, authenticated, service_role;
+grant select on public.usage_days to authenticated, service_role;
+alter table public.usage_days enable row level security;
+alter table public.usage_days force row level security;
+create policy "Members who may see usage see the days" on public.usage_days
+  for select to authenticated using (organization_id = (select private.org_with('usage.view')));
+
+comment on table public.usage_days is 'Usage of one meter on one day of the organization''s own calendar. Invoices are summed from it.';
+comment on column public.usage_days.day is 'The local day, by the time zone of the subscription.';
+comment on column public.usage_days.quantity is 'Units used that day.';
+comment on column public.usage_days.events is 'How many events they came in.';
+
+create table private.usage_keys (
+  organization_id uuid not null references public.organizations (id) on delete restrict,
+  source          text not null,
+  key             text not null,
+  body_hash       bytea,
+  constraint usage_keys_pkey primary key (organization_id, source, key)
+) partition by hash (organization_id);
+
+do $$
+begin
+  for part in 0..7 loop
+    execute format(
+      'create table private.usage_keys_%s partition of private.usage_keys for values with (modulus 8, remainder %s)', part, part);
+    perform private.close_table('private.usage_keys_' || part);
+    execute format('comment on table private.usage_keys_%s is %L', part, 'Keys of one eighth of the organizations.');
+  end loop;
+end
+$$;
+select private.close_table('private.usage_keys');
+
+comment on table private.usage_keys is
+  'Every idempotency key ever counted, for ever: not split by time, since uniqueness would then depend on the event''s time.';
+comment on column private.usage_keys.source is
+  'Who counted: `call` is the platform itself, anything else is an organization''s own system.';
+comment on column private.usage_keys.key is 'The event''s id in its source; for a call the attempt''s id.';
+comment on column private.usage_keys.body_hash is
+  'First 16 bytes of the SHA-256 of what was said under this key; null for a call that ended without a billed second.';
+
+create table private.usage_events (
+  id              uuid not null default private.uuid_v7(),
+  organization_id uuid not null,
+  meter_key       text not null,
+  source          text not null,
+  key             text not null,
+  quantity        bigint not null,
+  occurred_at     timestamptz not null,
+  day             date not null,
+  recorded_at     timestamptz not null,
+  constraint usage_events_pkey primary key (occurred_at, id),
+  constraint usage_events_quantity_positive check (quantity > 0)
+) partition by range (occurred_at);
+
+select private.close_table('private.usage_events');
+
+comment on table private.usage_events is
+  'Every event that was counted, append-only, split by month of occurrence (UTC). Its key row ties it to the organization.';
+comment on column private.usage_events.occurred_at is 'When it happened, in business time.';
+comment on column private.usage_events.day is
+  'The local day it was counted on; later than the day it occurred on when that day''s period was already billed.';
+comment on column private.usage_events.recorded_at is 'When it was counted, in business time.';
+
+create function private.refuse_event_change() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  -- Making a month's partition moves what waits for it in the default one.
+  if tg_op = 'DELETE' and tg_table_name = 'usage_events_default' then
+    return old;
+  end if;
+  raise exception 'usage events are evidence: they are added, never changed' using errcode = '23514';
+end
+$$;
+revoke all on function private.refuse_event_change() from public;
+comment on function private.refuse_event_change() is 'Trigger: keeps usage events append-only.';
+
+create trigger usage_events_are_append_only before update or delete on private.usage_events
+  for each row execute function private.refuse_event_change();
+
+select private.ensure_partitions('private.usage_events', private.clock_now());

@@ -1,0 +1,1557 @@
+-- What call-dispatch calls, and what ends an attempt. The locks are always taken in the order that 06_campaigns_and_calling.sql names.
+
+
+-- The calling window --------------------------------------------------------------------------------------------------------------
+
+create function private.calling_window(
+  at timestamptz, zone text, time_start time, time_end time, start_date date, end_date date,
+  out opens_at timestamptz, out closes_at timestamptz
+)
+language sql stable set search_path = '' as $$
+  select
+    (day.value + piece.opens)::timestamp at time zone zone,
+    (day.value + piece.closes)::timestamp at time zone zone
+  from (
+      select greatest((at at time zone zone)::date, start_date) + ahead as value
+      from generate_series(0, 2) as ahead
+    ) as day
+    cross join (
+      -- A window over midnight is two pieces of a day; what the law leaves of either is between 09:00 and 21:00.
+      select greatest(part.opens, time '09:00') as opens, least(part.closes, time '21:00') as closes
+      from (
+        values
+          (time_start, case when time_start < time_end then time_end else time '24:00' end),
+          (case when time_start >= time_end then time '00:00' end, time_end)
+      ) as part (opens, closes)
+    ) as piece
+  where piece.opens < piece.closes
+    and (end_date is null or day.value <= end_date)
+    and (day.value + piece.closes)::timestamp at time zone zone > at
+  order by 1
+  limit 1
+$$;
+comment on function private.calling_window(timestamptz, text, time, time, date, date) is
+  'The stretch in which somebody in a zone may be called: the one that is open, or else the next; null when there is none. '
+  'The opening minute belongs to it, the closing one does not.';
+
+create function private.recent_dials(callee text, at timestamptz) returns timestamptz[]
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select array_agg(dial.at order by dial.at desc)
+    from (
+      -- Each dial is placed at its end, the latest moment at which the phone can have rung.
+      select coalesce(log.ended_at, log.submitted_at) as at
+      from public.call_logs as log
+      where log.callee_number = callee
+        and log.dialled
+        and log.direction = 'outbound'
+        and log.submitted_at > recent_dials.at - interval '30 hours'
+      order by log.submitted_at desc
+      limit 2
+    ) as dial
+  );
+end
+$$;
+comment on function private.recent_dials(text, timestamptz) is
+  'When a number was last dialled, and the time before, by whichever organization: 60 minutes lie between two dials, and two are all in 24 hours.';
+
+create function private.whole_minute(moment timestamptz) returns timestamptz
+language sql stable set search_path = '' as $$
+  select date_trunc('minute', moment + interval '59.999999 seconds')
+$$;
+comment on function private.whole_minute(timestamptz) is
+  'The moment, or the next full minute: what falls due together is released together.';
+
+
+-- The end of an attempt -----------------------------------------------------------------------------------------------------------
+
+create function private.lock_attempts(attempts uuid[]) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  perform from public.call_logs as log where log.id = any (attempts) order by log.id for no key update;
+  perform
+  from public.call_queue as queue
+  where queue.id in (select log.queue_id from public.call_logs as log where log.id = any (attempts))
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where (member.organization_id, member.campaign_id, member.lead_id) in (
+    select log.organization_id, log.campaign_id, log.lead_id from public.call_logs as log where log.id = any (attempts)
+  )
+  order by member.id
+  for no key update;
+  perform
+  from public.leads as lead
+  where lead.id in (select log.lead_id from public.call_logs as log where log.id = any (attempts))
+  order by lead.id
+  for no key update;
+  perform
+  from public.campaigns as campaign
+  where campaign.id in (select log.campaign_id from public.call_logs as log where log.id = any (attempts))
+  order by campaign.id
+  for no key update;
+end
+$$;
+comment on function private.lock_attempts(uuid[]) is
+  'Locks attempts and all that ending them touches, table by table and by id: who ends several calls this first.';
+
+create function private.write_attempt(attempt public.call_logs) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  update public.call_logs as log
+  set
+    status = attempt.status,
+    call_status = attempt.call_status,
+    call_sid = attempt.call_sid,
+    dialled = attempt.dialled,
+    refusal_reason = attempt.refusal_reason,
+    lease_until = attempt.lease_until,
+    submitted_at = attempt.submitted_at,
+    ringing_at = attempt.ringing_at,
+    answered_at = attempt.answered_at,
+    ended_at = attempt.ended_at,
+    duration = attempt.duration,
+    bill_duration_seconds = attempt.bill_duration_seconds,
+    carrier_cost_micros = attempt.carrier_cost_micros,
+    carrier_cost_currency = attempt.carrier_cost_currency,
+    hangup_cause_code = attempt.hangup_cause_code,
+    hangup_cause_name = attempt.hangup_cause_name,
+    hangup_source = attempt.hangup_source,
+    machine = attempt.machine,
+    recording_url = attempt.recording_url,
+    recording_id = attempt.recording_id,
+    recording_seconds = attempt.recording_seconds,
+    disconnect_reason = attempt.disconnect_reason
+  where log.id = attempt.id;
+end
+$$;
+comment on function private.write_attempt(public.call_logs) is 'Writes what events and dialling change of an attempt; its row is locked already.';
+
+create function private.next_dial_at(attempt public.call_logs, campaign public.campaigns, earliest timestamptz) returns timestamptz
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  dials timestamptz[] := private.recent_dials(attempt.callee_number, attempt.ended_at);
+  free  timestamptz := greatest(earliest, dials[1] + interval '60 minutes', dials[2] + interval '24 hours');
+  zone  text;
+begin
+  select known.name into zone
+  from public.leads as lead
+  join private.timezones as known on known.name = coalesce(nullif(lead.timezone, ''), campaign.timezone)
+  where lead.organization_id = attempt.organization_id and lead.id = attempt.lead_id;
+  if zone is not null then
+    free := greatest(free, (
+      private.calling_window(free, zone, campaign.time_start, campaign.time_end, campaign.start_date, campaign.end_date)
+    ).opens_at);
+  end if;
+  return private.whole_minute(free);
+end
+$$;
+comment on function private.next_dial_at(public.call_logs, public.campaigns, timestamptz) is
+  'When a lead may be called again, not before a given time: gap, caps and window as they look now. The release judges anew.';
+
+create function private.end_attempt(
+  attempt public.call_logs, outcome public.call_outcome, at timestamptz,
+  due timestamptz default null, closing public.campaign_lead_status default null, reason text default null
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queue    public.call_queue;
+  member   public.campaign_leads;
+  campaign public.campaigns;
+  -- Want of capacity or time is not the lead's doing, and neither is a gate that closed.
+  counted  boolean := outcome not in ('capacity', 'expired') and due is null and closing is null;
+  attempts smallint;
+  next_at  timestamptz := due;
+  final    public.campaign_lead_status := closing;
+  completes boolean;
+begin
+  attempt.status := 'ended';
+  attempt.call_status := outcome;
+  attempt.ended_at := coalesce(attempt.ended_at, greatest(at, attempt.created_at));
+  attempt.refusal_reason := coalesce(reason, attempt.refusal_reason);
+  attempt.lease_until := null;
+  if attempt.dialled then
+    attempt.disconnect_reason := coalesce(attempt.disconnect_reason, outcome::text);
+  end if;
+
+  select waiting.* into queue
+  from public.call_queue as waiting
+  where waiting.organization_id = attempt.organization_id and waiting.id = attempt.queue_id
+  for no key update;
+  select enrolled.* into member
+  from public.campaign_leads as enrolled
+  where enrolled.organization_id = attempt.organization_id
+    and enrolled.campaign_id = attempt.campaign_id
+    and enrolled.lead_id = attempt.lead_id
+  for no key update;
+  perform private.write_attempt(attempt);
+  if attempt.dialled then
+    update public.leads as lead
+    set call_log_id = attempt.id, call_status = outcome, last_contacted_at = attempt.ended_at
+    where lead.organization_id = attempt.organization_id and lead.id = attempt.lead_id;
+  end if;
+
+  if queue.status = 'processing' then
+    select running.* into campaign
+    from public.campaigns as running
+    where running.id = attempt.campaign_id
+    for no key update;
+
+    attempts := queue.attempt_count + counted::integer;
+    if final is null and next_at is null then
+      if outcome = 'answered' then
+        final := 'called';
+      elsif not counted then
+        next_at := at + interval '1 minute';
+      elsif attempts < queue.max_attempts then
+        select private.next_dial_at(attempt, campaign, attempt.ended_at + rule.delay) into next_at
+        from private.retry_rules as rule
+        where rule.outcome = end_attempt.outcome
+          and rule.nth = (
+            select count(*)
+            from public.call_logs as log
+            where log.organization_id = attempt.organization_id
+              and log.queue_id = queue.id
+              and log.call_status = end_attempt.outcome
+          );
+      end if;
+      if final is null and next_at is null then
+        final := 'failed';
+      end if;
+    end if;
+    if final is null and campaign.status not in ('scheduled', 'running', 'paused') then
+      final := 'skipped';
+      reason := 'campaign_' || campaign.status;
+    end if;
+    completes := final is not null and campaign.open_leads = 1 and campaign.auto_complete and campaign.status in ('running', 'paused');
+
+    update public.call_queue as waiting
+    set
+      status = case when final is null then 'queued' when final = 'called' then 'completed' else 'failed' end::public.queue_status,
+      attempt_count = attempts,
+      next_retry_at = coalesce(next_at, waiting.next_retry_at),
+      wait_reason = case when final is null then coalesce(reason, 'retry_' || outcome) end,
+      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end
+    where waiting.id = queue.id;
+    update public.campaign_leads as enrolled
+    set
+      status = coalesce(final, 'queued'),
+      attempt_count = attempts,
+      call_log_id = attempt.id,
+      last_call_attempt_at = case when attempt.dialled then attempt.submitted_at else enrolled.last_call_attempt_at end,
+      skip_reason = case when final in ('skipped', 'opted_out') then coalesce(reason, outcome::text) end,
+      opted_out_at = case when final = 'opted_out' then at end
+    where enrolled.id = member.id;
+  end if;
+
+  if campaign.id is not null and (final is not null or attempt.dialled) then
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - (final is not null)::integer,
+      total_calls = running.total_calls + attempt.dialled::integer,
+      answered_calls = running.answered_calls + (attempt.dialled and outcome = 'answered')::integer,
+      status = case when completes then 'completed' else running.status end,
+      completed_at = case when completes then at else running.completed_at end
+    where running.id = campaign.id;
+    if completes then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end if;
+
+  perform private.meter_call(attempt, at);
+  if attempt.dialled then
+    perform private.emit(
+      attempt.organization_id, 'call.ended', attempt.id::text,
+      jsonb_build_object(
+        'call_id', attempt.id, 'campaign_id', attempt.campaign_id, 'lead_id', attempt.lead_id, 'attempt_no', attempt.attempt_no,
+        'outcome', outcome, 'answered_at', attempt.answered_at, 'ended_at', attempt.ended_at, 'duration_seconds', attempt.duration,
+        'billed_seconds', attempt.bill_duration_seconds, 'lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at
+      ),
+      at
+    );
+  end if;
+  -- A slot is free: whoever waits for it need not wait for the next minute.
+  if not coalesce(completes, false) and campaign.status = 'running' and exists (
+    select
+    from public.call_queue as waiting
+    where waiting.campaign_id = campaign.id and waiting.status = 'queued' and waiting.next_retry_at <= at
+  ) then
+    perform private.nudge('call-dispatch');
+  end if;
+end
+$$;
+comment on function private.end_attempt(
+  public.call_logs, public.call_outcome, timestamptz, timestamptz, public.campaign_lead_status, text
+) is
+  'Ends a locked attempt, once, and settles all that hangs on it in one transaction: queue, lead, campaign, usage, outbox. '
+  'due puts the lead back until then and closing ends it, both without counting the attempt; else the retry rules decide.';
+
+create function private.campaign_completed(organization uuid, campaign_id uuid, at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  perform private.emit(
+    organization, 'campaign.completed', campaign_id::text, jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
+  );
+  perform private.audit(organization, 'campaign.completed', 'campaign', campaign_id, '{}', at);
+end
+$$;
+comment on function private.campaign_completed(uuid, uuid, timestamptz) is 'Tells that a campaign is complete; whoever completed it calls this in the same transaction.';
+
+create function private.amend_attempt(
+  attempt public.call_logs, amended public.call_logs, outcome public.call_outcome, at timestamptz
+) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queue    public.call_queue;
+  member   public.campaign_leads;
+  campaign public.campaigns;
+  -- A guess gives way to what the carrier says, and a call without a second of talk to the reason why there was none.
+  corrects boolean := coalesce(
+    outcome <> attempt.call_status
+    and (
+      attempt.call_status in ('lost', 'expired')
+      or not attempt.dialled and amended.dialled
+      or outcome = 'answered' and attempt.call_status in ('failed', 'no_answer', 'cancelled') and amended.answered_at is not null
+      or attempt.call_status = 'answered' and outcome in ('busy', 'no_answer', 'rejected', 'machine')
+        and coalesce(amended.duration, 0) = 0 and coalesce(amended.bill_duration_seconds, 0) = 0
+    ),
+    false
+  );
+  completes boolean := false;
+begin
+  if outcome = 'answered' and amended.machine then
+    outcome := 'machine';
+    corrects := corrects and attempt.call_status <> 'machine';
+  end if;
+  if corrects then
+    amended.call_status := outcome;
+    amended.disconnect_reason := outcome;
+  end if;
+  if amended is not distinct from attempt then
+    return false;
+  end if;
+
+  if corrects or amended.dialled <> attempt.dialled then
+    select waiting.* into queue
+    from public.call_queue as waiting
+    where waiting.organization_id = attempt.organization_id and waiting.id = attempt.queue_id
+    for no key update;
+    select enrolled.* into member
+    from public.campaign_leads as enrolled
+    where enrolled.organization_id = attempt.organization_id
+      and enrolled.campaign_id = attempt.campaign_id
+      and enrolled.lead_id = attempt.lead_id
+    for no key update;
+  end if;
+  perform private.write_attempt(amended);
+  if corrects then
+    update public.leads as lead
+    set call_status = outcome
+    where lead.organization_id = attempt.organization_id and lead.id = attempt.lead_id and lead.call_log_id = attempt.id;
+  end if;
+
+  if queue.id is not null then
+    select running.* into campaign from public.campaigns as running where running.id = attempt.campaign_id for no key update;
+    -- Somebody who did answer, and waits to be called again for nothing, is left in peace.
+    if corrects and outcome = 'answered' and queue.status = 'queued' then
+      completes := campaign.open_leads = 1 and campaign.auto_complete and campaign.status in ('running', 'paused');
+      update public.call_queue as waiting
+      set status = 'completed', wait_reason = null, last_error = null
+      where waiting.id = queue.id;
+    end if;
+    if corrects and outcome = 'answered' and queue.status in ('queued', 'failed') and member.call_log_id = attempt.id then
+      update public.campaign_leads as enrolled set status = 'called', skip_reason = null where enrolled.id = member.id;
+    end if;
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - (corrects and outcome = 'answered' and queue.status = 'queued')::integer,
+      total_calls = running.total_calls + (amended.dialled and not attempt.dialled)::integer,
+      answered_calls = running.answered_calls
+        + (amended.dialled and amended.call_status = 'answered')::integer - (attempt.dialled and attempt.call_status = 'answered')::integer,
+      status = case when completes then 'completed' else running.status end,
+      completed_at = case when completes then at else running.completed_at end
+    where running.id = campaign.id;
+    if completes then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end if;
+  if amended.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+    perform private.meter_call(amended, at);
+  end if;
+  return true;
+end
+$$;
+comment on function private.amend_attempt(public.call_logs, public.call_logs, public.call_outcome, timestamptz) is
+  'Adds to an ended attempt what came late: cost, recording, seconds not yet counted, a better reason. It never ends twice. False if nothing was new.';
+
+
+-- release_calls -------------------------------------------------------------------------------------------------------------------
+
+create type private.candidate as (
+  queue_id             uuid,
+  organization_id      uuid,
+  campaign_id          uuid,
+  lead_id              uuid,
+  project_id           uuid,
+  callee_number        text,
+  caller_number        text,
+  carrier_account_id   uuid,
+  attempt_no           integer,
+  agent_id             uuid,
+  record_call          boolean,
+  ring_timeout_seconds integer,
+  max_call_seconds     integer,
+  turn                 bigint,
+  closes_at            timestamptz,
+  verdict              text,
+  due                  timestamptz
+);
+comment on type private.candidate is
+  'A queue row as release_calls() judges it. No verdict: it may be dialled until closes_at. A verdict with due: it waits. Without: it is over.';
+
+create function private.judge_candidates(at timestamptz, budget integer, passed uuid[]) returns private.candidate[]
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  judged private.candidate[];
+begin
+  with calls as materialized (
+    select log.organization_id, log.campaign_id, count(*) as number
+    from public.call_logs as log
+    where log.status <> 'ended'
+    group by log.organization_id, log.campaign_id
+  ),
+  ready as materialized (
+    -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
+    select campaign.*, organization.caller_id
+    from public.campaigns as campaign
+    join public.organizations as organization on organization.id = campaign.organization_id
+    where campaign.status = 'running'
+      and private.dispatch_obstacle(campaign.organization_id, at) is null
+      and campaign.max_concurrent_calls
+        > coalesce((select sum(calls.number) from calls where calls.campaign_id = campaign.id), 0)
+      and organization.max_concurrent_calls
+        > coalesce((select sum(calls.number) from calls where calls.organization_id = organization.id), 0)
+      and exists (
+        select
+        from public.call_queue as queue
+        where queue.campaign_id = campaign.id and queue.status = 'queued' and queue.next_retry_at <= at
+      )
+    order by random()
+    limit budget
+  ),
+  picked as materialized (
+    select queue.id
+    from ready
+    cross join lateral (
+      -- Priority by priority, each by an index from its oldest due row on: however many others wait.
+      with recursive level (priority) as (
+        select max(top.priority)::integer
+        from public.call_queue as top
+        where top.campaign_id = ready.id and top.status = 'queued'
+        union all
+        select (
+          select max(lower.priority)
+          from public.call_queue as lower
+          where lower.campaign_id = ready.id and lower.status = 'queued' and lower.priority < level.priority
+        )::integer
+        from level
+        where level.priority is not null
+      )
+      select due.id
+      from level
+      cross join lateral (
+        select waiting.id
+        from public.call_queue as waiting
+        where waiting.campaign_id = ready.id
+          and waiting.status = 'queued'
+          and waiting.priority = level.priority
+          and waiting.next_retry_at <= at
+          and waiting.id <> all (passed)
+        order by waiting.next_retry_at
+        limit greatest(budget / (select count(*) from ready), 5)
+      ) as due
+      limit greatest(budget / (select count(*) from ready), 5)
+    ) as queue
+  ),
+  locked as materialized (
+    select
+      queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.priority, queue.next_retry_at, queue.dispatch_count,
+      lead.project_id, lead.phone, lead.timezone, lead.recording_consent, lead.do_not_call, lead.abuse_flag, lead.archived_at
+    from public.call_queue as queue
+    join public.leads as lead on lead.organization_id = queue.organization_id and lead.id = queue.lead_id
+    where queue.id = any (array(select picked.id from picked)) and queue.status = 'queued' and queue.next_retry_at <= at
+    for no key update of queue skip locked
+    for key share of lead skip locked
+  ),
+  zoned as materialized (
+    select locked.*, zone.name as zone
+    from locked
+    join ready on ready.id = locked.campaign_id
+    left join private.timezones as zone on zone.name = coalesce(nullif(locked.timezone, ''), ready.timezone)
+  ),
+  stretches as materialized (
+    select place.campaign_id, place.zone, stretch.opens_at, stretch.closes_at
+    from (select distinct zoned.campaign_id, zoned.zone from zoned where zoned.zone is not null) as place
+    join ready on ready.id = place.campaign_id
+    cross join lateral private.calling_window(
+      at, place.zone, ready.time_start, ready.time_end, ready.start_date, ready.end_date
+    ) as stretch
+  ),
+  seen as materialized (
+    select
+      zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      exists (
+        select
+        from public.suppressions as suppression
+        where suppression.organization_id = zoned.organization_id and suppression.phone_number = zoned.phone
+      ) as suppressed,
+      exists (
+        select
+        from public.call_logs as live
+        where live.callee_number = zoned.phone and live.direction = 'outbound' and live.status <> 'ended'
+      ) as in_call
+    from zoned
+    left join stretches on stretches.campaign_id = zoned.campaign_id and stretches.zone = zoned.zone
+  ),
+  gated as (
+    select
+      seen.*,
+      case
+        when seen.do_not_call or seen.suppressed then 'opted_out'
+        when seen.abuse_flag then 'abuse'
+        when seen.archived_at is not null then 'archived'
+        when seen.phone is null then 'no_phone'
+        when seen.zone is null then 'bad_timezone'
+        when seen.opens_at is null then 'campaign_over'
+        when seen.opens_at > at then 'outside_window'
+        when seen.in_call then 'number_in_call'
+        when seen.dials[2] + interval '24 hours' > at then 'daily_cap'
+        when seen.dials[1] + interval '60 minutes' > at then 'min_gap'
+      end as verdict
+    from seen
+  ),
+  single as (
+    select
+      gated.*,
+      case
+        -- The same number twice in one batch: the second waits for the first.
+        when gated.verdict is null and row_number() over (
+          partition by gated.verdict, gated.phone order by gated.priority desc, gated.next_retry_at, gated.id
+        ) > 1 then 'number_in_call'
+        else gated.verdict
+      end as final_verdict
+    from gated
+  ),
+  ranked as (
+    select
+      single.*,
+      row_number() over (
+        partition by single.campaign_id, single.final_verdict order by single.priority desc, single.next_retry_at, single.id
+      ) as turn
+    from single
+  )
+  select array_agg(
+    row(
+      ranked.id, ranked.organization_id, ranked.campaign_id, ranked.lead_id, coalesce(ranked.project_id, ready.project_id), ranked.phone,
+      number.phone_number, number.carrier_account_id, ranked.dispatch_count + 1, ready.agent_id,
+      ready.record_calls and ranked.recording_consent, ready.ring_timeout_seconds, ready.max_call_seconds,
+      ranked.turn, ranked.closes_at, ranked.final_verdict,
+      case ranked.final_verdict
+        when 'bad_timezone' then at + interval '1 day'
+        when 'campaign_over' then at + interval '1 day'
+        when 'outside_window' then ranked.opens_at
+        when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
+        when 'daily_cap' then private.whole_minute(greatest(ranked.dials[2] + interval '24 hours', ranked.dials[1] + interval '60 minutes'))
+        when 'min_gap' then private.whole_minute(ranked.dials[1] + interval '60 minutes')
+      end
+    )::private.candidate
+  )
+  into judged
+  from ranked
+  join ready on ready.id = ranked.campaign_id
+  left join lateral (
+    -- The number it prefers, else the same one for the same callee every time.
+    select number.phone_number, number.carrier_account_id
+    from public.caller_numbers as number
+    join public.carrier_accounts as account on account.id = number.carrier_account_id
+    where number.organization_id = ranked.organization_id and number.is_active and account.is_active and account.dialling_enabled
+    order by (number.phone_number = ready.caller_id) desc nulls last, hashtextextended(number.phone_number || ranked.phone, 0)
+    limit 1
+  ) as number on ranked.final_verdict is null;
+  return coalesce(judged, '{}');
+end
+$$;
+comment on function private.judge_candidates(timestamptz, integer, uuid[]) is
+  'Locks due rows of campaigns that may dial, about a budget of them and as many of each campaign, and judges each by every gate in order.';
+
+create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select
+      case
+        when not tenant.dialling_enabled then 'dialling_disabled'
+        when not exists (
+          select
+          from public.subscriptions as subscription
+          where subscription.organization_id = tenant.id and subscription.status in ('trialing', 'active', 'past_due')
+        ) then 'subscription_inactive'
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+        ) then 'no_caller_number'
+        else (
+          select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
+        )
+      end
+    from public.organizations as tenant
+    where tenant.id = organization
+  );
+end
+$$;
+comment on function private.dispatch_obstacle(uuid, timestamptz) is
+  'Why nothing at all may be dialled for an organization now; null if something may.';
+
+create function private.close_leads(candidates private.candidate[], at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  closed   record;
+  campaign public.campaigns;
+begin
+  update public.call_queue as queue
+  set status = 'failed', last_error = candidate.verdict, wait_reason = null
+  from unnest(candidates) as candidate
+  where queue.id = candidate.queue_id;
+  update public.campaign_leads as member
+  set
+    status = case candidate.verdict when 'opted_out' then 'opted_out' else 'skipped' end::public.campaign_lead_status,
+    skip_reason = candidate.verdict,
+    opted_out_at = case candidate.verdict when 'opted_out' then at end
+  from unnest(candidates) as candidate
+  where member.organization_id = candidate.organization_id
+    and member.campaign_id = candidate.campaign_id
+    and member.lead_id = candidate.lead_id;
+  for closed in
+    select candidate.campaign_id as id, count(*)::integer as leads
+    from unnest(candidates) as candidate
+    group by candidate.campaign_id
+    order by candidate.campaign_id
+  loop
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - closed.leads,
+      status = case when running.open_leads = closed.leads and running.auto_complete then 'completed' else running.status end,
+      completed_at = case when running.open_leads = closed.leads and running.auto_complete then at end
+    where running.id = closed.id
+    returning running.* into campaign;
+    if campaign.status = 'completed' then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end loop;
+end
+$$;
+comment on function private.close_leads(private.candidate[], timestamptz) is
+  'Ends what may never be dialled: queue rows, leads of the campaign, and the campaign when they were its last.';
+
+create function private.choose_candidates(candidates private.candidate[], room integer) returns private.candidate[]
+language sql volatile security definer set search_path = '' as $$
+  with calls as materialized (
+    select log.carrier_account_id, log.organization_id, log.campaign_id, count(*) as number
+    from public.call_logs as log
+    where log.status <> 'ended'
+    group by log.carrier_account_id, log.organization_id, log.campaign_id
+  ),
+  ticket as materialized (
+    select tenant.organization_id, random() as number
+    from (select distinct candidate.organization_id from unnest(candidates) as candidate) as tenant
+  ),
+  of_campaign as (
+    select candidate, candidate.organization_id, candidate.carrier_account_id, candidate.campaign_id, candidate.turn
+    from unnest(candidates) as candidate
+    join public.campaigns as campaign on campaign.id = candidate.campaign_id
+    where candidate.turn <= campaign.max_concurrent_calls
+      - coalesce((select sum(calls.number) from calls where calls.campaign_id = candidate.campaign_id), 0)
+  ),
+  of_organization as (
+    select
+      of_campaign.*,
+      row_number() over (partition by of_campaign.organization_id order by of_campaign.turn, of_campaign.campaign_id) as place
+    from of_campaign
+  ),
+  of_account as (
+    select
+      of_organization.*, ticket.number as ticket,
+      row_number() over (partition by of_organization.carrier_account_id order by of_organization.place, ticket.number) as account_place
+    from of_organization
+    join public.organizations as organization on organization.id = of_organization.organization_id
+    join ticket on ticket.organization_id = of_organization.organization_id
+    where of_organization.place <= organization.max_concurrent_calls
+      - coalesce((select sum(calls.number) from calls where calls.organization_id = of_organization.organization_id), 0)
+  ),
+  first as (
+    select of_account.candidate, of_account.place, of_account.ticket
+    from of_account
+    join public.carrier_accounts as account on account.id = of_account.carrier_account_id
+    where of_account.account_place <= account.max_concurrent_calls
+      - coalesce((select sum(calls.number) from calls where calls.carrier_account_id = of_account.carrier_account_id), 0)
+    order by of_account.place, of_account.ticket
+    limit room
+  )
+  select coalesce(array_agg(first.candidate order by first.place, first.ticket), '{}') from first
+$$;
+comment on function private.choose_candidates(private.candidate[], integer) is
+  'Which candidates have room now: within what their campaign, organization and carrier account may have in flight, one of each organization at a time.';
+
+create function private.lock_releases() returns void
+language sql volatile set search_path = '' as $$
+  select pg_advisory_xact_lock(hashtextextended('trunkline.release_calls', 0))
+$$;
+comment on function private.lock_releases() is
+  'One release at a time: each counts what is in flight and takes what is free. Taken before any row, and by whoever takes rows from it.';
+
+create function private.release_calls(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  wanted     constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 100), 1), 500);
+  attempts   jsonb;
+  candidates private.candidate[];
+  able       private.candidate[] := array[]::private.candidate[];
+  over       private.candidate[] := array[]::private.candidate[];
+  granted    uuid[] := array[]::uuid[];
+  room       integer;
+  moved      integer := 0;
+  given      integer;
+  tenant     record;
+begin
+  perform private.lock_releases();
+
+  -- An attempt whose message was lost is offered again, the same one.
+  with lapsed as (
+    select log.id
+    from public.call_logs as log
+    where log.status = 'created' and log.lease_until < now() and log.not_after > now()
+    order by log.lease_until
+    limit wanted
+    for no key update skip locked
+  ),
+  renewed as (
+    update public.call_logs as log
+    set lease_until = now() + interval '60 seconds'
+    from lapsed
+    where log.id = lapsed.id
+    returning log.id, log.organization_id, log.not_after
+  )
+  select jsonb_agg(jsonb_build_object('id', renewed.id, 'organization_id', renewed.organization_id, 'not_after', renewed.not_after))
+  into attempts
+  from renewed;
+  attempts := coalesce(attempts, '[]');
+  room := wanted - jsonb_array_length(attempts);
+
+  -- Look until there are enough that may be dialled. Who must wait is told why and until when, and steps aside.
+  for round in 1..5 loop
+    exit when cardinality(able) >= room;
+    candidates := private.judge_candidates(
+      at, greatest(2 * room, 50), array(select candidate.queue_id from unnest(able || over) as candidate)
+    );
+    able := able || array(select candidate from unnest(candidates) as candidate where candidate.verdict is null);
+    over := over || array(select candidate from unnest(candidates) as candidate where candidate.verdict is not null and candidate.due is null);
+    update public.call_queue as queue
+    set next_retry_at = candidate.due, wait_reason = candidate.verdict
+    from unnest(candidates) as candidate
+    where queue.id = candidate.queue_id and candidate.due is not null;
+    moved := (select count(*) from unnest(candidates) as candidate where candidate.verdict is not null);
+    exit when moved = 0;
+  end loop;
+  if cardinality(over) > 0 then
+    perform private.close_leads(over, at);
+  end if;
+  able := private.choose_candidates(able, room);
+
+  -- The plan's quota last, organization by organization: nothing but usage counters is locked after a usage counter.
+  for tenant in
+    select candidate.organization_id as id, array_agg(candidate.queue_id order by candidate.turn, candidate.queue_id) as rows
+    from unnest(able) as candidate
+    group by candidate.organization_id
+    order by candidate.organization_id
+  loop
+    given := cardinality(tenant.rows);
+    if not private.reserve_usage(tenant.id, 'ai_calls', given, at) then
+      given := 0;
+      while given < cardinality(tenant.rows) and private.reserve_usage(tenant.id, 'ai_calls', 1, at) loop
+        given := given + 1;
+      end loop;
+    end if;
+    if given < cardinality(tenant.rows) then
+      insert into private.dispatch_holds as hold (organization_id, held_until, reason)
+      values (tenant.id, at + interval '5 minutes', 'quota_exhausted')
+      on conflict (organization_id) do update set held_until = excluded.held_until, reason = excluded.reason;
+    end if;
+    granted := granted || tenant.rows[:given];
+  end loop;
+
+  with attempt as (
+    insert into public.call_logs (
+      organization_id, campaign_id, lead_id, project_id, queue_id, attempt_no, carrier_account_id, caller_number, callee_number,
+      agent_id, record_call, ring_timeout_seconds, time_limit_seconds, created_at, lease_until, not_after
+    )
+    select
+      candidate.organization_id, candidate.campaign_id, candidate.lead_id, candidate.project_id, candidate.queue_id,
+      candidate.attempt_no, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number, candidate.agent_id,
+      candidate.record_call, candidate.ring_timeout_seconds, candidate.max_call_seconds, at,
+      now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
+    from unnest(able) as candidate
+    where candidate.queue_id = any (granted)
+    returning id, organization_id, campaign_id, lead_id, queue_id, not_after
+  ),
+  taken as (
+    update public.call_queue as queue
+    set status = 'processing', dispatch_count = queue.dispatch_count + 1, wait_reason = null
+    from attempt
+    where queue.id = attempt.queue_id
+  ),
+  calling as (
+    update public.campaign_leads as member
+    set status = 'calling'
+    from attempt
+    where member.organization_id = attempt.organization_id
+      and member.campaign_id = attempt.campaign_id
+      and member.lead_id = attempt.lead_id
+  )
+  select attempts || coalesce(
+    jsonb_agg(jsonb_build_object('id', attempt.id, 'organization_id', attempt.organization_id, 'not_after', attempt.not_after)), '[]'
+  )
+  into attempts
+  from attempt;
+
+  -- Full hands, or rows that stepped aside in the last look: another one would find more.
+  return jsonb_build_object('attempts', attempts, 'more', jsonb_array_length(attempts) >= wanted or moved > 0);
+end
+$$;
+comment on function private.release_calls(jsonb, timestamptz) is
+  'Makes attempts of due queue rows, fairly over organizations, through every gate and within every limit, and offers lost ones again.';
+
+create function public.release_calls(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.release_calls($1, private.clock_now())
+$$;
+comment on function public.release_calls(jsonb) is
+  '{"v":1,"limit":100} -> {"attempts":[{"id","organization_id","not_after"}],"more":bool}. Ask again while more is true.';
+
+
+-- begin_dials ---------------------------------------------------------------------------------------------------------------------
+
+create function private.begin_dials(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  asked   uuid[] := array(select distinct item.value::uuid from jsonb_array_elements_text(request -> 'attempts') as item (value));
+  token   uuid := (request ->> 'lease_token')::uuid;
+  shut    jsonb;
+  attempt public.call_logs;
+  reason  text;
+  dials   jsonb;
+  skipped jsonb;
+begin
+  if token is null or cardinality(asked) = 0 then
+    perform private.raise_error(400, 'malformed_request', 'lease_token and attempts are required');
+  end if;
+  perform from public.call_logs as log where log.id = any (asked) order by log.id for no key update;
+
+  -- Every gate that can have closed since the release, once more, at the last moment.
+  select jsonb_object_agg(gate.id, gate.reason) into shut
+  from (
+    select
+      log.id,
+      case
+        when log.not_after <= now() then 'expired'
+        when not account.is_active or not account.dialling_enabled then 'account_disabled'
+        when not organization.dialling_enabled then 'dialling_disabled'
+        when campaign.status <> 'running' then 'campaign_' || campaign.status
+        when lead.do_not_call or exists (
+          select
+          from public.suppressions as suppression
+          where suppression.organization_id = log.organization_id and suppression.phone_number = log.callee_number
+        ) then 'opted_out'
+        when lead.abuse_flag then 'abuse'
+        when lead.archived_at is not null then 'archived'
+        when lead.phone is distinct from log.callee_number then 'number_changed'
+      end as reason
+    from public.call_logs as log
+    join public.organizations as organization on organization.id = log.organization_id
+    join public.carrier_accounts as account on account.id = log.carrier_account_id
+    join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
+    join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
+    where log.id = any (asked) and log.status = 'created'
+  ) as gate
+  where gate.reason is not null;
+
+  if shut is not null then
+    perform private.lock_attempts(array(select closed.key::uuid from jsonb_object_keys(shut) as closed (key)));
+    for attempt in
+      select log.*
+      from public.call_logs as log
+      where log.id::text = any (array(select jsonb_object_keys(shut))) and log.id = any (asked)
+      order by log.organization_id, log.id
+    loop
+      reason := shut ->> attempt.id::text;
+      perform private.end_attempt(
+        attempt,
+        case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
+        at,
+        due := case
+          when reason in ('dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason = 'number_changed' or reason like 'campaign%' then at
+        end,
+        closing := case
+          when reason = 'opted_out' then 'opted_out'
+          when reason in ('abuse', 'archived') then 'skipped'
+        end::public.campaign_lead_status,
+        reason := reason
+      );
+    end loop;
+  end if;
+
+  update public.call_logs as log
+  set
+    status = 'submitting', dialled = true, submitted_at = greatest(at, log.created_at), begun_at = now(),
+    lease_token = token, lease_until = now() + interval '60 seconds'
+  where log.id = any (asked) and log.status = 'created';
+
+  -- Also those that this very caller began before, when the answer was lost on the way.
+  select
+    coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'attempt_id', log.id,
+          'organization_id', log.organization_id,
+          'provider', account.provider,
+          'carrier_account_id', account.id,
+          'account_sid', account.account_sid,
+          'auth_token_sealed', account.auth_token_sealed,
+          'api_base', account.api_base,
+          'from', log.caller_number,
+          'to', log.callee_number,
+          'ring_timeout_seconds', log.ring_timeout_seconds,
+          'time_limit_seconds', log.time_limit_seconds,
+          'record', log.record_call,
+          'agent_id', log.agent_id,
+          'not_after', floor(extract(epoch from log.not_after))::bigint
+        )
+      ) filter (where log.lease_token = token and log.status = 'submitting' and log.lease_until > now() and log.not_after > now()),
+      '[]'
+    )
+  into dials
+  from public.call_logs as log
+  join public.carrier_accounts as account on account.id = log.carrier_account_id
+  where log.id = any (asked);
+
+  select coalesce(
+    jsonb_agg(
+      jsonb_build_object(
+        'attempt_id', wanted.id,
+        'reason', coalesce(
+          shut ->> wanted.id::text,
+          case when log.id is null then 'unknown_attempt' when log.status = 'ended' then 'ended' else 'already_begun' end
+        )
+      )
+    ),
+    '[]'
+  )
+  into skipped
+  from unnest(asked) as wanted (id)
+  left join public.call_logs as log on log.id = wanted.id
+  where not jsonb_path_exists(dials, '$[*] ? (@.attempt_id == $id)', jsonb_build_object('id', wanted.id));
+  return jsonb_build_object('dials', dials, 'skipped', skipped);
+end
+$$;
+comment on function private.begin_dials(jsonb, timestamptz) is
+  'Moves attempts from created to submitting, each once and only once, and says how to dial them. Whoever gets a dial here makes the one request there is.';
+
+create function public.begin_dials(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.begin_dials($1, private.clock_now())
+$$;
+comment on function public.begin_dials(jsonb) is
+  '{"v":1,"lease_token":uuid,"attempts":[uuid]} -> {"dials":[{"attempt_id",…,"not_after":unix seconds}],"skipped":[{"attempt_id","reason"}]}.';
+
+
+-- record_dials --------------------------------------------------------------------------------------------------------------------
+
+create function private.record_dials(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  known    constant text[] := array['accepted', 'refused', 'deferred', 'unknown'];
+  item     jsonb;
+  attempt  public.call_logs;
+  call_id  text;
+  result   text;
+  refusal  public.call_outcome;
+  recorded integer := 0;
+begin
+  perform
+  from public.call_logs as log
+  where log.id in (select (dial.value ->> 'attempt_id')::uuid from jsonb_array_elements(request -> 'results') as dial (value))
+  order by log.id
+  for no key update;
+  perform private.lock_attempts(array(
+    select (dial.value ->> 'attempt_id')::uuid
+    from jsonb_array_elements(request -> 'results') as dial (value)
+    where dial.value ->> 'outcome' in ('refused', 'deferred')
+  ));
+
+  for item in
+    select dial.value
+    from jsonb_array_elements(request -> 'results') as dial (value)
+    join public.call_logs as log on log.id = (dial.value ->> 'attempt_id')::uuid
+    order by log.organization_id, log.id
+  loop
+    result := item ->> 'outcome';
+    call_id := item ->> 'provider_call_id';
+    if result is null or result <> all (known) then
+      perform private.raise_error(400, 'malformed_request', format('There is no dial outcome %L', result), 'outcome');
+    end if;
+    select log.* into attempt from public.call_logs as log where log.id = (item ->> 'attempt_id')::uuid;
+
+    -- A callback may have been faster: what it said stands.
+    if result = 'accepted' then
+      if attempt.call_sid <> call_id then
+        perform private.raise_alarm(
+          attempt, 'duplicate_dial', jsonb_build_object('provider_call_id', call_id, 'bound_to', attempt.call_sid), at
+        );
+      elsif exists (select from public.call_logs as other where other.call_sid = call_id and other.id <> attempt.id) then
+        perform private.raise_alarm(attempt, 'call_id_reused', jsonb_build_object('provider_call_id', call_id), at);
+      else
+        attempt.call_sid := coalesce(attempt.call_sid, call_id);
+      end if;
+      if attempt.status in ('submitting', 'submission_unknown') then
+        attempt.status := 'queued';
+        attempt.lease_until := now() + make_interval(secs => attempt.ring_timeout_seconds + 60);
+      end if;
+      perform private.write_attempt(attempt);
+      recorded := recorded + 1;
+    elsif attempt.status not in ('submitting', 'submission_unknown') then
+      continue;
+    elsif result = 'unknown' then
+      -- It may be ringing: the attempt keeps its place until the carrier has been asked.
+      attempt.status := 'submission_unknown';
+      attempt.lease_until := now() + interval '60 seconds';
+      attempt.refusal_reason := item ->> 'reason';
+      perform private.write_attempt(attempt);
+      recorded := recorded + 1;
+    else
+      -- Proved not dialled.
+      attempt.dialled := false;
+      attempt.hangup_cause_code := coalesce(attempt.hangup_cause_code, item ->> 'code');
+      if result = 'deferred' then
+        perform private.end_attempt(
+          attempt, 'capacity', at,
+          due := at + make_interval(secs => least(greatest(coalesce((item ->> 'retry_after_seconds')::integer, 60), 1), 86400)),
+          reason := 'capacity'
+        );
+      else
+        refusal := case
+          when item ->> 'reason' = any (enum_range(null::public.call_outcome)::text[])
+            and item ->> 'reason' not in ('answered', 'machine', 'lost', 'expired')
+          then item ->> 'reason'
+          else 'failed'
+        end::public.call_outcome;
+        perform private.end_attempt(attempt, refusal, at);
+      end if;
+      recorded := recorded + 1;
+    end if;
+  end loop;
+  return jsonb_build_object('recorded', recorded);
+end
+$$;
+comment on function private.record_dials(jsonb, timestamptz) is
+  'What came of the requests to the carrier: accepted, refused or deferred (both proved not dialled), or unknown, which keeps the attempt for the reconciler.';
+
+create function public.record_dials(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.record_dials($1, private.clock_now())
+$$;
+comment on function public.record_dials(jsonb) is
+  '{"v":1,"results":[{"attempt_id","outcome":"accepted|refused|deferred|unknown","provider_call_id"?,"reason"?,"code"?,"retry_after_seconds"?}]} '
+  '-> {"recorded":n}.';
+
+
+-- reconcile_calls -----------------------------------------------------------------------------------------------------------------
+
+create function private.reconcile_calls(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  most    constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 50), 1), 500);
+  expired uuid[];
+  attempt public.call_logs;
+  stale   jsonb;
+begin
+  -- What was never begun and may not be any more, whose message never came: nobody was called.
+  expired := array(
+    select late.id
+    from (
+      select log.id
+      from public.call_logs as log
+      where log.status = 'created' and log.lease_until < now() and log.not_after <= now()
+      order by log.lease_until
+      limit most
+    ) as late
+    order by late.id
+  );
+  if cardinality(expired) > 0 then
+    perform private.lock_attempts(expired);
+    for attempt in
+      select log.*
+      from public.call_logs as log
+      where log.id = any (expired) and log.status = 'created'
+      order by log.organization_id, log.id
+    loop
+      perform private.end_attempt(attempt, 'expired', at);
+    end loop;
+  end if;
+
+  with lapsed as (
+    select log.id
+    from public.call_logs as log
+    where log.status in ('submitting', 'submission_unknown', 'queued', 'initiated', 'ringing', 'in_progress')
+      and log.direction = 'outbound'
+      and log.lease_until < now()
+    order by log.lease_until
+    limit most
+    for no key update skip locked
+  ),
+  claimed as (
+    update public.call_logs as log
+    set lease_until = now() + interval '60 seconds'
+    from lapsed
+    where log.id = lapsed.id
+    returning log.*
+  )
+  select jsonb_agg(
+    jsonb_build_object(
+      'attempt_id', claimed.id,
+      'organization_id', claimed.organization_id,
+      'provider', account.provider,
+      'carrier_account_id', account.id,
+      'account_sid', account.account_sid,
+      'auth_token_sealed', account.auth_token_sealed,
+      'api_base', account.api_base,
+      'provider_call_id', claimed.call_sid,
+      'from', claimed.caller_number,
+      'to', claimed.callee_number,
+      'status', claimed.status,
+      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer
+    )
+  )
+  into stale
+  from claimed
+  join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
+  return jsonb_build_object('attempts', coalesce(stale, '[]'));
+end
+$$;
+comment on function private.reconcile_calls(jsonb, timestamptz) is
+  'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
+  'Also ends those that were never begun and may not be any more.';
+
+create function public.reconcile_calls(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.reconcile_calls($1, private.clock_now())
+$$;
+comment on function public.reconcile_calls(jsonb) is
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}]}; the age is real, since it was begun.';
+
+
+-- What a user does with a campaign ------------------------------------------------------------------------------------------------
+
+create function private.campaign_json(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  campaign public.campaigns;
+  obstacle text;
+  hold     timestamptz;
+begin
+  select described.* into campaign from public.campaigns as described where described.id = campaign_json.campaign_id;
+  obstacle := case
+    when campaign.status = 'running' then private.dispatch_obstacle(campaign.organization_id, at)
+    else 'campaign_' || campaign.status
+  end;
+  select held.held_until into hold
+  from private.dispatch_holds as held
+  where held.organization_id = campaign.organization_id and held.held_until > at;
+  return jsonb_build_object(
+    'id', campaign.id, 'name', campaign.name, 'description', campaign.description, 'status', campaign.status,
+    'project_id', campaign.project_id, 'agent_id', campaign.agent_id, 'timezone', campaign.timezone,
+    'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
+    'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
+    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete,
+    'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
+    'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
+    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
+    'completed_at', campaign.completed_at, 'cancelled_at', campaign.cancelled_at,
+    'counts', (
+      select jsonb_object_agg(state.name, coalesce(counted.number, 0))
+      from unnest(enum_range(null::public.campaign_lead_status)) as state (name)
+      left join (
+        select member.status, count(*) as number
+        from public.campaign_leads as member
+        where member.campaign_id = campaign.id
+        group by member.status
+      ) as counted on counted.status = state.name
+    ),
+    'waiting', (
+      select coalesce(jsonb_object_agg(reasoned.reason, reasoned.number), '{}')
+      from (
+        select
+          coalesce(obstacle, case when queue.next_retry_at > at then coalesce(queue.wait_reason, 'scheduled') else 'capacity' end) as reason,
+          count(*) as number
+        from public.call_queue as queue
+        where queue.campaign_id = campaign.id and queue.status = 'queued'
+        group by 1
+      ) as reasoned
+    ),
+    'next_due_at', (
+      select greatest(min(queue.next_retry_at), hold)
+      from public.call_queue as queue
+      where queue.campaign_id = campaign.id and queue.status = 'queued'
+    )
+  );
+end
+$$;
+comment on function private.campaign_json(uuid, timestamptz) is
+  'A campaign as its users see it: what it is, how many leads are in which state, and what the others wait for.';
+
+create function private.claim_campaign(campaign_id uuid, permission text) returns public.campaigns
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org(permission);
+  campaign     public.campaigns;
+begin
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = claim_campaign.campaign_id
+  for no key update;
+  if campaign.id is null then
+    perform private.raise_error(404, 'campaign_not_found', 'There is no such campaign', 'campaign_id');
+  end if;
+  return campaign;
+end
+$$;
+comment on function private.claim_campaign(uuid, text) is
+  'Locks a campaign of the request''s user, who has to hold the permission; else ends the request with 401, 403 or 404.';
+
+create function private.get_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.view');
+begin
+  if not exists (
+    select
+    from public.campaigns as mine
+    where mine.organization_id = organization and mine.id = get_campaign.campaign_id
+  ) then
+    perform private.raise_error(404, 'campaign_not_found', 'There is no such campaign', 'campaign_id');
+  end if;
+  return private.campaign_json(campaign_id, at);
+end
+$$;
+comment on function private.get_campaign(uuid, timestamptz) is 'One campaign of the caller''s organization.';
+
+create function public.get_campaign(campaign_id uuid) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.get_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.get_campaign(uuid) is
+  'A campaign: {"id","name","status",…,"counts":{state:n},"waiting":{reason:n},"next_due_at"}. Needs campaign.view.';
+
+create function private.create_campaign(name text, project_id uuid, settings jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.edit');
+  me           uuid := (select auth.uid());
+  campaign     public.campaigns;
+  field        text;
+  enrolled     integer;
+begin
+  settings := coalesce(settings, '{}');
+  if length(btrim(coalesce(name, ''))) not between 1 and 200 then
+    perform private.raise_error(422, 'invalid_name', 'A name of 1 to 200 characters is required', 'name');
+  end if;
+  if jsonb_typeof(settings) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'settings is an object', 'settings');
+  end if;
+  if create_campaign.project_id is not null and not exists (
+    select
+    from public.projects as project
+    where project.organization_id = organization and project.id = create_campaign.project_id
+  ) then
+    perform private.raise_error(404, 'project_not_found', 'There is no such project', 'project_id');
+  end if;
+
+  select tenant.timezone into campaign.timezone from public.organizations as tenant where tenant.id = organization;
+  begin
+    field := 'timezone';
+    campaign.timezone := coalesce(settings ->> field, campaign.timezone);
+    field := 'description';
+    campaign.description := settings ->> field;
+    field := 'start_date';
+    campaign.start_date := (settings ->> field)::date;
+    field := 'end_date';
+    campaign.end_date := (settings ->> field)::date;
+    field := 'time_start';
+    campaign.time_start := coalesce((settings ->> field)::time, '09:00');
+    field := 'time_end';
+    campaign.time_end := coalesce((settings ->> field)::time, '21:00');
+    field := 'max_concurrent_calls';
+    campaign.max_concurrent_calls := coalesce((settings ->> field)::integer, 10);
+    field := 'max_attempts';
+    campaign.max_attempts := coalesce((settings ->> field)::smallint, 3);
+    field := 'agent_id';
+    campaign.agent_id := (settings ->> field)::uuid;
+    field := 'record_calls';
+    campaign.record_calls := coalesce((settings ->> field)::boolean, false);
+    field := 'auto_complete';
+    campaign.auto_complete := coalesce((settings ->> field)::boolean, true);
+  exception when data_exception then
+    perform private.raise_error(422, 'invalid_setting', format('%L is not a value of %s', settings ->> field, field), field);
+  end;
+  if campaign.max_concurrent_calls not between 1 and 10000 then
+    perform private.raise_error(422, 'invalid_setting', 'max_concurrent_calls is from 1 to 10000', 'max_concurrent_calls');
+  end if;
+  if campaign.max_attempts not between 1 and 10 then
+    perform private.raise_error(422, 'invalid_setting', 'max_attempts is from 1 to 10', 'max_attempts');
+  end if;
+  if campaign.start_date > campaign.end_date then
+    perform private.raise_error(422, 'invalid_setting', 'end_date is not before start_date', 'end_date');
+  end if;
+
+  insert into public.campaigns (
+    organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
+    max_attempts, agent_id, record_calls, auto_complete, created_by, created_at, updated_at
+  )
+  values (
+    organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
+    campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
+    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, me, at, at
+  )
+  returning * into campaign;
+  enrolled := private.enrol_leads(campaign, me, at);
+  perform private.audit(
+    organization, 'campaign.created', 'campaign', campaign.id, jsonb_build_object('name', campaign.name, 'enrolled', enrolled), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.create_campaign(text, uuid, jsonb, timestamptz) is
+  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none.';
+
+create function private.enrol_leads(campaign public.campaigns, enrolled_by uuid, at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  enrolled integer;
+begin
+  insert into public.campaign_leads (organization_id, campaign_id, lead_id, enrolled_by, enrolled_at, created_at, updated_at)
+  select campaign.organization_id, campaign.id, lead.id, enrol_leads.enrolled_by, at, at, at
+  from public.leads as lead
+  where lead.organization_id = campaign.organization_id
+    and (campaign.project_id is null or lead.project_id = campaign.project_id)
+    and lead.archived_at is null
+  on conflict (organization_id, campaign_id, lead_id) do nothing;
+  get diagnostics enrolled = row_count;
+  update public.campaigns as mine
+  set open_leads = mine.open_leads + enrolled, total_enrolled = mine.total_enrolled + enrolled
+  where mine.id = campaign.id;
+  return enrolled;
+end
+$$;
+comment on function private.enrol_leads(public.campaigns, uuid, timestamptz) is 'Enrols every lead of a campaign''s project that is not archived; returns how many are new.';
+
+create function public.create_campaign(name text, project_id uuid default null, settings jsonb default '{}') returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.create_campaign(name, project_id, settings, private.clock_now())
+$$;
+comment on function public.create_campaign(text, uuid, jsonb) is
+  'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
+  'agent_id, auto_complete, description. Needs campaign.edit; returns the campaign as get_campaign() does.';
+
+create function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  obstacle text;
+  queued   integer;
+begin
+  if campaign.status not in ('draft', 'scheduled') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
+    );
+  end if;
+  obstacle := private.dispatch_obstacle(campaign.organization_id, at);
+  if obstacle = 'subscription_inactive' then
+    perform private.raise_error(402, obstacle, 'The organization has no active subscription');
+  elsif obstacle = 'no_caller_number' then
+    perform private.raise_error(422, obstacle, 'The organization has no number to call from');
+  elsif obstacle = 'dialling_disabled' then
+    perform private.raise_error(422, obstacle, 'Dialling is disabled for the organization');
+  end if;
+  if (private.calling_window(at, campaign.timezone, campaign.time_start, campaign.time_end, campaign.start_date, campaign.end_date)).opens_at
+    is null
+  then
+    perform private.raise_error(
+      422, 'window_never_opens', 'Nothing is left of the calling window between 09:00 and 21:00 and the campaign''s dates', 'time_start'
+    );
+  end if;
+  if campaign.total_enrolled = 0 then
+    perform private.enrol_leads(campaign, (select auth.uid()), at);
+  end if;
+
+  insert into public.call_queue (organization_id, campaign_id, lead_id, next_retry_at, max_attempts, created_at, updated_at)
+  select member.organization_id, member.campaign_id, member.lead_id, at, campaign.max_attempts, at, at
+  from public.campaign_leads as member
+  where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled'
+  on conflict do nothing;
+  get diagnostics queued = row_count;
+  if queued = 0 then
+    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
+  end if;
+  update public.campaign_leads as member
+  set status = 'queued'
+  where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled';
+  update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
+  perform private.audit(
+    campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.start_campaign(uuid, timestamptz) is 'Queues every enrolled lead and lets the campaign run.';
+
+create function public.start_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.start_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.start_campaign(uuid) is 'Starts a draft; 409 when it is not one, 402 without a subscription, 422 when nothing could be dialled. Needs campaign.run.';
+
+create function private.pause_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status <> 'running' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be paused', campaign.status), 'status'
+    );
+  end if;
+  update public.campaigns as mine set status = 'paused', paused_at = at where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.paused', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.pause_campaign(uuid, timestamptz) is 'Nothing more is begun; calls under way go on to their end.';
+
+create function public.pause_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.pause_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.pause_campaign(uuid) is 'Pauses a running campaign; 409 when it is not running. Needs campaign.run.';
+
+create function private.resume_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status <> 'paused' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be resumed', campaign.status), 'status'
+    );
+  end if;
+  if private.dispatch_obstacle(campaign.organization_id, at) = 'subscription_inactive' then
+    perform private.raise_error(402, 'subscription_inactive', 'The organization has no active subscription');
+  end if;
+  update public.campaigns as mine set status = 'running', paused_at = null where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.resumed', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.resume_campaign(uuid, timestamptz) is 'A paused campaign runs again.';
+
+create function public.resume_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.resume_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.resume_campaign(uuid) is 'Resumes a paused campaign; 409 when it is not paused. Needs campaign.run.';
+
+create function private.cancel_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  skipped      integer;
+begin
+  -- Queue rows and leads before the campaign, as whoever ends a call locks them; and while no release holds any.
+  perform private.lock_releases();
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = organization and queue.campaign_id = cancel_campaign.campaign_id and queue.status = 'queued'
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization
+    and member.campaign_id = cancel_campaign.campaign_id
+    and member.status in ('enrolled', 'queued')
+  order by member.id
+  for no key update;
+  campaign := private.claim_campaign(campaign_id, 'campaign.run');
+  if campaign.status not in ('draft', 'scheduled', 'running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be cancelled', campaign.status), 'status'
+    );
+  end if;
+
+  update public.call_queue as queue
+  set status = 'failed', last_error = 'campaign_cancelled', wait_reason = null
+  where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'queued';
+  update public.campaign_leads as member
+  set status = 'skipped', skip_reason = 'campaign_cancelled'
+  where member.organization_id = organization and member.campaign_id = campaign.id and member.status in ('enrolled', 'queued');
+  get diagnostics skipped = row_count;
+  update public.campaigns as mine
+  set status = 'cancelled', cancelled_at = at, open_leads = mine.open_leads - skipped
+  where mine.id = campaign.id;
+  perform private.audit(
+    organization, 'campaign.cancelled', 'campaign', campaign.id, jsonb_build_object('skipped', skipped), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.cancel_campaign(uuid, timestamptz) is
+  'Nobody who waits is called any more; calls under way go on to their end, and then are not tried again.';
+
+create function public.cancel_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.cancel_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.cancel_campaign(uuid) is 'Cancels a campaign that is not over; 409 when it is. Needs campaign.run.';
+
+
+-- Who may call what ---------------------------------------------------------------------------------------------------------------
+
+revoke execute on function
+  public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
+  public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
+  public.resume_campaign(uuid), public.cancel_campaign(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
+  private.reconcile_calls(jsonb, timestamptz),
+  public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb)
+to service_role;
+grant execute on function
+  private.get_campaign(uuid, timestamptz), private.create_campaign(text, uuid, jsonb, timestamptz),
+  private.start_campaign(uuid, timestamptz), private.pause_campaign(uuid, timestamptz), private.resume_campaign(uuid, timestamptz),
+  private.cancel_campaign(uuid, timestamptz),
+  public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
+  public.resume_campaign(uuid), public.cancel_campaign(uuid)
+to authenticated;

@@ -1,0 +1,808 @@
+-- Counting: quotas that are taken and given back, usage that is recorded once, and what an organization has used.
+--
+-- One transaction writes an event's key, the event, its day and its period. Locks are always taken in the same order (keys, then
+-- counters by meter and period, then days), so that writers wait for each other and never deadlock. The counter of a period is
+-- also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or finds the
+-- counter closed and counts in the next period. Nothing falls between.
+
+-- Periods -------------------------------------------------------------------------------------------------------------------------
+
+create function private.period_boundary(anchor_on date, cycle public.billing_cycle, period_no integer) returns date
+language sql immutable set search_path = ''
+as $$
+  select (anchor_on + make_interval(months => period_no * case cycle when 'yearly' then 12 else 1 end))::date
+$$;
+revoke all on function private.period_boundary(date, public.billing_cycle, integer) from public;
+comment on function private.period_boundary(date, public.billing_cycle, integer) is
+  'The first day of a period, always computed from the anchor: 31 January, 29 February, 31 March.';
+
+create function private.local_midnight(day date, timezone text) returns timestamptz
+language sql stable set search_path = ''
+as $$
+  select day::timestamp at time zone timezone
+$$;
+revoke all on function private.local_midnight(date, text) from public;
+comment on function private.local_midnight(date, text) is 'The instant at which a local day begins.';
+
+create function private.live_subscription(organization_id uuid) returns public.subscriptions
+language sql stable set search_path = ''
+as $$
+  select subscription
+  from public.subscriptions as subscription
+  where subscription.organization_id = $1 and subscription.status not in ('cancelled', 'inactive')
+$$;
+revoke all on function private.live_subscription(uuid) from public;
+comment on function private.live_subscription(uuid) is 'The organization''s one live subscription; null without one.';
+
+create function private.usage_period(
+  subscription public.subscriptions, organization_id uuid, timezone text, day date, at timestamptz,
+  out counted_on date, out period_start date, out period_end date
+)
+language plpgsql stable set search_path = ''
+as $$
+declare
+  today date := (at at time zone timezone)::date;
+  number integer;
+  is_closed boolean;
+begin
+  counted_on := day;
+
+  if subscription.id is null then
+    -- Nobody is billed, but nothing is lost: calendar months, cut where a subscription's periods begin or end.
+    for try in 1..2 loop
+      select log.period_start, log.period_end, bool_or(log.closed_at is not null)
+      into period_start, period_end, is_closed
+      from public.usage_logs as log
+      where log.organization_id = usage_period.organization_id
+        and log.period_start <= counted_on and counted_on < log.period_end
+      group by log.period_start, log.period_end
+      limit 1;
+      if found and is_closed and counted_on < today then
+        counted_on := today;
+      else
+        exit;
+      end if;
+    end loop;
+    if period_start is null then
+      period_start := date_trunc('month', counted_on)::date;
+      period_end := (period_start + interval '1 month')::date;
+      select greatest(usage_period.period_start, max(log.period_end) filter (where log.period_end <= counted_on)),
+        least(usage_period.period_end, min(log.period_start) filter (where log.period_start > counted_on))
+      into period_start, period_end
+      from public.usage_logs as log
+      where log.organization_id = usage_period.organization_id;
+    end if;
+    return;
+  end if;
+
+  period_start := (subscription.current_period_start at time zone subscription.timezone)::date;
+  period_end := (subscription.current_period_end at time zone subscription.timezone)::date;
+  if counted_on < period_start then
+    -- Its own period is billed already: it counts today, in the period that will be billed next.
+    counted_on := least(greatest(today, period_start), period_end - 1);
+  elsif counted_on >= period_end then
+    -- The period has ended but is not closed yet; the next ones are already known from the anchor.
+    number := subscription.period_no;
+    while private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1) <= counted_on loop
+      number := number + 1;
+    end loop;
+    period_start := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number);
+    period_end := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1);
+  end if;
+end
+$$;
+revoke all on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) from public;
+comment on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) is
+  'In which period usage of a local day counts, and on which day: its own, or today if its own period is billed already.';
+
+-- Quotas --------------------------------------------------------------------------------------------------------------------------
+
+create function private.meter_cap(term public.plan_price_meters) returns bigint
+language sql immutable set search_path = ''
+as $$
+  select case
+    when term.hard and term.overage_price_minor is null and term.limit_units >= 0 then term.limit_units
+  end
+$$;
+revoke all on function private.meter_cap(public.plan_price_meters) from public;
+comment on function private.meter_cap(public.plan_price_meters) is
+  'The units after which new use is refused; null when it never is: no limit, -1, a soft limit, or a price for what is beyond.';
+
+create function private.reserve_usage(organization_id uuid, meter text, quantity bigint, at timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  period record;
+  cap bigint;
+begin
+  if quantity < 0 then
+    raise exception 'a reservation is not negative' using errcode = '22023';
+  end if;
+
+  for try in 1..3 loop
+    subscription := private.live_subscription(organization_id);
+    if subscription.id is null or subscription.status not in ('trialing', 'active', 'past_due') then
+      return false;
+    end if;
+    period := private.usage_period(
+      subscription, organization_id, subscription.timezone, (at at time zone subscription.timezone)::date, at);
+
+    -- How long a call will be is not known before, so a call is refused only when no second is left.
+    if meter = 'ai_calls' and exists (
+      select
+      from public.plan_price_meters as term
+      join public.usage_logs as log on log.feature_key = term.meter_key
+      where term.plan_price_id = subscription.plan_price_id
+        and term.meter_key = 'call_seconds'
+        and log.organization_id = reserve_usage.organization_id
+        and log.period_start = period.period_start
+        and log.usage_count + log.reserved >= private.meter_cap(term)
+    ) then
+      return false;
+    end if;
+
+    select private.meter_cap(term)
+    into cap
+    from public.plan_price_meters as term
+    where term.plan_price_id = subscription.plan_price_id and term.meter_key = meter;
+
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
+    select reserve_usage.organization_id, meter, period.period_start, period.period_end
+    where not exists (
+      select
+      from public.usage_logs as log
+      where log.organization_id = reserve_usage.organization_id
+        and log.feature_key = meter
+        and log.period_start = period.period_start
+    )
+    on conflict do nothing;
+
+    -- The check and the taking are one statement. What is still held from earlier periods will be used in this one: it counts
+    -- too, and it only ever shrinks, so that reading it late errs on the side of refusing.
+    update public.usage_logs as log
+    set reserved = log.reserved + quantity
+    where log.organization_id = reserve_usage.organization_id
+      and log.feature_key = meter
+      and log.period_start = period.period_start
+      and log.closed_at is null
+      and (
+        cap is null
+        or log.usage_count + log.reserved + greatest(quantity, 1) + (
+          select coalesce(sum(earlier.reserved), 0)
+          from public.usage_logs as earlier
+          where earlier.organization_id = reserve_usage.organization_id
+            and earlier.feature_key = meter
+            and earlier.period_start < period.period_start
+            and earlier.reserved > 0
+        ) <= cap
+      );
+    if found then
+      return true;
+    end if;
+    exit when exists (
+      select
+      from public.usage_logs as log
+      where log.organization_id = reserve_usage.organization_id
+        and log.feature_key = meter
+        and log.period_start = period.period_start
+        and log.closed_at is null
+    );
+    -- The period was closed in between: look again which one is current.
+  end loop;
+  return false;
+end
+$$;
+revoke all on function private.reserve_usage(uuid, text, bigint, timestamptz) from public;
+comment on function private.reserve_usage(uuid, text, bigint, timestamptz) is
+  'Holds units of a meter in the current period if the plan leaves them, and says whether; quantity 0 asks whether one unit is left. '
+  'Without a live subscription: false.';
+
+create function private.release_usage(organization_id uuid, meter text, quantity bigint, at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  held record;
+  remaining bigint := quantity;
+begin
+  -- Which of two equal holds ended does not matter, only how many are left: the oldest period gives back first.
+  for held in
+    select log.id, log.reserved
+    from public.usage_logs as log
+    where log.organization_id = release_usage.organization_id and log.feature_key = meter and log.reserved > 0
+    order by log.period_start
+    for no key update
+  loop
+    exit when remaining <= 0;
+    update public.usage_logs as log
+    set reserved = log.reserved - least(log.reserved, remaining)
+    where log.id = held.id;
+    remaining := remaining - least(held.reserved, remaining);
+  end loop;
+end
+$$;
+revoke all on function private.release_usage(uuid, text, bigint, timestamptz) from public;
+comment on function private.release_usage(uuid, text, bigint, timestamptz) is
+  'Gives held units of a meter back; never more than are held.';
+
+-- Counting ------------------------------------------------------------------------------------------------------------------------
+
+create function private.count_usage(
+  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz
+) returns void
+language plpgsql set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  zone text;
+  days date[];
+  starts date[];
+  ends date[];
+  is_open boolean := false;
+begin
+  for try in 1..5 loop
+    subscription := private.live_subscription(organization_id);
+    zone := subscription.timezone;
+    if zone is null then
+      select organization.timezone
+      into strict zone
+      from public.organizations as organization
+      where organization.id = count_usage.organization_id;
+    end if;
+
+    -- Clocks of other systems run ahead: what is said to come from the future counts now.
+    with event as (
+      select given.position, (least(given.occurred_at, at) at time zone zone)::date as day
+      from unnest(occurred) with ordinality as given (occurred_at, position)
+    ),
+    placed as (
+      select distinct_day.day, period.*
+      from (select distinct event.day from event) as distinct_day,
+        lateral private.usage_period(subscription, count_usage.organization_id, zone, distinct_day.day, at) as period
+    )
+    select array_agg(placed.counted_on order by event.position), array_agg(placed.period_start order by event.position),
+      array_agg(placed.period_end order by event.position)
+    into days, starts, ends
+    from event
+    join placed using (day);
+
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
+    select distinct count_usage.organization_id, event.meter, event.period_start, event.period_end
+    from unnest(meters, starts, ends) as event (meter, period_start, period_end)
+    where not exists (
+      select
+      from public.usage_logs as log
+      where log.organization_id = count_usage.organization_id
+        and log.feature_key = event.meter
+        and log.period_start = event.period_start
+    )
+    order by event.meter, event.period_start
+    on conflict do nothing;
+
+    with counter as (
+      select log.closed_at
+      from public.usage_logs as log
+      where log.organization_id = count_usage.organization_id
+        and (log.feature_key, log.period_start) in (
+          select event.meter, event.period_start
+          from unnest(meters, starts) as event (meter, period_start)
+        )
+      order by log.feature_key, log.period_start
+      for no key update
+    )
+    select count(*) filter (where counter.closed_at is null) = (
+      select count(distinct (event.meter, event.period_start))
+      from unnest(meters, starts) as event (meter, period_start)
+    )
+    into is_open
+    from counter;
+    exit when is_open;
+    -- A period was closed in between: its subscription has moved on, and so does this.
+  end loop;
+  if not is_open then
+    raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
+  end if;
+
+  update public.usage_logs as log
+  set usage_count = log.usage_count + added.quantity
+  from (
+    select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
+    from unnest(meters, starts, quantities) as event (meter, period_start, quantity)
+    group by event.meter, event.period_start
+  ) as added
+  where log.organization_id = count_usage.organization_id
+    and log.feature_key = added.meter
+    and log.period_start = added.period_start;
+
+  insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
+  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, count(*)
+  from unnest(meters, days, quantities) as event (meter, day, quantity)
+  group by event.meter, event.day
+  order by event.meter, event.day
+  on conflict on constraint usage_days_pkey
+  do update set quantity = total.quantity + excluded.quantity, events = total.events + excluded.events;
+
+  insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at)
+  select count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at
+  from unnest(sources, keys, meters, quantities, occurred, days)
+    as event (source, key, meter, quantity, occurred_at, day);
+end
+$$;
+revoke all on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) from public;
+comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) is
+  'Adds events of one organization to its periods, days and event log. The caller has made sure of their keys; nothing is refused '
+  'here, also not what is over a limit.';
+
+create function private.usage_hash(body text) returns bytea
+language sql immutable set search_path = ''
+as $$
+  select substring(sha256(convert_to(body, 'UTF8')) for 16)
+$$;
+revoke all on function private.usage_hash(text) from public;
+comment on function private.usage_hash(text) is 'What is kept of an event''s body to tell a repetition from a contradiction.';
+
+create function private.meter_call(attempt public.call_logs, at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  billed bigint := greatest(coalesce(attempt.bill_duration_seconds, 0), 0);
+  said bytea := case when billed > 0 then private.usage_hash(billed::text) end;
+  is_first boolean;
+  is_new boolean;
+begin
+  if attempt.ended_at is null then
+    return;
+  end if;
+
+  insert into private.usage_keys as known (organization_id, source, key, body_hash)
+  values (attempt.organization_id, 'call', attempt.id::text, said)
+  on conflict on constraint usage_keys_pkey do nothing;
+  is_first := found;
+  is_new := is_first and billed > 0;
+  if not is_first and billed > 0 then
+    -- The call had ended without a billed second, and now the carrier says how many there were.
+    update private.usage_keys as known
+    set body_hash = said
+    where known.organization_id = attempt.organization_id
+      and known.source = 'call'
+      and known.key = attempt.id::text
+      and known.body_hash is null;
+    is_new := found;
+  end if;
+
+  if is_first and attempt.direction = 'outbound' then
+    perform private.release_usage(attempt.organization_id, 'ai_calls', 1, at);
+  end if;
+  if is_new then
+    perform private.count_usage(
+      attempt.organization_id,
+      array['call', 'call'],
+      array[attempt.id::text, attempt.id::text],
+      array['ai_calls', 'call_seconds'],
+      array[1, billed],
+      array[attempt.ended_at, attempt.ended_at],
+      at
+    );
+  end if;
+end
+$$;
+revoke all on function private.meter_call(public.call_logs, timestamptz) from public;
+comment on function private.meter_call(public.call_logs, timestamptz) is
+  'Settles one ended attempt: gives back the call that was held for it, once, and counts the call and its billed seconds, once, also '
+  'when the carrier reports them later.';
+
+-- Events of an organization's own systems -----------------------------------------------------------------------------------------
+
+create function private.parse_instant(given text) returns timestamptz
+language plpgsql stable set search_path = ''
+as $$
+begin
+  if given !~ '^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})$' then
+    return null;
+  end if;
+  return given::timestamptz;
+exception
+  when datetime_field_overflow or invalid_datetime_format then
+    return null;
+end
+$$;
+revoke all on function private.parse_instant(text) from public;
+comment on function private.parse_instant(text) is 'An RFC 3339 date and time; null if the text is not one.';
+
+create function private.record_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  api_key record;
+  given jsonb := request -> 'events';
+  ids text[];
+  sources text[];
+  meters text[];
+  quantities bigint[];
+  occurred timestamptz[];
+  hashes bytea[];
+  statuses text[];
+  codes text[];
+  stored integer[];
+begin
+  select key.organization_id, key.scopes
+  into api_key
+  from public.api_keys as key
+  where key.prefix = request #>> '{api_key,prefix}'
+    and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
+    and key.revoked_at is null;
+  if not found then
+    perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+  end if;
+  if not 'usage.write' = any (api_key.scopes) then
+    perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
+  end if;
+  if given is null or jsonb_typeof(given) <> 'array' or jsonb_array_length(given) = 0 then
+    perform private.raise_error(400, 'invalid_request', 'events must be an array of at least one event', 'events');
+  end if;
+  if jsonb_array_length(given) > 1000 then
+    perform private.raise_error(413, 'too_many_events', 'At most 1000 events are taken at once', 'events');
+  end if;
+
+  -- What is wrong with an event concerns that event alone.
+  with event as (
+    select
+      item.position,
+      coalesce(item.value ->> 'specversion', '1.0') as specversion,
+      item.value ->> 'id' as id,
+      item.value ->> 'source' as source,
+      item.value ->> 'type' as meter,
+      case
+        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^[0-9]{1,15}$'
+        then (item.value ->> 'quantity')::bigint
+      end as quantity,
+      coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
+      private.parse_instant(item.value ->> 'time') as instant
+    from jsonb_array_elements(given) with ordinality as item (value, position)
+  ),
+  judged as (
+    select
+      event.*,
+      case
+        when event.specversion <> '1.0' then 'invalid_specversion'
+        when coalesce(event.id, '') = '' or length(event.id) > 255 then 'invalid_id'
+        when coalesce(event.source, '') = '' or length(event.source) > 255 then 'invalid_source'
+        when event.source = 'call' then 'reserved_source'
+        when meter.key is null or not meter.is_active then 'unknown_type'
+        when meter.is_reserved then 'reserved_type'
+        when event.quantity is null or event.quantity = 0 then 'invalid_quantity'
+        when event.is_timed and (event.instant is null or event.instant < '2000-01-01') then 'invalid_time'
+        when event.instant > at + interval '5 minutes' then 'time_in_future'
+      end as code
+    from event
+    left join public.meters as meter on meter.key = event.meter
+  )
+  select
+    array_agg(coalesce(id, '') order by position), array_agg(coalesce(source, '') order by position),
+    array_agg(meter order by position), array_agg(quantity order by position),
+    array_agg(coalesce(instant, at) order by position),
+    array_agg(
+      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'))) order by position),
+    array_agg(code order by position),
+    array_agg(case when code is not null then 'rejected' end order by position)
+  into ids, sources, meters, quantities, occurred, hashes, codes, statuses
+  from judged;
+
+  -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
+  with fresh as (
+    insert into private.usage_keys as known (organization_id, source, key, body_hash)
+    select api_key.organization_id, first.source, first.id, first.hash
+    from (
+      select distinct on (event.source, event.id) event.source, event.id, event.hash
+      from unnest(sources, ids, hashes, codes) with ordinality as event (source, id, hash, code, position)
+      where event.code is null
+      order by event.source, event.id, event.position
+    ) as first
+    order by first.source, first.id
+    on conflict on constraint usage_keys_pkey do nothing
+    returning known.source, known.key
+  )
+  select array_agg(first.position order by first.position)
+  into stored
+  from fresh
+  cross join lateral (
+    select min(event.position)::integer as position
+    from unnest(sources, ids, codes) with ordinality as event (source, id, code, position)
+    where event.source = fresh.source and event.id = fresh.key and event.code is null
+  ) as first;
+
+  with event as (
+    select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
+    from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
+  )
+  select array_agg(
+    case
+      when event.status is not null then event.status
+      when event.is_stored then 'stored'
+      when known.body_hash = event.hash then 'duplicate'
+      else 'conflict'
+    end order by event.position)
+  into statuses
+  from event
+  left join private.usage_keys as known
+    on known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id;
+
+  if stored is not null then
+    perform private.count_usage(
+      api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
+      array_agg(quantities[position]), array_agg(occurred[position]), at)
+    from unnest(stored) as position;
+  end if;
+
+  return jsonb_build_object('results', (
+    select jsonb_agg(
+      jsonb_strip_nulls(jsonb_build_object(
+        'id', result.id,
+        'status', result.status,
+        'code', case when result.status = 'conflict' then 'idempotency_conflict' else result.code end,
+        'message', case
+          when result.status = 'conflict' then 'An event with this source and id, but another body, was stored before'
+          else case result.code
+            when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
+            when 'invalid_id' then 'id must be a text of 1 to 255 characters'
+            when 'invalid_source' then 'source must be a text of 1 to 255 characters'
+            when 'reserved_source' then 'The source "call" belongs to the platform'
+            when 'unknown_type' then 'type is not the key of an active meter'
+            when 'reserved_type' then 'Calls are counted by the platform, not by events'
+            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999'
+            when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
+            when 'time_in_future' then 'time lies more than five minutes ahead'
+          end
+        end
+      ))
+      order by result.position)
+    from unnest(ids, statuses, codes) with ordinality as result (id, status, code, position)
+  ));
+end
+$$;
+revoke all on function private.record_usage(jsonb, timestamptz) from public;
+grant execute on function private.record_usage(jsonb, timestamptz) to service_role;
+comment on function private.record_usage(jsonb, timestamptz) is
+  'Records a batch of usage events for the organization of an API key: each one stored, duplicate, conflict or rejected, by itself.';
+
+create function public.record_usage(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.record_usage($1, private.clock_now())
+$$;
+revoke all on function public.record_usage(jsonb) from public, anon, authenticated;
+grant execute on function public.record_usage(jsonb) to service_role;
+comment on function public.record_usage(jsonb) is
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"},"events":[{"specversion"?,"id","source","type","time"?,"quantity"}]} gives '
+  '{"results":[{"id","status","code"?,"message"?}]}.';
+
+-- What was used -------------------------------------------------------------------------------------------------------------------
+
+create function private.get_usage(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('usage.view');
+  subscription public.subscriptions;
+  zone text;
+  period record;
+begin
+  subscription := private.live_subscription(organization);
+  select coalesce(subscription.timezone, tenant.timezone) into zone from public.organizations as tenant where tenant.id = organization;
+  period := private.usage_period(subscription, organization, zone, (at at time zone zone)::date, at);
+
+  return jsonb_build_object(
+    'organization_id', organization,
+    'period', jsonb_build_object(
+      'start', private.local_midnight(period.period_start, zone), 'end', private.local_midnight(period.period_end, zone),
+      'timezone', zone
+    ),
+    'plan', (
+      select jsonb_build_object('slug', plan.slug, 'name', plan.name, 'status', subscription.status)
+      from public.subscription_plans as plan
+      where plan.id = subscription.plan_id
+    ),
+    'meters', coalesce((
+      select jsonb_agg(
+        jsonb_build_object(
+          'meter', meter.key,
+          'name', meter.name,
+          'unit', meter.unit,
+          'used', coalesce(log.usage_count, 0),
+          'reserved', coalesce(log.reserved, 0),
+          'included', nullif(term.included_units, -1),
+          'limit', nullif(term.limit_units, -1),
+          'overage', case
+            when term.included_units >= 0 then greatest(coalesce(log.usage_count, 0) - term.included_units, 0)
+            else 0
+          end
+        )
+        order by meter.position, meter.key)
+      from public.meters as meter
+      left join public.plan_price_meters as term
+        on term.meter_key = meter.key and term.plan_price_id = subscription.plan_price_id
+      left join public.usage_logs as log
+        on log.feature_key = meter.key and log.organization_id = organization and log.period_start = period.period_start
+      where term.meter_key is not null or log.id is not null
+    ), '[]')
+  );
+end
+$$;
+revoke all on function private.get_usage(timestamptz) from public;
+grant execute on function private.get_usage(timestamptz) to authenticated;
+comment on function private.get_usage(timestamptz) is
+  'Usage of the caller''s organization in the billing period of `at`, meter by meter; null in included or limit is unlimited.';
+
+create function public.get_usage() returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_usage(private.clock_now())
+$$;
+revoke all on function public.get_usage() from public, anon;
+grant execute on function public.get_usage() to authenticated;
+comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
+
+-- Subscribing ---------------------------------------------------------------------------------------------------------------------
+
+create function private.cut_usage_periods(organization_id uuid, from_day date, period_end date, at timestamptz) returns void
+language plpgsql set search_path = ''
+as $$
+declare
+  log public.usage_logs;
+  moved bigint;
+begin
+  for log in
+    select counter.*
+    from public.usage_logs as counter
+    where counter.organization_id = cut_usage_periods.organization_id and counter.closed_at is null
+    order by counter.feature_key, counter.period_start
+    for no key update
+  loop
+    if log.period_start = from_day then
+      update public.usage_logs as counter set period_end = cut_usage_periods.period_end where counter.id = log.id;
+    elsif log.period_start < from_day then
+      select coalesce(sum(total.quantity), 0)::bigint
+      into moved
+      from public.usage_days as total
+      where total.organization_id = cut_usage_periods.organization_id
+        and total.meter_key = log.feature_key
+        and total.day >= from_day and total.day < log.period_end;
+      update public.usage_logs as counter
+      set period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved, closed_at = at
+      where counter.id = log.id;
+      if moved > 0 then
+        insert into public.usage_logs (organization_id, feature_key, usage_count, period_start, period_end)
+        values (cut_usage_periods.organization_id, log.feature_key, moved, from_day, cut_usage_periods.period_end);
+      end if;
+    end if;
+  end loop;
+end
+$$;
+revoke all on function private.cut_usage_periods(uuid, date, date, timestamptz) from public;
+comment on function private.cut_usage_periods(uuid, date, date, timestamptz) is
+  'Ends the open usage periods of an organization at a local day, closes them, and moves what was used since that day to the new period.';
+
+create function private.subscribe_organization(
+  organization_id uuid, plan_slug text, status public.subscription_status, at timestamptz,
+  cycle public.billing_cycle default 'monthly'
+) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization record;
+  price record;
+  live public.subscriptions;
+  today date;
+  trial_end timestamptz;
+  anchor date;
+  starts date;
+  ends date;
+  subscription_id uuid;
+begin
+  select tenant.timezone, tenant.currency
+  into organization
+  from public.organizations as tenant
+  where tenant.id = subscribe_organization.organization_id
+  for no key update;
+  if not found then
+    perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+  end if;
+
+  -- The newest price on sale, in the organization's own currency where the plan has one.
+  select offer.id, offer.plan_id, offer.billing_cycle, offer.base_minor, plan.trial_days
+  into price
+  from public.plan_prices as offer
+  join public.subscription_plans as plan on plan.id = offer.plan_id
+  where plan.slug = plan_slug
+    and plan.is_active
+    and offer.billing_cycle = cycle
+    and (offer.retired_at is null or offer.retired_at > at)
+  order by (offer.currency = organization.currency) desc, offer.version desc
+  limit 1;
+  if not found then
+    perform private.raise_error(422, 'plan_not_on_sale', 'There is no such plan, or it has no price for this billing cycle', 'plan');
+  end if;
+
+  select subscription.*
+  into live
+  from public.subscriptions as subscription
+  where subscription.organization_id = subscribe_organization.organization_id
+    and subscription.status not in ('cancelled', 'inactive')
+  for no key update;
+
+  if live.plan_price_id = price.id then
+    update public.subscriptions as subscription
+    set status = subscribe_organization.status, next_plan_price_id = null,
+      trial_ends_at = case
+        when subscribe_organization.status = 'trialing'
+        then coalesce(subscription.trial_ends_at, at + make_interval(days => price.trial_days))
+        else subscription.trial_ends_at
+      end
+    where subscription.id = live.id;
+    return live.id;
+  end if;
+
+  if live.id is not null and (
+    exists (select from public.plan_prices as old where old.id = live.plan_price_id and old.base_minor > 0)
+    or exists (
+      select
+      from public.plan_price_meters as term
+      where term.plan_price_id = live.plan_price_id and term.overage_price_minor > 0
+    )
+  ) then
+    -- A period that costs something is billed as it was sold; the new price takes over when it has ended.
+    if live.billing_cycle <> cycle then
+      perform private.raise_error(409, 'billing_cycle_differs', 'The billing cycle changes with a new subscription only', 'cycle');
+    end if;
+    update public.subscriptions as subscription
+    set next_plan_price_id = price.id, cancel_at_period_end = false
+    where subscription.id = live.id;
+    return live.id;
+  end if;
+
+  -- Never into days that are billed already.
+  select greatest((at at time zone organization.timezone)::date, max(log.period_end))
+  into today
+  from public.usage_logs as log
+  where log.organization_id = subscribe_organization.organization_id and log.closed_at is not null;
+  if subscribe_organization.status = 'trialing' then
+    trial_end := at + make_interval(days => price.trial_days);
+  end if;
+  if trial_end > at and price.base_minor > 0 then
+    -- The trial of a plan that charges is a period of its own, so that no month is half free.
+    anchor := ((trial_end at time zone organization.timezone) + interval '1 day' - interval '1 microsecond')::date;
+    starts := today;
+    ends := anchor;
+  else
+    anchor := today;
+    starts := today;
+    ends := private.period_boundary(anchor, cycle, 1);
+  end if;
+
+  if live.id is not null then
+    update public.subscriptions as subscription
+    set status = 'cancelled', cancelled_at = at, next_invoice_at = null
+    where subscription.id = live.id;
+  end if;
+  perform private.cut_usage_periods(organization_id, starts, ends, at);
+
+  insert into public.subscriptions (
+    organization_id, plan_id, plan_price_id, status, billing_cycle, timezone, anchor_on, period_no,
+    current_period_start, current_period_end, trial_ends_at, next_invoice_at
+  )
+  values (
+    subscribe_organization.organization_id, price.plan_id, price.id, subscribe_organization.status, cycle, organization.timezone,
+    anchor, case when starts < anchor then -1 else 0 end,
+    private.local_midnight(starts, organization.timezone), private.local_midnight(ends, organization.timezone),
+    trial_end, private.local_midnight(ends, organization.timezone)
+  )
+  returning id into subscription_id;
+  return subscription_id;
+end
+$$;
+revoke all on function
+  private.subscribe_organization(uuid, text, public.subscription_status, timestamptz, public.billing_cycle)
+from public;
+comment on function private.subscribe_organization(uuid, text, public.subscription_status, timestamptz, public.billing_cycle) is
+  'Puts an organization on the newest price of a plan: at once from nothing or from a plan that charges nothing, otherwise when the '
+  'current period has been billed. Periods start at the local midnight of that day.';

@@ -1,0 +1,109 @@
+//! A proxy in front of PostgREST that counts what passes, and can be slow.
+
+use anyhow::Result;
+use axum::{
+    Router,
+    body::{Body, to_bytes},
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use http::{Method, StatusCode};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{net::TcpListener, task::JoinHandle};
+use url::Url;
+
+/// Largest body that passes, in bytes.
+const BODY_LIMIT: usize = 16 * 1024 * 1024;
+
+/// A request that passed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Its method.
+    pub method: Method,
+    /// Its path and query, as `/rpc/apply_event`.
+    pub target: String,
+}
+
+struct Inside {
+    target: Url,
+    http: reqwest::Client,
+    seen: Mutex<Vec<Seen>>,
+    delay: Mutex<Duration>,
+}
+
+impl Inside {
+    fn seen(&self) -> MutexGuard<'_, Vec<Seen>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The running proxy; it ends with this value.
+pub struct Proxy {
+    /// Where it listens.
+    pub url: Url,
+    inside: Arc<Inside>,
+    server: JoinHandle<()>,
+}
+
+impl Proxy {
+    /// Starts one in front of `target`.
+    pub async fn start(target: Url) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let url = Url::parse(&format!("http://{}/", listener.local_addr()?))?;
+        let inside = Arc::new(Inside { target, http: local::parts::http_client()?, seen: Mutex::default(), delay: Mutex::default() });
+        let router = Router::new().fallback(pass).with_state(Arc::clone(&inside));
+        let server = tokio::spawn(async move {
+            let _ended = axum::serve(listener, router).await;
+        });
+        Ok(Self { url, inside, server })
+    }
+
+    /// What passed since the last time this was asked.
+    pub fn take(&self) -> Vec<Seen> {
+        std::mem::take(&mut *self.inside.seen())
+    }
+
+    /// The paths of what passed since the last time this or [`Proxy::take`] was asked, in order.
+    pub fn take_paths(&self) -> Vec<String> {
+        self.take().into_iter().map(|seen| seen.target.split('?').next().unwrap_or_default().to_owned()).collect()
+    }
+
+    /// Holds every request back for so long from now on.
+    pub fn delay(&self, delay: Duration) {
+        *self.inside.delay.lock().unwrap_or_else(PoisonError::into_inner) = delay;
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+async fn pass(State(inside): State<Arc<Inside>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let target = parts.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
+    inside.seen().push(Seen { method: parts.method.clone(), target: target.clone() });
+    let delay = *inside.delay.lock().unwrap_or_else(PoisonError::into_inner);
+    tokio::time::sleep(delay).await;
+    match forward(&inside, parts, body, &target).await {
+        Ok(response) => response,
+        // As the gateway of Supabase does when PostgREST is away.
+        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")).into_response(),
+    }
+}
+
+async fn forward(inside: &Inside, parts: http::request::Parts, body: Body, target: &str) -> Result<Response> {
+    let mut headers = parts.headers;
+    for name in [http::header::HOST, http::header::CONNECTION, http::header::TRANSFER_ENCODING] {
+        headers.remove(name);
+    }
+    let url = inside.target.join(target.trim_start_matches('/'))?;
+    let body = to_bytes(body, BODY_LIMIT).await?;
+    let answer = inside.http.request(parts.method, url).headers(headers).body(body).send().await?;
+    let (parts, body) = http::Response::<reqwest::Body>::from(answer).into_parts();
+    Ok(Response::from_parts(parts, Body::new(body)))
+}
