@@ -131,6 +131,7 @@ impl Stack {
             None => new_log_folder()?,
         };
         fs::create_dir_all(&log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
+        log_to(&log_dir.join("stack.log"))?;
         let run = RunFolder::create()?;
         let template = Template::load(&folder::workspace()?.join("template.yaml"))?;
         let listening = Listening::bind(options.port).await?;
@@ -287,7 +288,9 @@ async fn start_database(
     supabase::seed(&owner).await?;
     let functions_url = format!("{}/functions/v1", listening.origin_text());
     let admin = postgres.connect(Role::Admin, DATABASE).await?;
-    for (name, value) in [("trunkline_functions_url", functions_url.as_str()), ("trunkline_nudge_key", keys.nudge_key())] {
+    for (name, value) in
+        [("trunkline_functions_url", functions_url.as_str()), ("trunkline_nudge_key", keys.nudge_key())]
+    {
         admin.execute("select vault.create_secret($1, $2)", &[&value, &name]).await?;
     }
     step.done("applied");
@@ -316,6 +319,17 @@ async fn start_queues(
     let secret_arn = sqs.create_secret("trunkline", &keys.secret_json()).await?;
     step.done(format!("{} queues at {}", queue_urls.len(), sqs.url));
     Ok((sqs, queue_urls, secret_arn))
+}
+
+/// Writes what the parts themselves log to a file, unless this process logs elsewhere already.
+fn log_to(path: &Path) -> Result<()> {
+    let file = fs::File::options().create(true).append(true).open(path)?;
+    let _elsewhere = tracing_subscriber::fmt()
+        .with_env_filter("info,local=debug")
+        .with_ansi(false)
+        .with_writer(std::sync::Mutex::new(file))
+        .try_init();
+    Ok(())
 }
 
 /// The next ten o'clock in Kolkata, when calls are not allowed there now or soon will not be.

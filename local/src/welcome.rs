@@ -11,7 +11,8 @@ use std::fmt::Write;
 use url::Url;
 
 /// Names and owners of the organizations.
-const ORGANIZATIONS: [(&str, &str); 2] = [("Acme Realty", "owner@acme.example.com"), ("Globex Stores", "owner@globex.example.com")];
+const ORGANIZATIONS: [(&str, &str); 2] =
+    [("Acme Realty", "owner@acme.example.com"), ("Globex Stores", "owner@globex.example.com")];
 /// A number for each to call from.
 const CALLER_NUMBERS: [&str; 2] = ["+918031400001", "+918031400002"];
 /// All that an organization's API key may be used for.
@@ -61,7 +62,9 @@ impl Welcome {
         for ((name, email), number) in ORGANIZATIONS.into_iter().zip(CALLER_NUMBERS) {
             let organization = stack.sign_up(name, email).await?;
             stack.add_caller_number(organization.id, account.id, number).await?;
-            let made = stack.call(&organization.owner.jwt, "create_api_key", &json!({ "name": "local", "scopes": SCOPES })).await?;
+            let made = stack
+                .call(&organization.owner.jwt, "create_api_key", &json!({ "name": "local", "scopes": SCOPES }))
+                .await?;
             let key = made["key"].as_str().context("create_api_key returned no key")?.to_owned();
             organizations.push((organization, key));
         }
@@ -128,7 +131,10 @@ impl Welcome {
         writeln!(text, "export API={} KEY={}", stack.origin_text(), stack.keys.publishable_key)?;
         writeln!(text, "export JWT={}", organization.owner.jwt)?;
         writeln!(text, "export API_KEY={api_key}")?;
-        writeln!(text, "trunkline() {{ curl -sS -H \"apikey: $KEY\" -H \"Authorization: Bearer $JWT\" -H 'content-type: application/json' \"$@\"; echo; }}")?;
+        writeln!(
+            text,
+            "trunkline() {{ curl -sS -H \"apikey: $KEY\" -H \"Authorization: Bearer $JWT\" -H 'content-type: application/json' -H 'prefer: return=representation' \"$@\"; echo; }}"
+        )?;
         writeln!(text, "\n# a lead, a campaign over all leads, its start, and what became of it")?;
         writeln!(text, "trunkline $API/rest/v1/leads -d '{{\"name\":\"Asha\",\"phone\":\"+919876543210\"}}'")?;
         writeln!(

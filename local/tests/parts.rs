@@ -60,19 +60,22 @@ async fn api() -> Result<Api> {
             "bytes": request.body().len(),
             "from": source_ip,
         });
-        Box::pin(async move { axum::response::IntoResponse::into_response(axum::Json(body)) }) as futures::future::BoxFuture<_>
+        Box::pin(async move { axum::response::IntoResponse::into_response(axum::Json(body)) })
+            as futures::future::BoxFuture<_>
     });
     let gateway = listening.serve(keys.clone(), postgrest.url.clone(), Some(echo))?;
     Ok(Api { origin, keys, http: local::parts::http_client()?, postgrest, postgres, _gateway: gateway, _run: run })
 }
 
 impl Api {
-    async fn whoami(&self, headers: &[(&str, &str)]) -> (StatusCode, Value) {
+    async fn whoami(&self, headers: &[(&str, &str)]) -> Result<(StatusCode, Value)> {
         let request = headers
             .iter()
-            .fold(self.http.post(format!("{}/rest/v1/rpc/whoami", self.origin)), |request, (name, value)| request.header(*name, *value));
-        let response = request.json(&json!({})).send().await.unwrap();
-        (response.status(), response.json().await.unwrap())
+            .fold(self.http.post(format!("{}/rest/v1/rpc/whoami", self.origin)), |request, (name, value)| {
+                request.header(*name, *value)
+            });
+        let response = request.json(&json!({})).send().await?;
+        Ok((response.status(), response.json().await?))
     }
 }
 
@@ -84,31 +87,48 @@ async fn the_gateway_and_postgrest_know_everyone_by_key_and_token() {
     let jwt = api.keys.user_jwt(user, "a@example.com").unwrap();
     let bearer = format!("Bearer {jwt}");
 
-    assert_eq!(api.whoami(&[("apikey", publishable)]).await, (StatusCode::OK, json!("anon")));
-    assert_eq!(api.whoami(&[("apikey", secret)]).await, (StatusCode::OK, json!("service_role")));
-    assert_eq!(api.whoami(&[("apikey", publishable), ("authorization", &bearer)]).await, (StatusCode::OK, json!("authenticated")));
-    assert_eq!(api.whoami(&[]).await.0, StatusCode::UNAUTHORIZED);
-    assert_eq!(api.whoami(&[("apikey", "sb_publishable_unknown")]).await.0, StatusCode::UNAUTHORIZED);
-    assert_eq!(api.whoami(&[("apikey", secret), ("user-agent", "Mozilla/5.0")]).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(api.whoami(&[("apikey", publishable)]).await.unwrap(), (StatusCode::OK, json!("anon")));
+    assert_eq!(api.whoami(&[("apikey", secret)]).await.unwrap(), (StatusCode::OK, json!("service_role")));
+    assert_eq!(
+        api.whoami(&[("apikey", publishable), ("authorization", &bearer)]).await.unwrap(),
+        (StatusCode::OK, json!("authenticated"))
+    );
+    assert_eq!(api.whoami(&[]).await.unwrap().0, StatusCode::UNAUTHORIZED);
+    assert_eq!(api.whoami(&[("apikey", "sb_publishable_unknown")]).await.unwrap().0, StatusCode::UNAUTHORIZED);
+    assert_eq!(
+        api.whoami(&[("apikey", secret), ("user-agent", "Mozilla/5.0")]).await.unwrap().0,
+        StatusCode::UNAUTHORIZED
+    );
 
     let mut expired = api.keys.user_claims(user, "a@example.com");
     expired.exp = expired.iat - 60;
     let expired = format!("Bearer {}", api.keys.sign(&expired).unwrap());
-    let (status, body) = api.whoami(&[("apikey", publishable), ("authorization", &expired)]).await;
+    let (status, body) = api.whoami(&[("apikey", publishable), ("authorization", &expired)]).await.unwrap();
     assert_eq!((status, body["message"].as_str()), (StatusCode::UNAUTHORIZED, Some("JWT expired")));
     let strange = format!("Bearer {}", Keys::generate(&api.origin).unwrap().user_jwt(user, "a@example.com").unwrap());
-    assert_eq!(api.whoami(&[("apikey", publishable), ("authorization", &strange)]).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(
+        api.whoami(&[("apikey", publishable), ("authorization", &strange)]).await.unwrap().0,
+        StatusCode::UNAUTHORIZED
+    );
     let mut other_audience = api.keys.user_claims(user, "a@example.com");
     other_audience.aud = Some("elsewhere".to_owned());
     let other_audience = format!("Bearer {}", api.keys.sign(&other_audience).unwrap());
-    assert_eq!(api.whoami(&[("apikey", publishable), ("authorization", &other_audience)]).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(
+        api.whoami(&[("apikey", publishable), ("authorization", &other_audience)]).await.unwrap().0,
+        StatusCode::UNAUTHORIZED
+    );
 
     // Row level security goes by the token, query parameters and bodies go through, and the answer's headers come back.
     let notes = format!("{}/rest/v1/notes", api.origin);
-    let made = api.http.post(&notes).header("apikey", publishable).bearer_auth(&jwt).header("prefer", "return=representation");
+    let made =
+        api.http.post(&notes).header("apikey", publishable).bearer_auth(&jwt).header("prefer", "return=representation");
     let made: Value = made.json(&json!([{ "id": 1 }, { "id": 2 }])).send().await.unwrap().json().await.unwrap();
     assert_eq!(made[0]["owner"], user.to_string());
-    let one = api.http.get(format!("{notes}?id=eq.2&select=id&apikey={publishable}")).bearer_auth(&jwt).header("prefer", "count=exact");
+    let one = api
+        .http
+        .get(format!("{notes}?id=eq.2&select=id&apikey={publishable}"))
+        .bearer_auth(&jwt)
+        .header("prefer", "count=exact");
     let one = one.send().await.unwrap();
     assert_eq!(one.headers()[header::CONTENT_RANGE], "0-0/1");
     assert_eq!(one.headers()[header::ACCESS_CONTROL_ALLOW_ORIGIN], "*");
@@ -131,7 +151,8 @@ async fn the_gateway_and_postgrest_know_everyone_by_key_and_token() {
     assert_eq!(preflight.headers()[header::ACCESS_CONTROL_ALLOW_HEADERS], "authorization,apikey,content-type");
 
     // Functions get what was sent, keys or no keys.
-    let echoed = api.http.post(format!("{}/functions/v1/webhook-intake/plivo/ring/a%20b?x=1&x=2", api.origin)).body("hello");
+    let echoed =
+        api.http.post(format!("{}/functions/v1/webhook-intake/plivo/ring/a%20b?x=1&x=2", api.origin)).body("hello");
     let echoed: Value = echoed.send().await.unwrap().json().await.unwrap();
     assert_eq!(
         echoed,
@@ -141,14 +162,15 @@ async fn the_gateway_and_postgrest_know_everyone_by_key_and_token() {
     );
 
     // Supabase's limits hold, and PostgREST can go and come back.
-    let slow = api.http.post(format!("{}/rest/v1/rpc/slow", api.origin)).header("apikey", publishable).send().await.unwrap();
+    let slow =
+        api.http.post(format!("{}/rest/v1/rpc/slow", api.origin)).header("apikey", publishable).send().await.unwrap();
     assert_eq!(slow.status(), StatusCode::INTERNAL_SERVER_ERROR);
     assert_eq!(slow.json::<Value>().await.unwrap()["code"], "57014");
     api.postgrest.kill().await.unwrap();
-    let (status, body) = api.whoami(&[("apikey", secret)]).await;
+    let (status, body) = api.whoami(&[("apikey", secret)]).await.unwrap();
     assert_eq!((status, body["code"].as_str()), (StatusCode::SERVICE_UNAVAILABLE, Some("database_unavailable")));
     api.postgrest.restart().await.unwrap();
-    assert_eq!(api.whoami(&[("apikey", secret)]).await.0, StatusCode::OK);
+    assert_eq!(api.whoami(&[("apikey", secret)]).await.unwrap().0, StatusCode::OK);
 
     api.postgrest.stop().await.unwrap();
     api.postgres.stop().await.unwrap();
@@ -163,8 +185,14 @@ async fn a_clone_has_all_that_supabase_adds_and_survives_a_crash() {
     postgres.connect(Role::Owner, "postgres").await.unwrap().batch_execute(SCHEMA).await.unwrap();
     postgres.clone_database("postgres", "clone").await.unwrap();
     let owner = postgres.connect(Role::Owner, "clone").await.unwrap();
-    owner.batch_execute("insert into public.notes values (1, gen_random_uuid()); select net.http_post('http://127.0.0.1/x')").await.unwrap();
-    let granted: bool = owner.query_one("select has_table_privilege('anon', 'public.notes', 'select')", &[]).await.unwrap().get(0);
+    owner
+        .batch_execute(
+            "insert into public.notes values (1, gen_random_uuid()); select net.http_post('http://127.0.0.1/x')",
+        )
+        .await
+        .unwrap();
+    let granted: bool =
+        owner.query_one("select has_table_privilege('anon', 'public.notes', 'select')", &[]).await.unwrap().get(0);
     assert!(!granted);
     assert!(owner.batch_execute("create role another superuser").await.is_err());
     drop(owner);
@@ -188,10 +216,16 @@ async fn queues_are_as_the_template_says_and_the_secret_can_be_read() {
     let urls = sqs.create_queues(&template).await.unwrap();
     let client = sqs.client();
     for queue in &template.queues {
-        let attributes = client.get_queue_attributes().queue_url(&urls[&queue.logical_id]).attribute_names("All".into()).send().await.unwrap();
+        let attributes = client
+            .get_queue_attributes()
+            .queue_url(&urls[&queue.logical_id])
+            .attribute_names("All".into())
+            .send()
+            .await
+            .unwrap();
         let attributes = attributes.attributes.unwrap();
         assert_eq!(attributes[&"VisibilityTimeout".into()], queue.visibility_timeout.as_secs().to_string());
-        assert_eq!(attributes.get(&"RedrivePolicy".into()).is_some(), queue.redrive.is_some());
+        assert_eq!(attributes.contains_key(&"RedrivePolicy".into()), queue.redrive.is_some());
     }
     let arn = sqs.create_secret("stack", r#"{"a":1}"#).await.unwrap();
     assert!(arn.starts_with("arn:aws:secretsmanager:us-east-1:"), "{arn}");

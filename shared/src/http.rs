@@ -125,7 +125,7 @@ pub fn allow_any_origin(response: &mut Response) {
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
     headers.insert(
         header::ACCESS_CONTROL_ALLOW_HEADERS,
-        HeaderValue::from_static("authorization, x-client-info, apikey, content-type, idempotency-key"),
+        HeaderValue::from_static("authorization, x-client-info, apikey, content-type, x-api-key, idempotency-key"),
     );
     headers.insert(
         header::ACCESS_CONTROL_ALLOW_METHODS,

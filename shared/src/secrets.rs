@@ -60,8 +60,11 @@ enum Source {
 #[derive(Clone)]
 pub struct SecretStore {
     source: Source,
-    cached: Arc<Mutex<Option<(Instant, Arc<Secrets>)>>>,
+    cached: Arc<Mutex<Option<Fetched>>>,
 }
+
+/// The secret and when it was fetched.
+type Fetched = (Instant, Arc<Secrets>);
 
 impl SecretStore {
     /// Fetches `arn` with `http` when first asked.

@@ -138,10 +138,10 @@ pub async fn handle<F: Function>(function: &F, payload: Value, invocation: &Invo
             let items: Vec<_> = failed.into_iter().map(|id| json!({ "itemIdentifier": id })).collect();
             Ok(json!({ "batchItemFailures": items }))
         }
-        Ok(Trigger::Job(job)) => function
-            .job(&job, invocation)
-            .instrument(tracing::info_span!("job", job))
-            .await,
+        Ok(Trigger::Job(job)) => {
+            tracing::Span::current().record("job", job.as_str());
+            function.job(&job, invocation).await
+        }
         // A load balancer or REST API is answered in the shape they share, so that its client sees a 400 and not a 502.
         Err(error) => Ok(json!({
             "statusCode": error.status.as_u16(),
@@ -189,6 +189,7 @@ pub async fn run<F: Function>(build: impl FnOnce(Config) -> Result<F>) -> Result
             let span = tracing::info_span!(
                 "invocation",
                 request_id = invocation.request_id,
+                job = tracing::field::Empty,
                 organization_id = tracing::field::Empty,
                 attempt_id = tracing::field::Empty,
             );

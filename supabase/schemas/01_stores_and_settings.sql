@@ -72,10 +72,11 @@ begin
   execute format('revoke all on table %s from public, anon, authenticated, service_role', relation);
   execute format('alter table %s enable row level security', relation);
   execute format('alter table %s force row level security', relation);
-  execute format('drop policy if exists closed on %s', relation);
-  execute format(
-    'create policy closed on %s as restrictive for all to public using (false) with check (false)', relation
-  );
+  if not exists (select from pg_catalog.pg_policy as policy where policy.polrelid = relation and policy.polname = 'closed') then
+    execute format(
+      'create policy closed on %s as restrictive for all to public using (false) with check (false)', relation
+    );
+  end if;
 end
 $$;
 comment on function private.close_table(text) is

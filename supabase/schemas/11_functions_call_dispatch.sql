@@ -19,9 +19,11 @@ language sql stable set search_path = '' as $$
       -- A window over midnight is two pieces of a day; what the law leaves of either is between 09:00 and 21:00.
       select greatest(part.opens, time '09:00') as opens, least(part.closes, time '21:00') as closes
       from (
-        values
-          (time_start, case when time_start < time_end then time_end else time '24:00' end),
-          (case when time_start >= time_end then time '00:00' end, time_end)
+        select time_start, time_end where time_start < time_end
+        union all
+        select time_start, time '24:00' where time_start >= time_end
+        union all
+        select time '00:00', time_end where time_start >= time_end
       ) as part (opens, closes)
     ) as piece
   where piece.opens < piece.closes
@@ -403,7 +405,6 @@ create type private.candidate as (
   record_call          boolean,
   ring_timeout_seconds integer,
   max_call_seconds     integer,
-  turn                 bigint,
   closes_at            timestamptz,
   verdict              text,
   due                  timestamptz
@@ -543,43 +544,36 @@ begin
         else gated.verdict
       end as final_verdict
     from gated
-  ),
-  ranked as (
-    select
-      single.*,
-      row_number() over (
-        partition by single.campaign_id, single.final_verdict order by single.priority desc, single.next_retry_at, single.id
-      ) as turn
-    from single
   )
   select array_agg(
     row(
-      ranked.id, ranked.organization_id, ranked.campaign_id, ranked.lead_id, coalesce(ranked.project_id, ready.project_id), ranked.phone,
-      number.phone_number, number.carrier_account_id, ranked.dispatch_count + 1, ready.agent_id,
-      ready.record_calls and ranked.recording_consent, ready.ring_timeout_seconds, ready.max_call_seconds,
-      ranked.turn, ranked.closes_at, ranked.final_verdict,
-      case ranked.final_verdict
+      single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id), single.phone,
+      number.phone_number, number.carrier_account_id, single.dispatch_count + 1, ready.agent_id,
+      ready.record_calls and single.recording_consent, ready.ring_timeout_seconds, ready.max_call_seconds,
+      single.closes_at, single.final_verdict,
+      case single.final_verdict
         when 'bad_timezone' then at + interval '1 day'
         when 'campaign_over' then at + interval '1 day'
-        when 'outside_window' then ranked.opens_at
+        when 'outside_window' then single.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
-        when 'daily_cap' then private.whole_minute(greatest(ranked.dials[2] + interval '24 hours', ranked.dials[1] + interval '60 minutes'))
-        when 'min_gap' then private.whole_minute(ranked.dials[1] + interval '60 minutes')
+        when 'daily_cap' then private.whole_minute(greatest(single.dials[2] + interval '24 hours', single.dials[1] + interval '60 minutes'))
+        when 'min_gap' then private.whole_minute(single.dials[1] + interval '60 minutes')
       end
     )::private.candidate
+    order by single.priority desc, single.next_retry_at, single.id
   )
   into judged
-  from ranked
-  join ready on ready.id = ranked.campaign_id
+  from single
+  join ready on ready.id = single.campaign_id
   left join lateral (
     -- The number it prefers, else the same one for the same callee every time.
     select number.phone_number, number.carrier_account_id
     from public.caller_numbers as number
     join public.carrier_accounts as account on account.id = number.carrier_account_id
-    where number.organization_id = ranked.organization_id and number.is_active and account.is_active and account.dialling_enabled
-    order by (number.phone_number = ready.caller_id) desc nulls last, hashtextextended(number.phone_number || ranked.phone, 0)
+    where number.organization_id = single.organization_id and number.is_active and account.is_active and account.dialling_enabled
+    order by (number.phone_number = ready.caller_id) desc nulls last, hashtextextended(number.phone_number || single.phone, 0)
     limit 1
-  ) as number on ranked.final_verdict is null;
+  ) as number on single.final_verdict is null;
   return coalesce(judged, '{}');
 end
 $$;
@@ -669,39 +663,51 @@ language sql volatile security definer set search_path = '' as $$
     select tenant.organization_id, random() as number
     from (select distinct candidate.organization_id from unnest(candidates) as candidate) as tenant
   ),
+  of_number as (
+    -- Two rows with one number, met in different looks: one at a time.
+    select distinct on ((candidates[place]).callee_number) candidates[place] as candidate, place
+    from generate_subscripts(candidates, 1) as place
+    order by (candidates[place]).callee_number, place
+  ),
   of_campaign as (
-    select candidate, candidate.organization_id, candidate.carrier_account_id, candidate.campaign_id, candidate.turn
-    from unnest(candidates) as candidate
-    join public.campaigns as campaign on campaign.id = candidate.campaign_id
-    where candidate.turn <= campaign.max_concurrent_calls
-      - coalesce((select sum(calls.number) from calls where calls.campaign_id = candidate.campaign_id), 0)
+    select
+      (of_number.candidate).*, of_number.candidate,
+      row_number() over (partition by (of_number.candidate).campaign_id order by of_number.place) as campaign_place
+    from of_number
   ),
   of_organization as (
     select
       of_campaign.*,
-      row_number() over (partition by of_campaign.organization_id order by of_campaign.turn, of_campaign.campaign_id) as place
+      row_number() over (
+        partition by of_campaign.organization_id order by of_campaign.campaign_place, of_campaign.campaign_id
+      ) as organization_place
     from of_campaign
+    join public.campaigns as campaign on campaign.id = of_campaign.campaign_id
+    where of_campaign.campaign_place <= campaign.max_concurrent_calls
+      - coalesce((select sum(calls.number) from calls where calls.campaign_id = of_campaign.campaign_id), 0)
   ),
   of_account as (
     select
       of_organization.*, ticket.number as ticket,
-      row_number() over (partition by of_organization.carrier_account_id order by of_organization.place, ticket.number) as account_place
+      row_number() over (
+        partition by of_organization.carrier_account_id order by of_organization.organization_place, ticket.number
+      ) as account_place
     from of_organization
     join public.organizations as organization on organization.id = of_organization.organization_id
     join ticket on ticket.organization_id = of_organization.organization_id
-    where of_organization.place <= organization.max_concurrent_calls
+    where of_organization.organization_place <= organization.max_concurrent_calls
       - coalesce((select sum(calls.number) from calls where calls.organization_id = of_organization.organization_id), 0)
   ),
   first as (
-    select of_account.candidate, of_account.place, of_account.ticket
+    select of_account.candidate, of_account.organization_place, of_account.ticket
     from of_account
     join public.carrier_accounts as account on account.id = of_account.carrier_account_id
     where of_account.account_place <= account.max_concurrent_calls
       - coalesce((select sum(calls.number) from calls where calls.carrier_account_id = of_account.carrier_account_id), 0)
-    order by of_account.place, of_account.ticket
+    order by of_account.organization_place, of_account.ticket
     limit room
   )
-  select coalesce(array_agg(first.candidate order by first.place, first.ticket), '{}') from first
+  select coalesce(array_agg(first.candidate order by first.organization_place, first.ticket), '{}') from first
 $$;
 comment on function private.choose_candidates(private.candidate[], integer) is
   'Which candidates have room now: within what their campaign, organization and carrier account may have in flight, one of each organization at a time.';
@@ -773,10 +779,10 @@ begin
 
   -- The plan's quota last, organization by organization: nothing but usage counters is locked after a usage counter.
   for tenant in
-    select candidate.organization_id as id, array_agg(candidate.queue_id order by candidate.turn, candidate.queue_id) as rows
-    from unnest(able) as candidate
-    group by candidate.organization_id
-    order by candidate.organization_id
+    select (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows
+    from generate_subscripts(able, 1) as place
+    group by (able[place]).organization_id
+    order by (able[place]).organization_id
   loop
     given := cardinality(tenant.rows);
     if not private.reserve_usage(tenant.id, 'ai_calls', given, at) then
@@ -805,6 +811,7 @@ begin
       now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
     from unnest(able) as candidate
     where candidate.queue_id = any (granted)
+    on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
     returning id, organization_id, campaign_id, lead_id, queue_id, not_after
   ),
   taken as (
@@ -821,11 +828,26 @@ begin
       and member.campaign_id = attempt.campaign_id
       and member.lead_id = attempt.lead_id
   )
-  select attempts || coalesce(
-    jsonb_agg(jsonb_build_object('id', attempt.id, 'organization_id', attempt.organization_id, 'not_after', attempt.not_after)), '[]'
-  )
-  into attempts
+  select
+    attempts || coalesce(
+      jsonb_agg(jsonb_build_object('id', attempt.id, 'organization_id', attempt.organization_id, 'not_after', attempt.not_after)), '[]'
+    ),
+    count(*)
+  into attempts, given
   from attempt;
+  if given < cardinality(granted) then
+    -- Somebody else began to call the number meanwhile: what was held for this row goes back.
+    for tenant in
+      select candidate.organization_id as id, count(*) as rows
+      from unnest(able) as candidate
+      join public.call_queue as queue on queue.id = candidate.queue_id
+      where candidate.queue_id = any (granted) and queue.status = 'queued'
+      group by candidate.organization_id
+      order by candidate.organization_id
+    loop
+      perform private.release_usage(tenant.id, 'ai_calls', tenant.rows, at);
+    end loop;
+  end if;
 
   -- Full hands, or rows that stepped aside in the last look: another one would find more.
   return jsonb_build_object('attempts', attempts, 'more', jsonb_array_length(attempts) >= wanted or moved > 0);

@@ -34,7 +34,20 @@ pub async fn findings(database: &Database) -> Result<Vec<Finding>> {
     let admin = database.connect(Role::Admin).await?;
     admin.batch_execute(&format!("alter database \"{}\" set pgrst.db_schemas = 'public'", database.name)).await?;
     let output = Command::new(cli)
-        .args(["db", "advisors", "--type", "all", "--level", "info", "--fail-on", "none", "--output-format", "json", "--agent", "no"])
+        .args([
+            "db",
+            "advisors",
+            "--type",
+            "all",
+            "--level",
+            "info",
+            "--fail-on",
+            "none",
+            "--output-format",
+            "json",
+            "--agent",
+            "no",
+        ])
         .arg(format!("--remote={}", database.url(Role::Owner)))
         .current_dir(home)
         .env_clear()

@@ -7,9 +7,9 @@ use anyhow::{Context, Result};
 use axum::{
     Json, Router,
     body::{Body, Bytes},
-    extract::{Path, State},
+    extract::{Path, Query, State},
     response::{IntoResponse, Response},
-    routing::post,
+    routing::get,
 };
 use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
@@ -63,6 +63,7 @@ struct Inside {
     auth_token: String,
     reactions: Mutex<BTreeMap<String, Reaction>>,
     creates: Mutex<Vec<Create>>,
+    records: Mutex<Vec<Value>>,
 }
 
 impl Inside {
@@ -94,7 +95,10 @@ impl CarrierStub {
             auth_token: account.auth_token.clone(),
             ..Inside::default()
         });
-        let router = Router::new().route("/v1/Account/{auth_id}/Call/", post(create)).with_state(Arc::clone(&inside));
+        let router = Router::new()
+            .route("/v1/Account/{auth_id}/Call/", get(list).post(create))
+            .route("/v1/Account/{auth_id}/Call/{call_uuid}/", get(one))
+            .with_state(Arc::clone(&inside));
         let server = tokio::spawn(async move {
             let _ended = axum::serve(listener, router).await;
         });
@@ -111,9 +115,9 @@ impl CarrierStub {
         self.inside.creates().clone()
     }
 
-    /// A signed callback to one of a call's URLs.
-    pub fn callback(&self, url: &str, form: &[(&str, &str)]) -> Result<HttpEvent> {
-        signed_callback(&self.auth_token, url, form)
+    /// Adds to the records of calls that it can be asked for, as Plivo writes them.
+    pub fn keep_record(&self, record: Value) {
+        self.inside.records.lock().unwrap_or_else(PoisonError::into_inner).push(record);
     }
 }
 
@@ -125,7 +129,8 @@ impl Drop for CarrierStub {
 
 /// A callback signed with any token. The URL's fragment, with Plivo's retry settings, is not sent.
 pub fn signed_callback(auth_token: &str, url: &str, form: &[(&str, &str)]) -> Result<HttpEvent> {
-    let form: Vec<(String, String)> = form.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let form: Vec<(String, String)> =
+        form.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let url = Url::parse(url).with_context(|| url.to_owned())?;
     let sent_to = url.as_str().split('#').next().unwrap_or_default();
     let target = sent_to.strip_prefix(&url.origin().ascii_serialization()).unwrap_or_default();
@@ -136,13 +141,21 @@ pub fn signed_callback(auth_token: &str, url: &str, form: &[(&str, &str)]) -> Re
     Ok(event)
 }
 
-async fn create(State(inside): State<Arc<Inside>>, Path(auth_id): Path<String>, headers: HeaderMap, body: Bytes) -> Response {
-    let credentials = reqwest::Client::new().post("http://localhost/").basic_auth(&inside.auth_id, Some(&inside.auth_token)).build();
+async fn create(
+    State(inside): State<Arc<Inside>>,
+    Path(auth_id): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let credentials =
+        reqwest::Client::new().post("http://localhost/").basic_auth(&inside.auth_id, Some(&inside.auth_token)).build();
     let wanted = credentials.ok().and_then(|request| request.headers().get(header::AUTHORIZATION).cloned());
     if auth_id != inside.auth_id || wanted.as_ref() != headers.get(header::AUTHORIZATION) {
         return error(401, "Could not verify your access level for that URL.");
     }
-    let Ok(create) = serde_json::from_slice::<Create>(&body) else { return error(400, "the request body is not valid JSON") };
+    let Ok(create) = serde_json::from_slice::<Create>(&body) else {
+        return error(400, "the request body is not valid JSON");
+    };
     let reaction = {
         let reactions = inside.reactions.lock().unwrap_or_else(PoisonError::into_inner);
         reactions.get(&create.to).cloned().unwrap_or_default()
@@ -166,6 +179,31 @@ async fn create(State(inside): State<Arc<Inside>>, Path(auth_id): Path<String>, 
             let cut = futures::stream::once(async { Err::<Bytes, _>(std::io::Error::other("cut off")) });
             (StatusCode::CREATED, Body::from_stream(cut)).into_response()
         }
+    }
+}
+
+/// The records of calls between two numbers, the newest first.
+async fn list(State(inside): State<Arc<Inside>>, Query(query): Query<BTreeMap<String, String>>) -> Response {
+    let records = inside.records.lock().unwrap_or_else(PoisonError::into_inner);
+    let asked = |record: &&Value| {
+        ["from_number", "to_number"]
+            .iter()
+            .all(|name| query.get(*name).is_some_and(|number| record[*name] == json!(number)))
+    };
+    let objects: Vec<&Value> = records.iter().rev().filter(asked).collect();
+    Json(json!({ "api_id": Uuid::new_v4(), "meta": { "limit": 20, "offset": 0 }, "objects": objects })).into_response()
+}
+
+/// The record of one call; none of them is live.
+async fn one(
+    State(inside): State<Arc<Inside>>,
+    Path((_, call_uuid)): Path<(String, String)>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Response {
+    let records = inside.records.lock().unwrap_or_else(PoisonError::into_inner);
+    match records.iter().find(|record| record["call_uuid"] == json!(call_uuid)) {
+        Some(record) if !query.contains_key("status") => Json(record).into_response(),
+        _ => error(404, "call not found"),
     }
 }
 

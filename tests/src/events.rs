@@ -98,7 +98,10 @@ impl HttpEvent {
     pub async fn send(&self, function: &impl Function) -> Result<Answer> {
         let answer = invoke(function, self.payload()).await?;
         Ok(Answer {
-            status: answer["statusCode"].as_u64().and_then(|status| status.try_into().ok()).context("an answer without a status")?,
+            status: answer["statusCode"]
+                .as_u64()
+                .and_then(|status| status.try_into().ok())
+                .context("an answer without a status")?,
             headers: answer["headers"].as_object().cloned().unwrap_or_default(),
             body: answer["body"].as_str().unwrap_or_default().to_owned(),
         })
@@ -127,7 +130,11 @@ impl Answer {
     pub fn assert_error(&self, status: u16, code: &str) {
         let body = self.json();
         assert_eq!((self.status, body["code"].as_str()), (status, Some(code)), "{}", self.body);
-        assert!(body["message"].as_str().is_some_and(|message| !message.is_empty()), "an error says what is wrong: {}", self.body);
+        assert!(
+            body["message"].as_str().is_some_and(|message| !message.is_empty()),
+            "an error says what is wrong: {}",
+            self.body
+        );
         for key in ["details", "hint"] {
             assert!(body.get(key).is_some(), "an error has {key}: {}", self.body);
         }

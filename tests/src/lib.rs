@@ -8,10 +8,12 @@
 //!   told, for a single outcome at a time.
 
 pub mod advisor;
+pub mod callbacks;
 pub mod carrier;
 pub mod database;
 pub mod events;
 pub mod pgtap;
+pub mod programs;
 pub mod proxy;
 pub mod queues;
 pub mod scene;

@@ -41,13 +41,16 @@ async fn plain_sql(client: &Client) -> Result<PathBuf> {
         return Ok(sql);
     }
     let version = first_column(client, "show server_version").await?.into_iter().next().unwrap_or_default();
-    let advice = format!("the server (PostgreSQL {version}) does not ship pgTAP: install postgresql-15-pgtap, or set DATABASE_URL to one that has it");
+    let advice = format!(
+        "the server (PostgreSQL {version}) does not ship pgTAP: install postgresql-15-pgtap, or set DATABASE_URL to one that has it"
+    );
     let scratch = folder::parts()?.join(format!("pgtap.{}", std::process::id()));
     fs::create_dir_all(&scratch)?;
     // Any major version's package will do: the SQL is the same for all.
     let script = "name=$(apt-cache pkgnames postgresql- | grep -E '^postgresql-[0-9]+-pgtap$' | sort -V | tail -n 1) && \
                   apt-get download \"$name\" && dpkg -x ./*.deb .";
-    let unpacked = process::Command::new("sh").args(["-c", script]).folder(&scratch).log(scratch.join("log")).run().await;
+    let unpacked =
+        process::Command::new("sh").args(["-c", script]).folder(&scratch).log(scratch.join("log")).run().await;
     let unpacked = unpacked.context(advice.clone()).and_then(|()| {
         ensure!(find_sql(&scratch).is_some(), advice);
         // Another test may have been faster.
@@ -106,11 +109,14 @@ async fn run(client: &Client, sql: &str) -> Result<Report> {
             Ok(SimpleQueryMessage::Row(row)) => report.read(row.get(0).unwrap_or_default()),
             Ok(_) => {}
             Err(error) => {
-                let told = error.as_db_error().map_or_else(|| error.to_string(), |error| {
-                    let detail = error.detail().map(|detail| format!(" ({detail})")).unwrap_or_default();
-                    let place = error.where_().map(|place| format!("\n      at {place}")).unwrap_or_default();
-                    format!("{} {}{detail}{place}", error.code().code(), error.message())
-                });
+                let told = error.as_db_error().map_or_else(
+                    || error.to_string(),
+                    |error| {
+                        let detail = error.detail().map(|detail| format!(" ({detail})")).unwrap_or_default();
+                        let place = error.where_().map(|place| format!("\n      at {place}")).unwrap_or_default();
+                        format!("{} {}{detail}{place}", error.code().code(), error.message())
+                    },
+                );
                 report.stopped = Some(told);
             }
         }

@@ -1,4 +1,4 @@
-//! A proxy in front of PostgREST that counts what passes, and can be slow.
+//! A proxy in front of PostgREST that counts what passes, and can be slow, lose answers or let nothing through.
 
 use anyhow::Result;
 use axum::{
@@ -27,16 +27,34 @@ pub struct Seen {
     pub target: String,
 }
 
+/// What goes wrong on the way.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Trouble {
+    /// Nothing.
+    #[default]
+    None,
+    /// Every request is held back for so long.
+    Delay(Duration),
+    /// The next request for this path reaches PostgREST, and its answer is lost.
+    LoseNextAnswer(&'static str),
+    /// No request for this path gets through.
+    Refuse(&'static str),
+}
+
 struct Inside {
     target: Url,
     http: reqwest::Client,
     seen: Mutex<Vec<Seen>>,
-    delay: Mutex<Duration>,
+    trouble: Mutex<Trouble>,
 }
 
 impl Inside {
     fn seen(&self) -> MutexGuard<'_, Vec<Seen>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn trouble(&self) -> MutexGuard<'_, Trouble> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -53,7 +71,12 @@ impl Proxy {
     pub async fn start(target: Url) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let url = Url::parse(&format!("http://{}/", listener.local_addr()?))?;
-        let inside = Arc::new(Inside { target, http: local::parts::http_client()?, seen: Mutex::default(), delay: Mutex::default() });
+        let inside = Arc::new(Inside {
+            target,
+            http: local::parts::http_client()?,
+            seen: Mutex::default(),
+            trouble: Mutex::default(),
+        });
         let router = Router::new().fallback(pass).with_state(Arc::clone(&inside));
         let server = tokio::spawn(async move {
             let _ended = axum::serve(listener, router).await;
@@ -71,9 +94,9 @@ impl Proxy {
         self.take().into_iter().map(|seen| seen.target.split('?').next().unwrap_or_default().to_owned()).collect()
     }
 
-    /// Holds every request back for so long from now on.
-    pub fn delay(&self, delay: Duration) {
-        *self.inside.delay.lock().unwrap_or_else(PoisonError::into_inner) = delay;
+    /// What goes wrong from now on.
+    pub fn make(&self, trouble: Trouble) {
+        *self.inside.trouble() = trouble;
     }
 }
 
@@ -87,9 +110,19 @@ async fn pass(State(inside): State<Arc<Inside>>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let target = parts.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
     inside.seen().push(Seen { method: parts.method.clone(), target: target.clone() });
-    let delay = *inside.delay.lock().unwrap_or_else(PoisonError::into_inner);
-    tokio::time::sleep(delay).await;
+    let path = parts.uri.path().to_owned();
+    let trouble = inside.trouble().clone();
+    if let Trouble::Delay(delay) = trouble {
+        tokio::time::sleep(delay).await;
+    }
+    if matches!(trouble, Trouble::Refuse(refused) if refused == path) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "refused on the way").into_response();
+    }
     match forward(&inside, parts, body, &target).await {
+        Ok(_) if matches!(trouble, Trouble::LoseNextAnswer(lost) if lost == path) => {
+            *inside.trouble() = Trouble::None;
+            (StatusCode::BAD_GATEWAY, "lost on the way back").into_response()
+        }
         Ok(response) => response,
         // As the gateway of Supabase does when PostgREST is away.
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")).into_response(),

@@ -58,7 +58,13 @@ impl Queue {
     /// How many messages wait to be received.
     pub async fn waiting(&self) -> Result<usize> {
         use aws_sdk_sqs::types::QueueAttributeName::ApproximateNumberOfMessages;
-        let asked = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(ApproximateNumberOfMessages).send().await?;
+        let asked = self
+            .client
+            .get_queue_attributes()
+            .queue_url(&self.url)
+            .attribute_names(ApproximateNumberOfMessages)
+            .send()
+            .await?;
         let count = asked.attributes().and_then(|attributes| attributes.get(&ApproximateNumberOfMessages));
         Ok(count.context("a queue without a length")?.parse()?)
     }
@@ -94,7 +100,13 @@ impl Queue {
     pub async fn release(&self, messages: &[Message]) -> Result<()> {
         for message in messages {
             let receipt = message.receipt_handle().context("a message without a receipt")?;
-            self.client.change_message_visibility().queue_url(&self.url).receipt_handle(receipt).visibility_timeout(0).send().await?;
+            self.client
+                .change_message_visibility()
+                .queue_url(&self.url)
+                .receipt_handle(receipt)
+                .visibility_timeout(0)
+                .send()
+                .await?;
         }
         Ok(())
     }

@@ -66,8 +66,46 @@ pub async fn connect_carrier(stack: &Stack, tenant: &Tenant, carrier: &CarrierSt
             &[&tenant.id, &account, &number],
         )
         .await?;
-    stack.sql.execute("update public.organizations set max_concurrent_calls = 1000 where id = $1", &[&tenant.id]).await?;
+    stack
+        .sql
+        .execute("update public.organizations set max_concurrent_calls = 1000 where id = $1", &[&tenant.id])
+        .await?;
     Ok(account)
+}
+
+/// What an operator does when a tenant buys a plan: this one costs 999 rupees a month, includes `included_seconds` of calling, and 6
+/// rupees a minute beyond. It begins at once, and its period ends a month later.
+pub async fn buy_plan(stack: &Stack, tenant: &Tenant, included_seconds: i64) -> Result<()> {
+    let slug = format!("plan-{}", tenant.id.simple());
+    stack
+        .sql
+        .execute(
+            "with plan as (
+               insert into public.subscription_plans (slug, name, is_public) values ($1, 'Talk', false) returning id
+             ), price as (
+               insert into public.plan_prices (plan_id, version, billing_cycle, currency, base_minor)
+               select id, 1, 'monthly', 'INR', 99900 from plan returning id
+             )
+             insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor, overage_unit)
+             select price.id, term.meter_key, term.included, term.price, term.unit
+             from price, (values ('ai_calls', -1::bigint, null::bigint, 1::bigint), ('call_seconds', $2, 600, 60), ('sms_messages', 5, 25, 1))
+               as term (meter_key, included, price, unit)",
+            &[&slug, &included_seconds],
+        )
+        .await
+        .context("the plan")?;
+    stack
+        .sql
+        .query_one("select private.subscribe_organization($1, $2, 'active', private.clock_now())", &[&tenant.id, &slug])
+        .await
+        .context("the subscription")?;
+    Ok(())
+}
+
+/// An API key of the tenant's own systems, made by its owner; the key itself.
+pub async fn create_api_key(stack: &Stack, tenant: &Tenant) -> Result<String> {
+    let made = stack.rpc(tenant.jwt(), "create_api_key", &json!({ "name": "CRM", "scopes": ["usage.write"] })).await?;
+    Ok(made["key"].as_str().context("a key without a key")?.to_owned())
 }
 
 /// The phone numbers of a tenant's leads, `from` on: +91980000NNNN.
@@ -77,8 +115,10 @@ pub fn phones(from: u32, count: u32) -> Vec<String> {
 
 /// Puts leads in through `/rest/v1`, as an import of the owner's does.
 pub async fn import_leads(stack: &Stack, tenant: &Tenant, phones: &[String]) -> Result<Vec<Uuid>> {
-    let leads: Vec<Value> =
-        phones.iter().map(|phone| json!({ "name": format!("Lead {phone}"), "phone": phone, "recording_consent": true })).collect();
+    let leads: Vec<Value> = phones
+        .iter()
+        .map(|phone| json!({ "name": format!("Lead {phone}"), "phone": phone, "recording_consent": true }))
+        .collect();
     let (status, made) = stack.rest(tenant.jwt(), "POST", "leads?select=id", Some(&json!(leads))).await?;
     ensure!(status.is_success(), "leads: {status} {made}");
     let ids = made.as_array().context("leads are a list")?;

@@ -4,6 +4,7 @@ use crate::{Database, Proxy, queues::Queue};
 use anyhow::{Context, Result, ensure};
 use call_dispatch::Dispatch;
 use http::StatusCode;
+use invoice_generation::Invoicing;
 use local::parts::{
     gateway::{Gateway, Listening},
     install,
@@ -16,6 +17,7 @@ use serde_json::Value;
 use shared::{config::Config, secrets::SecretStore, supabase};
 use std::path::Path;
 use tokio_postgres::Client;
+use usage_metering::Metering;
 use webhook_intake::Intake;
 
 /// Where carriers believe us to be: signatures are made over it, and nothing is sent to it.
@@ -55,7 +57,8 @@ impl Stack {
         let binary = install::postgrest(&Progress::hidden()).await?;
         let listening = Listening::bind(None).await?;
         let keys = Keys::generate(&listening.origin_text())?;
-        let options = PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool: POOL };
+        let options =
+            PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool: POOL };
         let folder = &database.attached.folder;
         let (postgrest, dial_queue, intake_queue, sql) = tokio::try_join!(
             Postgrest::start(&options, &keys, folder, folder),
@@ -110,6 +113,16 @@ impl Stack {
     /// A `call-dispatch` that has not seen an event yet.
     pub fn dispatch(&self) -> Result<Dispatch> {
         Ok(Dispatch::with_secrets(self.config.clone(), self.http.clone(), self.secrets()?))
+    }
+
+    /// A `usage-metering` that has not seen an event yet.
+    pub fn metering(&self) -> Result<Metering> {
+        Ok(Metering::with_secrets(self.config.clone(), self.http.clone(), self.secrets()?))
+    }
+
+    /// An `invoice-generation` that has not seen an event yet.
+    pub fn invoicing(&self) -> Result<Invoicing> {
+        Ok(Invoicing::with_secrets(self.config.clone(), self.http.clone(), self.secrets()?))
     }
 
     /// Asks `/rest/v1` under a user's token, as a browser does; the status and what came.

@@ -96,7 +96,8 @@ mod tests {
 
     #[test]
     fn a_failure_is_told_with_its_diagnostics() {
-        let report = report("1..1\nnot ok 1 - adds up\n# Failed test 1: \"adds up\"\n#         have: 3\n#         want: 4");
+        let report =
+            report("1..1\nnot ok 1 - adds up\n# Failed test 1: \"adds up\"\n#         have: 3\n#         want: 4");
         assert!(!report.passed());
         assert!(report.to_string().contains("have: 3"), "{report}");
     }

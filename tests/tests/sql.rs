@@ -96,7 +96,9 @@ async fn a_file_that_stops_early_runs_nothing_or_fails_is_found_out() -> Result<
 
 #[test]
 fn the_migration_is_the_schemas_one_after_the_other() -> Result<()> {
-    let read = |files: Vec<PathBuf>| -> Result<String> { Ok(files.iter().map(fs::read_to_string).collect::<Result<Vec<_>, _>>()?.concat()) };
+    let read = |files: Vec<PathBuf>| -> Result<String> {
+        Ok(files.iter().map(fs::read_to_string).collect::<Result<Vec<_>, _>>()?.concat())
+    };
     let (migration, schemas) = (read(sources("migrations", ".sql")?)?, read(sources("schemas", ".sql")?)?);
     let differs = migration.lines().zip(schemas.lines()).position(|(ours, theirs)| ours != theirs);
     ensure!(
@@ -130,7 +132,11 @@ async fn the_advisor_has_nothing_to_say() -> Result<()> {
 #[tokio::test]
 async fn the_advisor_would_have_seen_a_table_without_walls() -> Result<()> {
     let database = Database::migrated(supervisor_binary!()).await?;
-    database.connect(Role::Owner).await?.batch_execute("create table public.open_door (id uuid primary key); grant select on public.open_door to anon").await?;
+    database
+        .connect(Role::Owner)
+        .await?
+        .batch_execute("create table public.open_door (id uuid primary key); grant select on public.open_door to anon")
+        .await?;
     let found = advisor::findings(&database).await?;
     assert!(found.iter().any(|finding| finding.name == "rls_disabled_in_public"), "{found:#?}");
     Ok(())

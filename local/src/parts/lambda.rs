@@ -18,8 +18,8 @@ use crate::parts::{
     template::{Function, Template},
 };
 use anyhow::{Context, Result, bail};
-use axum::body::Bytes;
 use api_gateway::Match;
+use axum::body::Bytes;
 use lane::Lane;
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 use tokio::{sync::watch, task::JoinSet};

@@ -159,7 +159,12 @@ impl Mapping {
                 tracing::warn!(function = self.function, messages = messages.len(), why, "a batch failed");
             }
             Verdict::SomeFailed(ids) => {
-                tracing::info!(function = self.function, messages = messages.len(), failed = ids.len(), "messages failed");
+                tracing::info!(
+                    function = self.function,
+                    messages = messages.len(),
+                    failed = ids.len(),
+                    "messages failed"
+                );
             }
             Verdict::AllDone => {}
         }
@@ -181,7 +186,8 @@ impl Mapping {
             return Ok(());
         }
         let request = self.sqs.delete_message_batch().queue_url(&self.url).set_entries(Some(entries));
-        let answer = request.send().await.map_err(|error| anyhow::anyhow!("deleting: {}", DisplayErrorContext(error)))?;
+        let answer =
+            request.send().await.map_err(|error| anyhow::anyhow!("deleting: {}", DisplayErrorContext(error)))?;
         match answer.failed() {
             [] => Ok(()),
             // They come again, and their function must bear that anyway.

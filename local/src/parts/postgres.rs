@@ -87,7 +87,8 @@ impl Server {
 
     /// Whether it ships the extensions that Supabase has; unknown counts as yes, and the compatibility file then says what is missing.
     fn ships_contrib(&self) -> bool {
-        let output = std::process::Command::new(self.programs.join("pg_config")).arg("--sharedir").stdin(Stdio::null()).output();
+        let output =
+            std::process::Command::new(self.programs.join("pg_config")).arg("--sharedir").stdin(Stdio::null()).output();
         match output {
             Ok(output) if output.status.success() => {
                 let share = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
@@ -203,7 +204,13 @@ impl Postgres {
         let data = folder.join("data");
         let initdb = |locale: &str| {
             Command::new(programs.join("initdb"))
-                .args(["--username=supabase_admin", "--auth=scram-sha-256", "--encoding=UTF8", "--no-sync", "--no-instructions"])
+                .args([
+                    "--username=supabase_admin",
+                    "--auth=scram-sha-256",
+                    "--encoding=UTF8",
+                    "--no-sync",
+                    "--no-instructions",
+                ])
                 .arg(format!("--locale={locale}"))
                 .arg(format!("--pwfile={}", password_file.display()))
                 .arg("--pgdata")
@@ -231,7 +238,8 @@ impl Postgres {
             // When we die: stop at once, without a checkpoint, and take all backends along.
             .death_signal(libc::SIGQUIT);
         let (process, port) = start_on_free_port(&command, &folder, &password).await?;
-        let postgres = Self { version: server.version.clone(), port, socket_folder: folder, password, process, command };
+        let postgres =
+            Self { version: server.version.clone(), port, socket_folder: folder, password, process, command };
         postgres.add_supabase().await?;
         Ok(postgres)
     }

@@ -96,7 +96,9 @@ impl Postgrest {
     /// Stops it.
     pub async fn stop(self) -> Result<()> {
         match self.process.into_inner() {
-            Some(process) => process.stop(libc::SIGTERM, Duration::from_secs(2)).await.context("PostgREST does not stop"),
+            Some(process) => {
+                process.stop(libc::SIGTERM, Duration::from_secs(2)).await.context("PostgREST does not stop")
+            }
             None => Ok(()),
         }
     }

@@ -120,7 +120,8 @@ impl Step {
         self.bar.set_position(position);
         if self.mode == Mode::Plain {
             let counts_bytes = self.state().counts_bytes;
-            let (done, of, unit) = if counts_bytes { (position >> 20, length >> 20, " MB") } else { (position, length, "") };
+            let (done, of, unit) =
+                if counts_bytes { (position >> 20, length >> 20, " MB") } else { (position, length, "") };
             self.plain_at_times(&format!("{done} of {of}{unit}"));
         }
     }

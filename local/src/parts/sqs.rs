@@ -80,11 +80,9 @@ impl Sqs {
         // Only now: a policy names its dead-letter queue, which may stand later in the file.
         for queue in &template.queues {
             let Some(redrive) = &queue.redrive else { continue };
-            let dead = template
-                .queues
-                .iter()
-                .find(|other| other.logical_id == redrive.target)
-                .with_context(|| format!("queue {} redrives to {}, which is no queue", queue.logical_id, redrive.target))?;
+            let dead = template.queues.iter().find(|other| other.logical_id == redrive.target).with_context(|| {
+                format!("queue {} redrives to {}, which is no queue", queue.logical_id, redrive.target)
+            })?;
             let policy = json!({
                 "deadLetterTargetArn": format!("arn:aws:sqs:{REGION}:{ACCOUNT}:{}", dead.name),
                 "maxReceiveCount": redrive.max_receive_count.to_string(),
@@ -103,7 +101,8 @@ impl Sqs {
     /// Keeps a secret; its ARN.
     pub async fn create_secret(&self, name: &str, value: &str) -> Result<String> {
         // The service's SDK would be a large dependency for one request; the server does not check signatures.
-        let signature = format!("AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20261122/{REGION}/secretsmanager/aws4_request");
+        let signature =
+            format!("AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20261122/{REGION}/secretsmanager/aws4_request");
         let response = crate::parts::http_client()?
             .post(self.url.clone())
             .header("x-amz-target", "secretsmanager.CreateSecret")
@@ -128,9 +127,9 @@ impl Sqs {
         ]
     }
 
-    /// Stops it and what it started.
+    /// Stops it and what it started, at once: it has nothing to keep, and would first wait for its clients.
     pub async fn stop(self) -> Result<()> {
-        self.process.stop(libc::SIGTERM, Duration::from_secs(2)).await
+        self.process.kill().await
     }
 }
 

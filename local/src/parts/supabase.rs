@@ -32,7 +32,10 @@ pub async fn push_migrations(cli: &Path, url: &str, scratch: &Path, logs: &Path)
         .env("XDG_CONFIG_HOME", &home)
         .env("SUPABASE_HOME", &home)
         .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .envs(["DO_NOT_TRACK", "SUPABASE_TELEMETRY_DISABLED", "SUPABASE_NO_UPDATE_NOTIFIER", "SUPABASE_NO_KEYRING"].map(|name| (name, "1")))
+        .envs(
+            ["DO_NOT_TRACK", "SUPABASE_TELEMETRY_DISABLED", "SUPABASE_NO_UPDATE_NOTIFIER", "SUPABASE_NO_KEYRING"]
+                .map(|name| (name, "1")),
+        )
         .envs([("CI", "1"), ("NO_COLOR", "1"), ("PGSSLMODE", "disable")])
         .log(logs.join("supabase.log"))
         .run()

@@ -193,7 +193,8 @@ impl<'a> Properties<'a> {
     fn text(&self, name: &str) -> Result<Option<String>> {
         let Some(yaml) = self.get(name) else { return Ok(None) };
         let value = value(yaml).with_context(|| name.to_owned())?;
-        let text = resolve(&value, self.parameters).with_context(|| format!("{name} depends on what is not known here"))?;
+        let text =
+            resolve(&value, self.parameters).with_context(|| format!("{name} depends on what is not known here"))?;
         Ok(Some(text))
     }
 

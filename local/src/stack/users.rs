@@ -54,7 +54,8 @@ impl Stack {
     pub async fn sign_up(&self, name: &str, email: &str) -> Result<Organization> {
         let owner = self.create_user(email, name).await?;
         let made = self.call(&owner.jwt, "create_organization", &json!({ "name": name })).await?;
-        let id = made["organization_id"].as_str().context("create_organization returned no organization_id")?.parse()?;
+        let id =
+            made["organization_id"].as_str().context("create_organization returned no organization_id")?.parse()?;
         Ok(Organization { id, owner })
     }
 
@@ -62,7 +63,11 @@ impl Stack {
     ///
     /// Goes past somebody else's PostgREST in front: it may not be there before it is told where ours is.
     pub async fn call(&self, jwt: &str, function: &str, arguments: &Value) -> Result<Value> {
-        let rest = if self.rest_is_ours { self.rest_url() } else { self.postgrest_url.as_str().trim_end_matches('/').to_owned() };
+        let rest = if self.rest_is_ours {
+            self.rest_url()
+        } else {
+            self.postgrest_url.as_str().trim_end_matches('/').to_owned()
+        };
         let response = self
             .http
             .post(format!("{rest}/rpc/{function}"))
@@ -78,7 +83,12 @@ impl Stack {
     }
 
     /// Makes a Plivo account that all organizations may dial through, its token sealed with the stack's key.
-    pub async fn create_carrier_account(&self, api_url: &Url, auth_id: &str, auth_token: &str) -> Result<CarrierAccount> {
+    pub async fn create_carrier_account(
+        &self,
+        api_url: &Url,
+        auth_id: &str,
+        auth_token: &str,
+    ) -> Result<CarrierAccount> {
         let id = Uuid::new_v4();
         let sealed = Sealer::new(&self.keys.secrets()?.seal_keys)?.seal(auth_token, &id.to_string())?;
         let base = api_url.as_str().trim_end_matches('/');

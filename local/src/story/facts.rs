@@ -54,6 +54,17 @@ pub async fn standing(database: &Client, campaign: Uuid) -> Result<Standing> {
     })
 }
 
+/// Dialled attempts by their number: how many first ones, second ones and so on.
+pub async fn attempts(database: &Client, campaign: Uuid) -> Result<BTreeMap<i32, i64>> {
+    // Numbered anew: attempts that were never dialled have numbers too.
+    let attempts = "select dial.number::integer, count(*) from ( \
+                      select row_number() over (partition by lead_id order by submitted_at) as number \
+                      from public.call_logs where campaign_id = $1 and dialled \
+                    ) as dial group by 1";
+    let attempts = database.query(attempts, &[&campaign]).await?;
+    Ok(attempts.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
 async fn grouped(database: &Client, sql: &str, id: Uuid) -> Result<BTreeMap<String, i64>> {
     let rows = database.query(sql, &[&id]).await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())

@@ -56,7 +56,7 @@ pub struct Played {
 
 /// Calls at the same time when nobody says how many: enough that the machine and not the limit is what is waited for.
 fn live_calls(leads: usize) -> i32 {
-    (leads / 8).clamp(10, 48) as i32
+    (leads / 5).clamp(10, 64) as i32
 }
 
 /// Plays the story on a stack on which nothing has happened. `started` is when the stack began to start.
@@ -120,6 +120,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         seed: options.seed,
         calls: options.leads,
         standing: facts::standing(&database, campaign).await?,
+        attempts: facts::attempts(&database, campaign).await?,
         books: facts::books(&database, cast.organization.id, cast::PLAN).await?,
         invoices: facts::invoices(&database, cast.organization.id).await?,
         shown: billed.shown,

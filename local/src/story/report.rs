@@ -89,6 +89,8 @@ pub struct Evidence {
     pub calls: usize,
     /// Where the campaign stands.
     pub standing: Standing,
+    /// Dialled attempts by their number.
+    pub attempts: BTreeMap<i32, i64>,
     /// What the organization's books say.
     pub books: Books,
     /// The invoices made.

@@ -1,6 +1,7 @@
 //! The table that a person wants to read at the end.
 
 use super::report::Report;
+use chrono::{DateTime, FixedOffset, TimeDelta};
 use std::fmt::Write as _;
 
 /// Width of the whole.
@@ -75,8 +76,9 @@ fn calls(out: &mut String, report: &Report, ink: Ink) {
         line!(out, "  {:<18}{:>9}  {:>7}  {}", outcome.replace('_', " "), thousands(*count), share, ink.paint("36", &bar));
     }
     line!(out, "  {:<18}{:>9}  {}", "attempts", thousands(all), ink.dim(&attempts(report)));
+    line!(out, "  {:<18}{:>9}  {}", "leads", thousands(numbers.leads), ink.dim(&leads(report)));
     let minutes = format!(
-        "{} talked and billed by the carrier, over {} calls",
+        "{} billed by the carrier for {} calls",
         duration(numbers.carrier_bill_seconds),
         thousands(numbers.billable_calls)
     );
@@ -84,21 +86,28 @@ fn calls(out: &mut String, report: &Report, ink: Ink) {
 }
 
 fn attempts(report: &Report) -> String {
+    let by_number = report.evidence.attempts.iter().map(|(number, count)| {
+        let ordinal = match number {
+            1 => "first".to_owned(),
+            2 => "second".to_owned(),
+            3 => "third".to_owned(),
+            n => format!("{n}th"),
+        };
+        format!("{} {ordinal}", thousands(*count))
+    });
+    by_number.collect::<Vec<_>>().join(", ")
+}
+
+fn leads(report: &Report) -> String {
     let numbers = &report.numbers;
-    let leads = numbers.leads.max(1);
-    format!(
-        "{:.2} a lead; {} of {} leads in a terminal state, {} open",
-        numbers.dials as f64 / leads as f64,
-        thousands(numbers.terminal),
-        thousands(numbers.leads),
-        numbers.open
-    )
+    let open = if numbers.open == 0 { "no call open".to_owned() } else { format!("{} calls open", numbers.open) };
+    format!("{} in a terminal state, {open}", thousands(numbers.terminal))
 }
 
 fn usage(out: &mut String, report: &Report, ink: Ink) {
     let usage = &report.evidence.usage;
     let plan = usage["plan"]["name"].as_str().unwrap_or("?");
-    title(out, ink, &format!("Usage against the plan “{plan}”"));
+    title(out, ink, &format!("Usage against the plan “{plan}”{}", period(&usage["period"])));
     line!(out, "  {}", ink.dim(&format!("{:<26}{:>20}{:>20}{:>20}", "", "used", "included", "beyond")));
     for meter in usage["meters"].as_array().into_iter().flatten() {
         let name = meter["name"].as_str().or(meter["meter"].as_str()).unwrap_or("?");
@@ -109,6 +118,19 @@ fn usage(out: &mut String, report: &Report, ink: Ink) {
             None => "unlimited".to_owned(),
         };
         line!(out, "  {name:<26}{:>20}{:>20}{:>20}", amount("used"), amount("included"), amount("overage"));
+    }
+}
+
+/// The days of a period, in its own time zone; nothing when it has none.
+fn period(period: &serde_json::Value) -> String {
+    let zone = FixedOffset::east_opt(if period["timezone"] == "Asia/Kolkata" { 19_800 } else { 0 });
+    let day = |name: &str, less: TimeDelta| {
+        let at = DateTime::parse_from_rfc3339(period[name].as_str()?).ok()?;
+        Some((at.with_timezone(&zone?) - less).format("%-d %B %Y").to_string())
+    };
+    match (day("start", TimeDelta::zero()), day("end", TimeDelta::seconds(1))) {
+        (Some(first), Some(last)) => format!(", {first} to {last}"),
+        _ => String::new(),
     }
 }
 

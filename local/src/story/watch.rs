@@ -22,8 +22,12 @@ use uuid::Uuid;
 const GLANCE: Duration = Duration::from_millis(120);
 /// How often its owner's browser asks for it.
 const POLL: Duration = Duration::from_secs(2);
-/// After so long without any change something is wrong.
-const PATIENCE: Duration = Duration::from_secs(150);
+/// After so long without any change it is told what is waited for.
+const PAUSE: Duration = Duration::from_secs(10);
+/// After so long without any change something is wrong: longer than the reconciler may need for a call that fell silent.
+const PATIENCE: Duration = Duration::from_secs(20 * 60);
+/// How many kinds of outcome fit on a line that moves.
+const SHOWN: usize = 4;
 /// How long PostgREST stays away when it is killed.
 const OUTAGE: Duration = Duration::from_secs(5);
 
@@ -51,8 +55,10 @@ pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest
     let mut polled = Instant::now();
     let mut outage = Outage::None;
     loop {
+        let looked = Instant::now();
         let standing = facts::standing(&database, campaign).await?;
-        display.show(stack, &standing);
+        let looking = looked.elapsed();
+        display.show(stack, &standing, changed.elapsed());
         if kill_postgrest && last.leads == 0 {
             outage = Outage::At(standing.leads * 2 / 5);
         }
@@ -77,7 +83,8 @@ pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest
         if changed.elapsed() > PATIENCE {
             bail!("nothing has moved for {} s: {}", PATIENCE.as_secs(), stuck(&last));
         }
-        tokio::time::sleep(GLANCE).await;
+        // Looking costs the machine something too: a tenth of its time at most.
+        tokio::time::sleep(GLANCE.max(10 * looking)).await;
     }
     display.done(&last);
     Ok(last)
@@ -142,7 +149,7 @@ impl Display {
         Self { leads: progress.step("Campaign"), outcomes: progress.step("Calls"), length: 0 }
     }
 
-    fn show(&mut self, stack: &Stack, standing: &Standing) {
+    fn show(&mut self, stack: &Stack, standing: &Standing, unchanged: Duration) {
         if self.length != standing.leads {
             self.length = standing.leads;
             self.leads.set_length(standing.leads.unsigned_abs());
@@ -151,20 +158,32 @@ impl Display {
         let kolkata = FixedOffset::east_opt(19_800).map_or_else(String::new, |zone| {
             stack.clock.business_now().with_timezone(&zone).format("%a %-d %b %H:%M").to_string()
         });
-        self.leads.say(format!("leads through   {kolkata} in Kolkata"));
-        self.outcomes.say(summary(standing));
+        self.leads.say(format!("leads   {kolkata}"));
+        let waits = match standing.open {
+            _ if unchanged < PAUSE => String::new(),
+            0 => format!("; unchanged for {} s", unchanged.as_secs()),
+            open => format!("; {open} silent for {} s, the carrier will be asked", unchanged.as_secs()),
+        };
+        self.outcomes.say(summary(standing, SHOWN) + &waits);
     }
 
     fn done(self, standing: &Standing) {
         self.leads.done(format!("{} of {} leads in a terminal state", standing.terminal, standing.leads));
-        self.outcomes.done(summary(standing));
+        self.outcomes.done(summary(standing, usize::MAX));
     }
 }
 
-fn summary(standing: &Standing) -> String {
+/// Calls, and the commonest ways in which they ended; the rest in one number.
+fn summary(standing: &Standing, shown: usize) -> String {
     let mut outcomes: Vec<_> = standing.outcomes.iter().collect();
     outcomes.sort_by(|one, other| other.1.cmp(one.1));
-    let outcomes: Vec<_> = outcomes.into_iter().map(|(outcome, count)| format!("{count} {}", outcome.replace('_', " "))).collect();
-    let live = if standing.open > 0 { format!("{} live, ", standing.open) } else { String::new() };
-    format!("{live}{} dialled: {}", standing.dials, outcomes.join(", "))
+    let rest: i64 = outcomes.iter().skip(shown).map(|(_, count)| **count).sum();
+    let mut parts: Vec<_> =
+        outcomes.into_iter().take(shown).map(|(outcome, count)| format!("{count} {}", outcome.replace('_', " "))).collect();
+    if rest > 0 {
+        parts.push(format!("{rest} other"));
+    }
+    let live = if standing.open > 0 { format!(" ({} live)", standing.open) } else { String::new() };
+    let colon = if parts.is_empty() { "" } else { ": " };
+    format!("{}{live}{colon}{}", standing.dials, parts.join(", "))
 }

@@ -90,7 +90,10 @@ impl Attached {
     async fn ask(&self, ask: &Ask) -> Result<Answer> {
         let mut line = self.line.lock().await;
         let (reader, writer) = &mut *line;
-        writer.write_all(format!("{}\n", serde_json::to_string(ask)?).as_bytes()).await.context("the supervisor is gone")?;
+        writer
+            .write_all(format!("{}\n", serde_json::to_string(ask)?).as_bytes())
+            .await
+            .context("the supervisor is gone")?;
         let mut answer = String::new();
         reader.read_line(&mut answer).await.context("the supervisor is gone")?;
         match serde_json::from_str(&answer).with_context(|| format!("the supervisor said {answer:?}"))? {

@@ -68,7 +68,7 @@ impl Rendezvous {
 }
 
 /// Whether a process is there and is more than a zombie.
-fn is_alive(pid: u32) -> bool {
+pub fn is_alive(pid: u32) -> bool {
     if Path::new("/proc/self/stat").exists() {
         // "pid (name) state …", and the name may hold anything.
         return std::fs::read_to_string(format!("/proc/{pid}/stat"))

@@ -153,7 +153,13 @@ impl Shared {
         served
     }
 
-    async fn converse(&self, stream: UnixStream, number: u32, folder: &Path, databases: &mut Vec<String>) -> Result<()> {
+    async fn converse(
+        &self,
+        stream: UnixStream,
+        number: u32,
+        folder: &Path,
+        databases: &mut Vec<String>,
+    ) -> Result<()> {
         let (reader, mut writer) = stream.into_split();
         let mut lines = BufReader::new(reader).lines();
         let mut parent = None;

@@ -23,7 +23,8 @@ pub(super) struct Tick {
 
 /// All schedules of `template`, `speed` times as fast.
 pub(super) fn ticks(template: &Template, speed: f64) -> Vec<Tick> {
-    let of_all = template.functions.iter().flat_map(|function| function.schedules.iter().map(move |one| (function, one)));
+    let of_all =
+        template.functions.iter().flat_map(|function| function.schedules.iter().map(move |one| (function, one)));
     of_all
         .map(|(function, schedule)| Tick {
             job: schedule.input["job"].as_str().unwrap_or(&schedule.id).to_owned(),

@@ -1,7 +1,7 @@
 //! The HTTP API in front of the functions: events of payload format 2.0, and answers as API Gateway makes them of what a function
 //! returns.
 
-use super::{HttpRequest, ACCOUNT_ID, InvocationOutcome, Invoker, PAYLOAD_LIMIT, runtime_api::trace_id};
+use super::{ACCOUNT_ID, HttpRequest, InvocationOutcome, Invoker, PAYLOAD_LIMIT, runtime_api::trace_id};
 use crate::parts::template::Route;
 use axum::body::Bytes;
 use base64::{Engine, engine::general_purpose::STANDARD};

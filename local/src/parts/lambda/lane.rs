@@ -112,8 +112,12 @@ impl Lane {
     /// Queues an event and waits for its answer.
     pub(super) async fn invoke(&self, payload: Bytes) -> InvocationOutcome {
         let (reply, answer) = oneshot::channel();
-        let invocation =
-            Invocation { id: Uuid::new_v4().to_string(), payload, reply: Some(reply), counts: Arc::clone(&self.counts) };
+        let invocation = Invocation {
+            id: Uuid::new_v4().to_string(),
+            payload,
+            reply: Some(reply),
+            counts: Arc::clone(&self.counts),
+        };
         self.counts.open.fetch_add(1, Relaxed);
         self.counts.started.fetch_add(1, Relaxed);
         self.place(invocation, false);

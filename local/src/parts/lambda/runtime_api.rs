@@ -149,7 +149,9 @@ async fn next(State(state): State<Arc<SandboxState>>) -> Response {
         at.in_hand.take()
     };
     if let Some(unanswered) = unanswered {
-        unanswered.invocation.fail("Runtime.Unknown", "the runtime asked for the next event before it answered this one");
+        unanswered
+            .invocation
+            .fail("Runtime.Unknown", "the runtime asked for the next event before it answered this one");
     }
     state.lane.is_ready();
     let invocation = state.lane.take().await;

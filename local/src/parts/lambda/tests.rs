@@ -24,6 +24,11 @@ Resources:
       Events: {Api: {Type: HttpApi, Properties: {Method: ANY, Path: "/functions/v1/echo/{proxy+}"}}}
 "#;
 
+/// The same with time enough for a machine that is busy with other tests.
+fn patient() -> Template {
+    Template::parse(&TEMPLATE.replace("Timeout: 1", "Timeout: 30")).unwrap()
+}
+
 /// Stands for a function's binary: the test executable, started again to run [`a_function_process`] alone.
 pub(in crate::parts) struct Stage {
     folder: RunFolder,
@@ -48,7 +53,8 @@ impl Stage {
     }
 
     pub(in crate::parts) async fn start_template(&self, template: &Template, workers: usize) -> Result<Functions> {
-        let environment = [("PUBLIC_ORIGIN", "https://api.example.com"), ("SECRET_ARN", "not for echo"), ("AWS_X", "x")];
+        let environment =
+            [("PUBLIC_ORIGIN", "https://api.example.com"), ("SECRET_ARN", "not for echo"), ("AWS_X", "x")];
         let options = LambdaOptions {
             binaries: self.folder.path().to_owned(),
             environment: environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
@@ -191,7 +197,7 @@ async fn a_late_process_is_answered_for_killed_and_replaced() {
 #[tokio::test]
 async fn a_process_that_dies_is_reported_at_once_and_replaced() {
     let stage = Stage::new(None);
-    let functions = stage.start(1).await.unwrap();
+    let functions = stage.start_template(&patient(), 1).await.unwrap();
     let invoker = functions.invoker();
     let (kind, message) = failure(invoker.invoke("echo", event(json!({ "do": "die" }))).await);
     assert_eq!(kind, "Runtime.ExitError");
@@ -200,7 +206,7 @@ async fn a_process_that_dies_is_reported_at_once_and_replaced() {
     let begun = Instant::now();
     let slow = tokio::spawn({
         let invoker = invoker.clone();
-        async move { invoker.invoke("echo", event(json!({ "do": "sleep", "ms": 900 }))).await }
+        async move { invoker.invoke("echo", event(json!({ "do": "sleep", "ms": 60_000 }))).await }
     });
     while invoker.activity().in_flight == 0 || functions.processes("echo").is_empty() {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -211,7 +217,7 @@ async fn a_process_that_dies_is_reported_at_once_and_replaced() {
     assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
     let (kind, message) = failure(slow.await.unwrap());
     assert!(kind == "Runtime.ExitError" && message.contains("signal: 9"), "{kind} {message}");
-    assert!(begun.elapsed() < Duration::from_millis(850), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     assert_eq!(response(&invoker.invoke("echo", event(json!(5))).await), json!(5));
     functions.stop().await;
 }
@@ -219,13 +225,13 @@ async fn a_process_that_dies_is_reported_at_once_and_replaced() {
 #[tokio::test]
 async fn events_wait_their_turn_and_too_many_are_throttled() {
     let stage = Stage::new(None);
-    let functions = stage.start(1).await.unwrap();
+    let functions = stage.start_template(&patient(), 1).await.unwrap();
     let invoker = functions.invoker();
     let invoke = |value: Value| {
         let invoker = invoker.clone();
         tokio::spawn(async move { invoker.invoke("echo", event(value)).await })
     };
-    let slow = invoke(json!({ "do": "sleep", "ms": 500 }));
+    let slow = invoke(json!({ "do": "sleep", "ms": 1_500 }));
     while invoker.activity().in_flight == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -234,7 +240,7 @@ async fn events_wait_their_turn_and_too_many_are_throttled() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(invoke(json!("one more")).await.unwrap(), InvocationOutcome::Throttled);
-    assert_eq!(response(&slow.await.unwrap()), json!(500));
+    assert_eq!(response(&slow.await.unwrap()), json!(1_500));
     for (n, waited) in waiting.into_iter().enumerate() {
         assert_eq!(response(&waited.await.unwrap()), json!(n));
     }
@@ -264,7 +270,10 @@ async fn a_request_becomes_an_event_and_an_answer_a_response() {
     let post = |body: &'static str| Request::post("/functions/v1/echo/a%20b?x=1").body(Bytes::from(body)).unwrap();
     // The fake function gives the event back, which has no status code, and so is the body of a 200.
     let answer = send(post("x=1&y=2")).await;
-    assert_eq!((answer.status(), &answer.headers()["content-type"]), (StatusCode::OK, &"application/json".parse().unwrap()));
+    assert_eq!(
+        (answer.status(), &answer.headers()["content-type"]),
+        (StatusCode::OK, &"application/json".parse().unwrap())
+    );
     assert!(answer.headers().contains_key("apigw-requestid"));
     let event: Value = serde_json::from_slice(answer.body()).unwrap();
     assert_eq!(event["rawPath"], "/functions/v1/echo/a%20b");

@@ -65,8 +65,7 @@ impl Launch {
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/opt/bin"),
             ("TZ", ":UTC"),
         ];
-        let mut environment: BTreeMap<_, _> =
-            of_lambda.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let mut environment: BTreeMap<_, _> = of_lambda.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         environment.extend(variables);
         Ok(Self { binary, environment, region })
     }
@@ -152,12 +151,7 @@ async fn run_one(lane: &Arc<Lane>, launch: &Launch, stopped: &mut watch::Receive
     Ok(Some(remains))
 }
 
-async fn watch_over(
-    lane: &Lane,
-    sandbox: &Sandbox,
-    process: &mut Process,
-    stopped: &mut watch::Receiver<bool>,
-) -> End {
+async fn watch_over(lane: &Lane, sandbox: &Sandbox, process: &mut Process, stopped: &mut watch::Receiver<bool>) -> End {
     let timeout = lane.function.timeout;
     let init_deadline = Instant::now() + INIT_TIMEOUT;
     loop {

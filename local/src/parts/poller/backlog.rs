@@ -38,7 +38,8 @@ impl Backlog {
         for url in &self.urls {
             let request = self.sqs.get_queue_attributes().queue_url(url).set_attribute_names(Some(names.to_vec()));
             let answer = request.send().await;
-            let answer = answer.map_err(|error| anyhow::anyhow!("counting messages: {}", DisplayErrorContext(error)))?;
+            let answer =
+                answer.map_err(|error| anyhow::anyhow!("counting messages: {}", DisplayErrorContext(error)))?;
             let counts = names.iter().filter_map(|name| answer.attributes()?.get(name)?.parse::<u64>().ok());
             sum += counts.sum::<u64>();
         }

@@ -114,7 +114,8 @@ mod tests {
     use aws_sdk_sqs::{primitives::Blob, types::MessageSystemAttributeName};
 
     fn batch() -> [Message; 3] {
-        ["a", "b", "c"].map(|id| Message::builder().message_id(id).receipt_handle(format!("handle-{id}")).body("{}").build())
+        ["a", "b", "c"]
+            .map(|id| Message::builder().message_id(id).receipt_handle(format!("handle-{id}")).body("{}").build())
     }
 
     #[test]
@@ -160,13 +161,19 @@ mod tests {
             .md5_of_body("5d41")
             .attributes(MessageSystemAttributeName::ApproximateReceiveCount, "2")
             .attributes(MessageSystemAttributeName::MessageGroupId, "tenant")
-            .message_attributes("n", MessageAttributeValue::builder().data_type("Number").string_value("1").build().unwrap())
+            .message_attributes(
+                "n",
+                MessageAttributeValue::builder().data_type("Number").string_value("1").build().unwrap(),
+            )
             .message_attributes(
                 "b",
                 MessageAttributeValue::builder().data_type("Binary").binary_value(Blob::new(b"hi")).build().unwrap(),
             )
             .build();
-        let source = Source { arn: "arn:aws:sqs:us-east-1:000000000000:trunkline-dial".to_owned(), region: "us-east-1".to_owned() };
+        let source = Source {
+            arn: "arn:aws:sqs:us-east-1:000000000000:trunkline-dial".to_owned(),
+            region: "us-east-1".to_owned(),
+        };
         let event: Value = serde_json::from_str(&source.event(&[message])).unwrap();
         let record = json!({
             "messageId": "a",

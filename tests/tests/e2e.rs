@@ -1,0 +1,124 @@
+//! The binaries, as a person runs them: the demo's table, and what is left when they end, however they end.
+
+use anyhow::{Context, Result};
+use local::parts::folder::RunFolder;
+use serde_json::Value;
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use tests::{
+    programs::{self, Program, all_gone, family, names},
+    supervisor_binary,
+};
+
+/// On two cores that also run something else. Installing parts, the first time, is part of it.
+const DEMO_WITHIN: Duration = Duration::from_secs(240);
+
+struct Place {
+    binaries: PathBuf,
+    folder: RunFolder,
+}
+
+async fn place() -> Result<Place> {
+    Ok(Place { binaries: programs::build(supervisor_binary!()).await?, folder: RunFolder::create()? })
+}
+
+impl Place {
+    async fn demo(&self, args: &[&str]) -> Result<Program> {
+        Program::start(&self.binaries.join("demo"), args, self.folder.path()).await
+    }
+
+    /// Runs a demo to its end; its numbers.
+    async fn numbers(&self, args: &[&str]) -> Result<Value> {
+        let mut demo = self.demo(args).await?;
+        let (code, text) = demo.end(DEMO_WITHIN).await?;
+        assert_eq!(code, Some(0), "{text}{}", demo.quote());
+        programs::last_json(&text)
+    }
+}
+
+fn number(numbers: &Value, key: &str) -> i64 {
+    numbers[key].as_i64().unwrap_or_else(|| panic!("no integer {key} in {numbers}"))
+}
+
+/// The table is right by itself: each number follows from the others, and from the demo's plan.
+fn assert_adds_up(numbers: &Value) {
+    let n = |key| number(numbers, key);
+    assert_eq!(
+        (n("leads"), n("terminal"), n("open"), n("double_dials"), n("errors")),
+        (200, 200, 0, 0, 0),
+        "{numbers}"
+    );
+    assert_eq!((n("dials"), n("usage_calls")), (n("carrier_creates"), n("billable_calls")), "{numbers}");
+    assert_eq!(n("usage_seconds"), n("carrier_bill_seconds"), "{numbers}");
+    assert!(n("usage_calls") > 0 && n("dials") > n("leads") && n("elapsed_ms") > 0, "{numbers}");
+    // 60 minutes are included; beyond, 6 rupees a minute, to the second. 999 rupees for the month, 9 % of each of two taxes.
+    let overage = n("usage_seconds") - 3_600;
+    assert!(overage > 0, "overage is a line of the invoice: {numbers}");
+    assert_eq!(n("invoice_overage_seconds"), overage, "{numbers}");
+    let subtotal = 99_900 + overage * 10;
+    assert_eq!((n("invoice_lines_minor"), n("subtotal_minor")), (subtotal, subtotal), "{numbers}");
+    let tax = 2 * ((subtotal * 900 + 5_000) / 10_000);
+    assert_eq!((n("tax_minor"), n("invoice_total_minor")), (tax, subtotal + tax), "{numbers}");
+}
+
+#[tokio::test]
+async fn the_demo_s_table_adds_up_alone_in_company_and_without_postgrest_for_a_while() -> Result<()> {
+    let place = place().await?;
+    // Two at once, which do not disturb each other.
+    let (seven, eight) = tokio::join!(place.numbers(&["--json"]), place.numbers(&["--json", "--seed", "8"]));
+    let (seven, eight) = (seven?, eight?);
+    assert_adds_up(&seven);
+    assert_adds_up(&eight);
+    assert_ne!(number(&seven, "invoice_total_minor"), number(&eight, "invoice_total_minor"), "two seeds, two invoices");
+
+    let interrupted = place.numbers(&["--json", "--kill-postgrest"]).await?;
+    assert_adds_up(&interrupted);
+    for key in [
+        "dials",
+        "usage_calls",
+        "usage_seconds",
+        "carrier_bill_seconds",
+        "subtotal_minor",
+        "tax_minor",
+        "invoice_total_minor",
+    ] {
+        assert_eq!(number(&interrupted, key), number(&seven, key), "{key}");
+    }
+    assert_eq!(interrupted["outcomes"], seven["outcomes"]);
+    Ok(())
+}
+
+/// A demo in the middle of its calls, and every process of it.
+async fn in_the_middle(place: &Place) -> Result<(Program, BTreeSet<u32>)> {
+    let mut demo = place.demo(&["--json"]).await?;
+    demo.has_said("live", DEMO_WITHIN).await.context("calls under way")?;
+    let family = family(demo.id());
+    let names = names(&family);
+    // The kernel keeps fifteen letters of a name.
+    for part in
+        ["postgres", "postgrest", "python3", "call-dispatch", "webhook-intake", "usage-metering", "invoice-generat"]
+    {
+        assert!(names.iter().any(|name| name.starts_with(part)), "{part} in {names:?}");
+    }
+    Ok((demo, family))
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_demo_that_is_killed_leaves_no_process() -> Result<()> {
+    let place = place().await?;
+    let (mut demo, family) = in_the_middle(&place).await?;
+    demo.signal(libc::SIGKILL);
+    demo.end(Duration::from_secs(5)).await?;
+    all_gone(&family).await
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn ctrl_c_ends_the_demo_and_all_that_it_started() -> Result<()> {
+    let place = place().await?;
+    let (mut demo, family) = in_the_middle(&place).await?;
+    demo.signal(libc::SIGINT);
+    let (code, _) = demo.end(Duration::from_secs(20)).await?;
+    assert_eq!(code, Some(130));
+    all_gone(&family).await
+}
