@@ -5,6 +5,7 @@
 
 pub mod carrier;
 pub mod parts;
+pub mod schema;
 pub mod shutdown;
 pub mod stack;
 pub mod story;

@@ -2821,6 +2821,7 @@ comment on function private.audit(uuid, text, text, uuid, jsonb, timestamptz) is
 
 select private.ensure_partitions(private.clock_now());
 -- What webhook-intake calls: one event from outside is one function, one transaction, one round trip.
+-- Every row is found by an index, and the bodies say so: see 11_functions_call_dispatch.sql.
 
 
 -- open_source ---------------------------------------------------------------------------------------------------------------------
@@ -3006,7 +3007,7 @@ comment on function private.apply_call_event(text, text, uuid, jsonb, timestampt
   'What one event means for its attempt: binds the carrier''s call, moves the status forward, adds what was not known, or ends it.';
 
 create function private.apply_event(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   event   private.webhook_events;
   applied record;
@@ -3070,7 +3071,7 @@ comment on function public.apply_event(jsonb) is
 -- sweep_events --------------------------------------------------------------------------------------------------------------------
 
 create function private.sweep_events(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   most    constant integer := 8;
   due     uuid[];
@@ -3150,6 +3151,10 @@ grant execute on function
   public.open_source(jsonb), public.apply_event(jsonb), public.sweep_events(jsonb)
 to service_role;
 -- What call-dispatch calls, and what ends an attempt. The locks are always taken in the order that 06_campaigns_and_calling.sql names.
+--
+-- The bodies that handlers call find every row by an index, and say so (enable_seqscan = off): a plan that a connection makes while
+-- a table is still empty would else read the whole of it for as long as the connection lives. Compiling them (jit) would take longer
+-- than running them.
 
 
 -- The calling window --------------------------------------------------------------------------------------------------------------
@@ -3158,10 +3163,12 @@ create function private.calling_window(
   at timestamptz, zone text, time_start time, time_end time, start_date date, end_date date,
   out opens_at timestamptz, out closes_at timestamptz
 )
-language sql stable set search_path = '' as $$
+language plpgsql stable set search_path = '' as $$
+begin
   select
     (day.value + piece.opens)::timestamp at time zone zone,
     (day.value + piece.closes)::timestamp at time zone zone
+  into opens_at, closes_at
   from (
       select greatest((at at time zone zone)::date, start_date) + ahead as value
       from generate_series(0, 2) as ahead
@@ -3181,7 +3188,8 @@ language sql stable set search_path = '' as $$
     and (end_date is null or day.value <= end_date)
     and (day.value + piece.closes)::timestamp at time zone zone > at
   order by 1
-  limit 1
+  limit 1;
+end
 $$;
 comment on function private.calling_window(timestamptz, text, time, time, date, date) is
   'The stretch in which somebody in a zone may be called: the one that is open, or else the next; null when there is none. '
@@ -3210,8 +3218,10 @@ comment on function private.recent_dials(text, timestamptz) is
   'When a number was last dialled, and the time before, by whichever organization: 60 minutes lie between two dials, and two are all in 24 hours.';
 
 create function private.whole_minute(moment timestamptz) returns timestamptz
-language sql stable set search_path = '' as $$
-  select date_trunc('minute', moment + interval '59.999999 seconds')
+language plpgsql stable set search_path = '' as $$
+begin
+  return date_trunc('minute', moment + interval '59.999999 seconds');
+end
 $$;
 comment on function private.whole_minute(timestamptz) is
   'The moment, or the next full minute: what falls due together is released together.';
@@ -3541,6 +3551,7 @@ comment on function private.amend_attempt(public.call_logs, public.call_logs, pu
 
 
 -- release_calls -------------------------------------------------------------------------------------------------------------------
+-- The large statements below are planned once a connection (plan_cache_mode), since planning them takes as long as running them.
 
 create type private.candidate as (
   queue_id             uuid,
@@ -3564,7 +3575,7 @@ comment on type private.candidate is
   'A queue row as release_calls() judges it. No verdict: it may be dialled until closes_at. A verdict with due: it waits. Without: it is over.';
 
 create function private.judge_candidates(at timestamptz, budget integer, passed uuid[]) returns private.candidate[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
   judged private.candidate[];
 begin
@@ -3725,7 +3736,7 @@ begin
     order by (number.phone_number = ready.caller_id) desc nulls last, hashtextextended(number.phone_number || single.phone, 0)
     limit 1
   ) as number on single.final_verdict is null;
-  return coalesce(judged, '{}');
+  return coalesce(judged, array[]::private.candidate[]);
 end
 $$;
 comment on function private.judge_candidates(timestamptz, integer, uuid[]) is
@@ -3803,7 +3814,10 @@ comment on function private.close_leads(private.candidate[], timestamptz) is
   'Ends what may never be dialled: queue rows, leads of the campaign, and the campaign when they were its last.';
 
 create function private.choose_candidates(candidates private.candidate[], room integer) returns private.candidate[]
-language sql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+  chosen private.candidate[];
+begin
   with calls as materialized (
     select log.carrier_account_id, log.organization_id, log.campaign_id, count(*) as number
     from public.call_logs as log
@@ -3858,7 +3872,9 @@ language sql volatile security definer set search_path = '' as $$
     order by of_account.organization_place, of_account.ticket
     limit room
   )
-  select coalesce(array_agg(first.candidate order by first.organization_place, first.ticket), '{}') from first
+  select array_agg(first.candidate order by first.organization_place, first.ticket) into chosen from first;
+  return coalesce(chosen, array[]::private.candidate[]);
+end
 $$;
 comment on function private.choose_candidates(private.candidate[], integer) is
   'Which candidates have room now: within what their campaign, organization and carrier account may have in flight, one of each organization at a time.';
@@ -3871,7 +3887,7 @@ comment on function private.lock_releases() is
   'One release at a time: each counts what is in flight and takes what is free. Taken before any row, and by whoever takes rows from it.';
 
 create function private.release_calls(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   wanted     constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 100), 1), 500);
   attempts   jsonb;
@@ -4018,7 +4034,7 @@ comment on function public.release_calls(jsonb) is
 -- begin_dials ---------------------------------------------------------------------------------------------------------------------
 
 create function private.begin_dials(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   asked   uuid[] := array(select distinct item.value::uuid from jsonb_array_elements_text(request -> 'attempts') as item (value));
   token   uuid := (request ->> 'lease_token')::uuid;
@@ -4154,7 +4170,7 @@ comment on function public.begin_dials(jsonb) is
 -- record_dials --------------------------------------------------------------------------------------------------------------------
 
 create function private.record_dials(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   known    constant text[] := array['accepted', 'refused', 'deferred', 'unknown'];
   item     jsonb;
@@ -4254,7 +4270,7 @@ comment on function public.record_dials(jsonb) is
 -- reconcile_calls -----------------------------------------------------------------------------------------------------------------
 
 create function private.reconcile_calls(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   most    constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 50), 1), 500);
   expired uuid[];
@@ -4339,7 +4355,7 @@ comment on function public.reconcile_calls(jsonb) is
 -- What a user does with a campaign ------------------------------------------------------------------------------------------------
 
 create function private.campaign_json(campaign_id uuid, at timestamptz) returns jsonb
-language plpgsql stable security definer set search_path = '' as $$
+language plpgsql stable security definer set search_path = '' set jit = off as $$
 declare
   campaign public.campaigns;
   obstacle text;

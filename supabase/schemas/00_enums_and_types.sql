@@ -246,3 +246,72 @@ exception when duplicate_object then null;
 end
 $$;
 comment on type public.event_status is 'What became of an event from outside. failed is tried again, dead waits for a person.';
+
+
+-- Nothing is added: the store's fourteen types of the CallAI document are in 00_enums_and_types.sql already, each in its own guarded
+-- block and with exactly its values (tests/30_stores_structure.test.sql compares them, in order). No further enum is needed here:
+-- a property's type and status are text with a check, as the Vantage document has them.
+
+
+
+do $$
+begin
+  create type public.credit_transaction_type as enum (
+    'purchase', 'monthly_grant', 'promotional_grant', 'consumption', 'refund', 'adjustment', 'expiry'
+  );
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.credit_transaction_type is 'Why prepaid credit came or went.';
+
+do $$
+begin
+  create type public.credit_account_kind as enum (
+    'monthly', 'promotional', 'purchased', 'payments', 'grants', 'consumption', 'expiry', 'adjustments'
+  );
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.credit_account_kind is
+  'The accounts of prepaid credit: the first three hold it and are used up in this order, the others say where it came from or went.';
+
+do $$
+begin
+  create type public.ledger_side as enum ('debit', 'credit');
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.ledger_side is 'The side of an account on which an entry stands: a credit adds to what it holds, a debit takes from it.';
+
+do $$
+begin
+  create type public.payment_gateway as enum ('razorpay', 'stripe', 'manual');
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.payment_gateway is 'Who moved the money; manual is a transfer that a person saw on the bank statement.';
+
+do $$
+begin
+  create type public.payment_transaction_status as enum ('pending', 'authorized', 'failed', 'captured', 'refunded');
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.payment_transaction_status is
+  'One payment at a gateway. The first three may follow each other; captured is money that came, and only a full refund follows it.';
+
+do $$
+begin
+  create type public.refund_status as enum ('pending', 'processed', 'failed');
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.refund_status is 'One refund at a gateway; the last two are terminal.';
+
+do $$
+begin
+  create type public.credit_note_status as enum ('draft', 'issued');
+exception when duplicate_object then null;
+end
+$$;
+comment on type public.credit_note_status is 'A credit note is immutable once it is issued.';

@@ -137,7 +137,7 @@ create table public.campaigns (
   completed_at         timestamptz,
   cancelled_at         timestamptz,
   archived_at          timestamptz,
-  created_by           uuid default auth.uid(),
+  created_by           uuid default private.acting_user_id(),
   created_at           timestamptz not null default private.clock_now(),
   updated_at           timestamptz not null default private.clock_now(),
   unique (organization_id, id),
@@ -573,3 +573,677 @@ begin
   end if;
 end
 $$;
+
+
+
+
+-- The store's view of a leg -------------------------------------------------------------------------------------------------------
+-- calls and store_phone_numbers are in files before this one, which a person may paste without it: what joins them is here.
+
+alter table public.store_phone_numbers
+  add foreign key (carrier_account_id) references public.carrier_accounts (id) on delete restrict;
+create trigger check_caller_number before insert or update of organization_id, carrier_account_id on public.store_phone_numbers
+  for each row when (new.carrier_account_id is not null) execute function private.check_caller_number();
+
+alter table public.calls
+  add foreign key (organization_id, call_log_id) references public.call_logs (organization_id, id) on delete set null (call_log_id);
+
+create function private.is_dropped(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select leg.answered_at is not null and coalesce(leg.call_status in ('carrier_transient', 'our_fault', 'failed'), false)
+$$;
+comment on function private.is_dropped(public.call_logs) is
+  'Whether a leg was answered and then ended by a fault, of the carrier or of ours.';
+
+create function private.attach_leg() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  leg public.call_logs;
+begin
+  -- Shared with nobody who moves the leg on: either that move is seen here, or it sees this call and tells it.
+  select log.* into leg
+  from public.call_logs as log
+  where log.organization_id = new.organization_id and log.id = new.call_log_id
+  for share;
+  if leg.id is null then
+    -- The foreign key says so, in its own words.
+    return new;
+  end if;
+  new.direction := leg.direction;
+  new.from_phone := private.to_call_party(leg.caller_number);
+  new.to_phone := private.to_call_party(leg.callee_number);
+  new.start_time := leg.created_at;
+  new.attempt_status := leg.status;
+  new.call_outcome := leg.call_status;
+  new.twilio_call_sid := leg.call_sid;
+  new.answered_at := leg.answered_at;
+  new.end_time := case when leg.ended_at is not null then greatest(leg.ended_at, leg.created_at) end;
+  new.dropped_call := private.is_dropped(leg);
+  new.recording_url := coalesce(leg.recording_url, new.recording_url);
+  new.recording_sid := coalesce(leg.recording_id, new.recording_sid);
+  new.transcript := coalesce(leg.conversation_transcript, new.transcript);
+  new.ai_summary := coalesce(leg.summary, new.ai_summary);
+  new.sentiment_score := coalesce(leg.sentiment_score, new.sentiment_score);
+  return new;
+end
+$$;
+comment on function private.attach_leg() is 'Trigger: a call that names its leg says what the leg says.';
+create trigger attach_leg before insert or update of call_log_id on public.calls
+  for each row when (new.call_log_id is not null) execute function private.attach_leg();
+
+create function private.update_store_call() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  update public.calls as call
+  set
+    attempt_status = new.status,
+    call_outcome = new.call_status,
+    twilio_call_sid = new.call_sid,
+    answered_at = new.answered_at,
+    end_time = case when new.ended_at is not null then greatest(new.ended_at, call.start_time) end,
+    dropped_call = private.is_dropped(new),
+    recording_url = coalesce(new.recording_url, call.recording_url),
+    recording_sid = coalesce(new.recording_id, call.recording_sid),
+    transcript = coalesce(new.conversation_transcript, call.transcript),
+    ai_summary = coalesce(new.summary, call.ai_summary),
+    sentiment_score = coalesce(new.sentiment_score, call.sentiment_score)
+  where call.organization_id = new.organization_id and call.call_log_id = new.id;
+  return null;
+end
+$$;
+comment on function private.update_store_call() is 'Trigger: a leg that moves on takes its store''s call along; most legs have none.';
+create trigger update_store_call after update on public.call_logs
+  for each row when (
+    (
+      old.status, old.call_status, old.call_sid, old.answered_at, old.ended_at, old.recording_url, old.recording_id,
+      old.conversation_transcript, old.summary, old.sentiment_score
+    ) is distinct from (
+      new.status, new.call_status, new.call_sid, new.answered_at, new.ended_at, new.recording_url, new.recording_id,
+      new.conversation_transcript, new.summary, new.sentiment_score
+    )
+  ) execute function private.update_store_call();
+
+revoke execute on function private.is_dropped(public.call_logs), private.attach_leg(), private.update_store_call() from public;
+
+
+
+
+-- Who placed a call by hand -------------------------------------------------------------------------------------------------------
+
+alter table public.call_logs
+  add column caller_id uuid,
+  add foreign key (organization_id, caller_id) references public.profiles (organization_id, id) on delete set null (caller_id);
+create index idx_call_logs_caller_id on public.call_logs (organization_id, caller_id) where caller_id is not null;
+comment on column public.call_logs.caller_id is 'The user who placed it by hand; null for a campaign''s. The number it is made from is caller_number.';
+
+
+-- How a lead's last call went -----------------------------------------------------------------------------------------------------
+
+create function private.settle_lead() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if tg_op = 'INSERT' or old.status <> 'ended' then
+    -- Calls may be settled in another order than they ended in: the one that ended last stays.
+    update public.leads as lead
+    set call_log_id = new.id, call_status = new.call_status, last_contacted_at = new.ended_at
+    where lead.organization_id = new.organization_id and lead.id = new.lead_id
+      and (lead.last_contacted_at is null or (lead.last_contacted_at, coalesce(lead.call_log_id, new.id)) <= (new.ended_at, new.id));
+    return null;
+  end if;
+
+  -- A correction may also take the place away: then all calls of the lead are looked at, with nobody else at it.
+  perform from public.leads as lead where lead.organization_id = new.organization_id and lead.id = new.lead_id for no key update;
+  update public.leads as lead
+  set call_log_id = last.id, call_status = last.call_status, last_contacted_at = last.ended_at
+  from (
+    select log.id, log.call_status, log.ended_at
+    from public.call_logs as log
+    where log.organization_id = new.organization_id and log.lead_id = new.lead_id and log.status = 'ended' and log.dialled
+    order by log.ended_at desc, log.id desc
+    limit 1
+  ) as last
+  where lead.organization_id = new.organization_id and lead.id = new.lead_id
+    and (lead.call_log_id, lead.call_status, lead.last_contacted_at) is distinct from (last.id, last.call_status, last.ended_at);
+  return null;
+end
+$$;
+comment on function private.settle_lead() is
+  'Trigger: leads.call_status, call_log_id and last_contacted_at are those of the call that ended last, in whatever order the ends become known.';
+revoke execute on function private.settle_lead() from public;
+create trigger settle_new_lead after insert on public.call_logs
+  for each row when (new.lead_id is not null and new.status = 'ended' and new.dialled) execute function private.settle_lead();
+create trigger settle_lead after update of status, call_status, ended_at, dialled on public.call_logs
+  for each row when (
+    new.lead_id is not null and new.status = 'ended' and new.dialled
+    and (old.status, old.call_status, old.ended_at, old.dialled) is distinct from (new.status, new.call_status, new.ended_at, new.dialled)
+  ) execute function private.settle_lead();
+
+
+-- Registers of numbers not to be called -------------------------------------------------------------------------------------------
+-- Public registers, for every organization alike: beside suppressions, which are an organization's own. A number is on a register
+-- from one version on and until before another, so that it can be said of any call which list it was checked against.
+
+create table private.dnc_registers (
+  key          text primary key check (key ~ '^[a-z][a-z0-9_]{1,30}$'),
+  name         text not null,
+  country_code text not null check (country_code ~ '^[A-Z]{2}$'),
+  phone_prefix text not null check (phone_prefix ~ '^\+[1-9][0-9]{0,5}$'),
+  max_age      interval not null default '31 days' check (max_age > interval '0'),
+  is_enforced  boolean not null default false
+);
+select private.close_table('private.dnc_registers');
+comment on table private.dnc_registers is 'The registers there are. One that is enforced and older than max_age admits no call at all.';
+comment on column private.dnc_registers.phone_prefix is 'Which numbers it is about.';
+comment on column private.dnc_registers.max_age is 'How old its last version may be: 31 days by 47 CFR 64.1200(c)(2).';
+comment on column private.dnc_registers.is_enforced is 'Set by the operator once the first version is loaded; until then the register is only looked at.';
+insert into private.dnc_registers (key, name, country_code, phone_prefix)
+values
+  ('us_national', 'US National Do Not Call Registry', 'US', '+1'),
+  ('in_ncpr', 'India National Customer Preference Register', 'IN', '+91');
+
+create table private.dnc_versions (
+  register_key text not null references private.dnc_registers (key) on delete restrict,
+  number       integer not null check (number > 0),
+  label        text not null,
+  is_full      boolean not null,
+  obtained_at  timestamptz not null,
+  published_at timestamptz,
+  entries      bigint,
+  sha256       bytea check (length(sha256) = 32),
+  primary key (register_key, number),
+  unique (register_key, label)
+);
+select private.close_table('private.dnc_versions');
+comment on table private.dnc_versions is 'Every version of a register that was loaded. In use from published_at on, and judged by obtained_at.';
+comment on column private.dnc_versions.is_full is 'The whole list; otherwise only what came and went since the version before.';
+comment on column private.dnc_versions.obtained_at is 'Business time at which the register gave it out: from then on it ages.';
+comment on column private.dnc_versions.sha256 is 'Of the file that was loaded.';
+
+create table private.dnc_staged (
+  register_key text not null,
+  number       integer not null,
+  phone_number text not null check (phone_number ~ '^\+[1-9][0-9]{6,14}$'),
+  is_removed   boolean not null default false,
+  primary key (register_key, number, phone_number),
+  foreign key (register_key, number) references private.dnc_versions (register_key, number) on delete cascade
+);
+select private.close_table('private.dnc_staged');
+comment on table private.dnc_staged is 'A version being loaded, by copy; empty again once it is published.';
+
+create table private.dnc_entries (
+  phone_number text not null,
+  register_key text not null references private.dnc_registers (key) on delete restrict,
+  listed_in    integer not null,
+  removed_in   integer check (removed_in > listed_in),
+  primary key (phone_number, register_key, listed_in)
+);
+create index idx_dnc_entries_register on private.dnc_entries (register_key, phone_number) where removed_in is null;
+select private.close_table('private.dnc_entries');
+comment on table private.dnc_entries is 'A number''s stretches on a register: from version listed_in on, and no longer from removed_in on.';
+
+create function private.open_dnc_version(register text, label text, is_full boolean, obtained_at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  opened integer;
+begin
+  perform from private.dnc_registers as known where known.key = register for no key update;
+  if not found then
+    raise exception 'there is no register %', register using errcode = 'no_data_found';
+  end if;
+  insert into private.dnc_versions (register_key, number, label, is_full, obtained_at)
+  select register, coalesce(max(version.number), 0) + 1, open_dnc_version.label, open_dnc_version.is_full, open_dnc_version.obtained_at
+  from private.dnc_versions as version
+  where version.register_key = register
+  returning number into opened;
+  return opened;
+end
+$$;
+comment on function private.open_dnc_version(text, text, boolean, timestamptz) is
+  'Begins a new version of a register and returns its number: its list is then copied into private.dnc_staged.';
+
+create function private.publish_dnc_version(register text, version integer, at timestamptz) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  opened private.dnc_versions;
+  held   bigint;
+begin
+  perform from private.dnc_registers as known where known.key = register for no key update;
+  select candidate.* into opened
+  from private.dnc_versions as candidate
+  where candidate.register_key = register and candidate.number = publish_dnc_version.version;
+  if opened.number is null or opened.published_at is not null then
+    raise exception 'version % of % is not open', version, register using errcode = 'no_data_found';
+  end if;
+  if exists (
+    select
+    from private.dnc_versions as later
+    where later.register_key = register and later.number > opened.number and later.published_at is not null
+  ) then
+    raise exception 'a later version of % is published already', register using errcode = 'object_not_in_prerequisite_state';
+  end if;
+  -- An empty full list is a broken download, not a country that may be called.
+  if opened.is_full and not exists (
+    select from private.dnc_staged as staged where staged.register_key = register and staged.number = opened.number
+  ) then
+    raise exception 'version % of % is empty', version, register using errcode = 'object_not_in_prerequisite_state';
+  end if;
+
+  update private.dnc_entries as entry
+  set removed_in = opened.number
+  where entry.register_key = register and entry.removed_in is null
+    and case
+      when opened.is_full then not exists (
+        select
+        from private.dnc_staged as staged
+        where staged.register_key = register and staged.number = opened.number
+          and staged.phone_number = entry.phone_number and not staged.is_removed
+      )
+      else exists (
+        select
+        from private.dnc_staged as staged
+        where staged.register_key = register and staged.number = opened.number
+          and staged.phone_number = entry.phone_number and staged.is_removed
+      )
+    end;
+  insert into private.dnc_entries (phone_number, register_key, listed_in)
+  select staged.phone_number, register, opened.number
+  from private.dnc_staged as staged
+  where staged.register_key = register and staged.number = opened.number and not staged.is_removed
+    and not exists (
+      select
+      from private.dnc_entries as entry
+      where entry.phone_number = staged.phone_number and entry.register_key = register and entry.removed_in is null
+    );
+  delete from private.dnc_staged as staged where staged.register_key = register and staged.number = opened.number;
+  held := (select count(*) from private.dnc_entries as entry where entry.register_key = register and entry.removed_in is null);
+  update private.dnc_versions as published
+  set published_at = at, entries = held
+  where published.register_key = register and published.number = opened.number;
+  return held;
+end
+$$;
+comment on function private.publish_dnc_version(text, integer, timestamptz) is
+  'Puts a loaded version in use, all at once, and returns how many numbers the register now holds. Refuses an empty full list.';
+
+create function private.check_dnc(phone text, at timestamptz, out verdict text, out register_key text, out version integer)
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  register record;
+begin
+  for register in
+    select known.key, known.max_age, latest.number, latest.obtained_at
+    from private.dnc_registers as known
+    left join lateral (
+      select published.number, published.obtained_at
+      from private.dnc_versions as published
+      where published.register_key = known.key and published.published_at <= check_dnc.at
+      order by published.number desc
+      limit 1
+    ) as latest on true
+    where known.is_enforced and starts_with(phone, known.phone_prefix)
+    order by known.key
+  loop
+    register_key := register.key;
+    version := register.number;
+    if register.number is null or register.obtained_at < at - register.max_age then
+      verdict := 'register_stale';
+      return;
+    end if;
+    if exists (
+      select
+      from private.dnc_entries as entry
+      where entry.phone_number = phone and entry.register_key = register.key
+        and entry.listed_in <= register.number and (entry.removed_in is null or entry.removed_in > register.number)
+    ) then
+      verdict := 'registered';
+      return;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.check_dnc(text, timestamptz) is
+  'Whether a register forbids to call a number: registered, or register_stale when its list is too old to say; null when it may be called. '
+  'Names the register and the version that was looked at, for the record.';
+
+
+-- Calling hours by law ------------------------------------------------------------------------------------------------------------
+
+create table public.calling_hours (
+  jurisdiction text not null check (jurisdiction ~ '^[A-Z]{2}(-[A-Z0-9]{1,3})?$'),
+  purpose      text not null check (purpose in ('service', 'promotional')),
+  weekday      smallint not null check (weekday between 1 and 7),
+  opens        time,
+  closes       time,
+  on_holidays  boolean not null default true,
+  daily_calls  smallint check (daily_calls > 0),
+  basis        text not null,
+  primary key (jurisdiction, purpose, weekday),
+  check ((opens is null) = (closes is null)),
+  check (opens < closes)
+);
+
+revoke all on public.calling_hours from anon, authenticated, service_role;
+grant select on public.calling_hours to authenticated, service_role;
+alter table public.calling_hours enable row level security;
+alter table public.calling_hours force row level security;
+create policy "Anyone signed in may read the legal hours" on public.calling_hours
+  for select to authenticated using (true);
+comment on table public.calling_hours is
+  'When the law of a country, and of a state within it, lets somebody be called, in their own local time; both must. Reference data, to be '
+  'checked by a lawyer before launch. A country without rows: nobody is called there.';
+comment on column public.calling_hours.jurisdiction is 'ISO 3166: a country, or country-state.';
+comment on column public.calling_hours.weekday is 'ISO: 1 is Monday, 7 is Sunday.';
+comment on column public.calling_hours.opens is 'The opening minute belongs to it, the closing one does not; null is not at all that day.';
+comment on column public.calling_hours.on_holidays is 'Whether these hours also hold on a public holiday; otherwise nobody is called on one.';
+comment on column public.calling_hours.daily_calls is 'Calls to one person in 24 hours, where the law counts them.';
+insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, on_holidays, daily_calls, basis)
+select
+  law.jurisdiction, purpose.name, day.number,
+  case when day.number = 7 then law.sunday_opens when day.number = 6 then law.saturday_opens else law.opens end::time,
+  case when day.number = 7 then law.sunday_closes when day.number = 6 then law.saturday_closes else law.closes end::time,
+  law.on_holidays, law.daily_calls, law.basis
+from (
+  values
+    ('US', 'service promotional', '08:00', '21:00', '08:00', '21:00', '08:00', '21:00', true, null::smallint, '47 CFR 64.1200(c)(1)'),
+    ('US-AL', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Ala. Code 8-19A'),
+    ('US-CT', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'Conn. Gen. Stat. 42-288a'),
+    ('US-FL', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Fla. Stat. 501.616'),
+    ('US-LA', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'La. R.S. 45:844'),
+    ('US-MD', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Md. Com. Law 14-4501'),
+    ('US-MS', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, true, null, 'Miss. Code 77-3-723'),
+    ('US-OK', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Okla. Stat. 15-775C'),
+    ('US-RI', 'service promotional', '09:00', '18:00', '10:00', '17:00', null, null, false, null, 'R.I. Gen. Laws 5-61-3.6'),
+    ('US-TX', 'service promotional', '09:00', '21:00', '09:00', '21:00', '12:00', '21:00', true, null, 'Tex. Bus. & Com. Code 301.051'),
+    ('US-WA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'RCW 80.36.390'),
+    ('IN', 'service', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'TCCCPR 2018'),
+    ('IN', 'promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'TCCCPR 2018')
+) as law (
+  jurisdiction, purposes, opens, closes, saturday_opens, saturday_closes, sunday_opens, sunday_closes, on_holidays, daily_calls, basis
+)
+cross join lateral unnest(string_to_array(law.purposes, ' ')) as purpose (name)
+cross join generate_series(1, 7) as day (number);
+
+create table public.calling_holidays (
+  jurisdiction text not null check (jurisdiction ~ '^[A-Z]{2}(-[A-Z0-9]{1,3})?$'),
+  day          date not null,
+  name         text not null,
+  primary key (jurisdiction, day)
+);
+
+revoke all on public.calling_holidays from anon, authenticated, service_role;
+grant select on public.calling_holidays to authenticated, service_role;
+alter table public.calling_holidays enable row level security;
+alter table public.calling_holidays force row level security;
+create policy "Anyone signed in may read the holidays" on public.calling_holidays
+  for select to authenticated using (true);
+comment on table public.calling_holidays is
+  'Public holidays, of a country or of a state alone; the operator adds each year''s. They matter where calling_hours says so.';
+insert into public.calling_holidays (jurisdiction, day, name)
+values
+  ('US', '2026-11-26', 'Thanksgiving Day'), ('US', '2026-12-25', 'Christmas Day'),
+  ('US', '2027-01-01', 'New Year''s Day'), ('US', '2027-01-18', 'Martin Luther King Jr. Day'), ('US', '2027-02-15', 'Washington''s Birthday'),
+  ('US', '2027-05-31', 'Memorial Day'), ('US', '2027-06-19', 'Juneteenth'), ('US', '2027-07-04', 'Independence Day'),
+  ('US', '2027-07-05', 'Independence Day (observed)'), ('US', '2027-09-06', 'Labor Day'), ('US', '2027-10-11', 'Columbus Day'),
+  ('US', '2027-11-11', 'Veterans Day'), ('US', '2027-11-25', 'Thanksgiving Day'), ('US', '2027-12-25', 'Christmas Day');
+
+create function private.legal_hours(
+  country text, region text, wanted text, day date, out opens time, out closes time, out daily_calls smallint
+)
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  -- The country's and the state's hours at once; what either forbids is forbidden.
+  select max(law.opens), min(law.closes), min(law.daily_calls)
+  into opens, closes, daily_calls
+  from public.calling_hours as law
+  where law.jurisdiction in (country, country || '-' || region) and law.purpose = wanted and law.weekday = extract(isodow from day);
+  if opens >= closes
+    or not exists (
+      select from public.calling_hours as law where law.jurisdiction = country and law.purpose = wanted
+    )
+    or exists (
+      select
+      from public.calling_hours as law
+      where law.jurisdiction in (country, country || '-' || region) and law.purpose = wanted and law.weekday = extract(isodow from day)
+        and (
+          law.opens is null
+          or not law.on_holidays and exists (
+            select
+            from public.calling_holidays as holiday
+            where holiday.jurisdiction in (country, country || '-' || region) and holiday.day = legal_hours.day
+          )
+        )
+    )
+  then
+    opens := null;
+    closes := null;
+  end if;
+end
+$$;
+comment on function private.legal_hours(text, text, text, date) is
+  'The local hours in which the law of a country and state allows a call on a day; null when it does not, or when nothing is known of the country.';
+
+revoke execute on function
+  private.open_dnc_version(text, text, boolean, timestamptz), private.publish_dnc_version(text, integer, timestamptz),
+  private.check_dnc(text, timestamptz), private.legal_hours(text, text, text, date)
+from public;
+
+
+-- websocket_sessions --------------------------------------------------------------------------------------------------------------
+
+create table public.websocket_sessions (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  kind            text not null check (kind in ('dashboard', 'agent')),
+  user_id         uuid,
+  call_log_id     uuid,
+  agent_id        uuid,
+  connection_id   text not null unique check (length(connection_id) between 1 and 255),
+  metadata        jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  created_at      timestamptz not null default private.clock_now(),
+  last_ping_at    timestamptz not null default now(),
+  unique (organization_id, id),
+  foreign key (organization_id, user_id) references public.profiles (organization_id, id) on delete cascade,
+  foreign key (organization_id, call_log_id) references public.call_logs (organization_id, id) on delete cascade,
+  check (case kind when 'dashboard' then user_id is not null and call_log_id is null else call_log_id is not null and user_id is null end)
+) with (fillfactor = 70);
+create index idx_websocket_sessions_user on public.websocket_sessions (organization_id, user_id) where user_id is not null;
+-- A call has one voice: the second socket of a leg is refused while the first lives.
+create unique index idx_websocket_sessions_call on public.websocket_sessions (organization_id, call_log_id) where call_log_id is not null;
+create index idx_websocket_sessions_last_ping on public.websocket_sessions (last_ping_at);
+
+revoke all on public.websocket_sessions from anon, authenticated, service_role;
+-- Not the connection's id: whoever has it could speak on it.
+grant select (id, organization_id, kind, user_id, call_log_id, agent_id, metadata, created_at, last_ping_at)
+on public.websocket_sessions to authenticated;
+grant select on public.websocket_sessions to service_role;
+alter table public.websocket_sessions enable row level security;
+alter table public.websocket_sessions force row level security;
+create policy "Users see their own sockets, and who views calls their agents'" on public.websocket_sessions
+  for select to authenticated
+  using (
+    organization_id = (select private.get_auth_org_id()) and user_id = (select auth.uid())
+    or organization_id = (select private.org_with('call.view')) and kind = 'agent'
+  );
+comment on table public.websocket_sessions is
+  'Sockets that are open now: a user''s dashboard, or the voice agent of one leg. Written by handlers, kept by pings, reaped without them.';
+comment on column public.websocket_sessions.connection_id is 'What the socket server or gateway calls it.';
+comment on column public.websocket_sessions.last_ping_at is 'Real time.';
+
+create function private.open_websocket(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  socket public.websocket_sessions;
+  leg    public.call_logs;
+begin
+  if coalesce(request ->> 'connection_id', '') = '' or length(request ->> 'connection_id') > 255
+    or request ->> 'kind' not in ('dashboard', 'agent') or request ->> 'kind' is null
+  then
+    perform private.raise_error(400, 'malformed_request', 'connection_id and kind are required');
+  end if;
+  -- Whose it is follows from the user or the leg; no caller names an organization.
+  if request ->> 'kind' = 'dashboard' then
+    select profile.organization_id, profile.id into socket.organization_id, socket.user_id
+    from public.profiles as profile
+    where profile.id = (request ->> 'user_id')::uuid and profile.status = 'active' and profile.organization_id is not null
+    for key share;
+    if socket.user_id is null then
+      perform private.raise_error(403, 'no_organization', 'The user belongs to no organization', 'user_id');
+    end if;
+  else
+    select log.* into leg from public.call_logs as log where log.id = (request ->> 'attempt_id')::uuid for key share;
+    if leg.id is null then
+      perform private.raise_error(404, 'call_not_found', 'There is no such call', 'attempt_id');
+    end if;
+    if leg.status = 'ended' then
+      perform private.raise_error(409, 'call_ended', 'The call has ended', 'attempt_id');
+    end if;
+  end if;
+  delete from public.websocket_sessions as lapsed
+  where (lapsed.connection_id = request ->> 'connection_id' or lapsed.organization_id = leg.organization_id and lapsed.call_log_id = leg.id)
+    and lapsed.last_ping_at < now() - interval '90 seconds';
+  insert into public.websocket_sessions (organization_id, kind, user_id, call_log_id, agent_id, connection_id, metadata, created_at, last_ping_at)
+  values (
+    coalesce(leg.organization_id, socket.organization_id), request ->> 'kind', socket.user_id, leg.id, leg.agent_id,
+    request ->> 'connection_id', coalesce(request -> 'metadata', '{}'), at, now()
+  )
+  on conflict do nothing
+  returning * into socket;
+  if socket.id is null then
+    perform private.raise_error(409, 'already_connected', 'There is a live socket of this connection or call', 'connection_id');
+  end if;
+  return jsonb_build_object('id', socket.id, 'organization_id', socket.organization_id);
+end
+$$;
+comment on function private.open_websocket(jsonb, timestamptz) is 'Writes down a socket that was opened, for the tenant of its user or leg.';
+
+create function public.open_websocket(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.open_websocket($1, private.clock_now())
+$$;
+comment on function public.open_websocket(jsonb) is
+  '{"v":1,"connection_id":text,"kind":"dashboard","user_id":uuid} or {…"kind":"agent","attempt_id":uuid} -> {"id","organization_id"}. '
+  '409 while another socket of the call or connection lives.';
+
+create function private.ping_websockets(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  asked text[] := array(select jsonb_array_elements_text(request -> 'connection_ids'));
+  alive text[];
+begin
+  with pinged as (
+    select socket.id
+    from public.websocket_sessions as socket
+    where socket.connection_id = any (asked)
+    order by socket.id
+    for no key update
+  ),
+  moved as (
+    update public.websocket_sessions as socket
+    set last_ping_at = greatest(socket.last_ping_at, now())
+    from pinged
+    where socket.id = pinged.id
+    returning socket.connection_id
+  )
+  select coalesce(array_agg(moved.connection_id), '{}') into alive from moved;
+  return jsonb_build_object('gone', (
+    select coalesce(jsonb_agg(missing.id), '[]') from unnest(asked) as missing (id) where missing.id <> all (alive)
+  ));
+end
+$$;
+comment on function private.ping_websockets(jsonb, timestamptz) is 'Keeps sockets alive, and names those that are no longer known: their server closes them.';
+
+create function public.ping_websockets(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.ping_websockets($1, private.clock_now())
+$$;
+comment on function public.ping_websockets(jsonb) is
+  '{"v":1,"connection_ids":[text]} -> {"gone":[text]}: reaped, or of a user who may no longer see anything. At least once in 60 seconds.';
+
+create function private.close_websocket(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  closed integer;
+begin
+  delete from public.websocket_sessions as socket where socket.connection_id = request ->> 'connection_id';
+  get diagnostics closed = row_count;
+  return jsonb_build_object('closed', closed);
+end
+$$;
+comment on function private.close_websocket(jsonb, timestamptz) is 'Forgets a socket that was closed; again changes nothing.';
+
+create function public.close_websocket(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.close_websocket($1, private.clock_now())
+$$;
+comment on function public.close_websocket(jsonb) is '{"v":1,"connection_id":text} -> {"closed":0|1}.';
+
+create function private.reap_websockets(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  most   constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 1000), 1), 10000);
+  reaped jsonb;
+begin
+  with lapsed as (
+    select socket.id
+    from public.websocket_sessions as socket
+    where socket.last_ping_at < now() - interval '90 seconds'
+    order by socket.last_ping_at
+    limit most
+    for update skip locked
+  ),
+  gone as (
+    delete from public.websocket_sessions as socket
+    using lapsed
+    where socket.id = lapsed.id
+    returning socket.kind, socket.organization_id, socket.call_log_id, socket.connection_id
+  )
+  select jsonb_build_object(
+    'reaped', count(*),
+    'calls', coalesce(
+      jsonb_agg(jsonb_build_object('organization_id', gone.organization_id, 'attempt_id', gone.call_log_id))
+        filter (where gone.kind = 'agent' and exists (
+          select from public.call_logs as log where log.id = gone.call_log_id and log.status <> 'ended'
+        )),
+      '[]'
+    )
+  )
+  into reaped
+  from gone;
+  return reaped;
+end
+$$;
+comment on function private.reap_websockets(jsonb, timestamptz) is
+  'Forgets sockets that have not been heard of for 90 seconds, and names the calls that go on without their agent.';
+
+create function public.reap_websockets(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.reap_websockets($1, private.clock_now())
+$$;
+comment on function public.reap_websockets(jsonb) is
+  '{"v":1,"limit":1000} -> {"reaped":n,"calls":[{"organization_id","attempt_id"}]}: calls under way whose agent is gone. Every minute.';
+
+create function private.drop_websockets() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  delete from public.websocket_sessions as socket where socket.organization_id = old.organization_id and socket.user_id = old.id;
+  return new;
+end
+$$;
+comment on function private.drop_websockets() is
+  'Trigger: who is suspended, removed or in another organization has no socket of the old one; the next ping tells its server.';
+create trigger drop_websockets before update of status, organization_id on public.profiles
+  for each row when (
+    old.organization_id is not null and (new.status <> 'active' or new.organization_id is distinct from old.organization_id)
+  ) execute function private.drop_websockets();
+
+revoke execute on function private.drop_websockets() from public;
+revoke execute on function
+  public.open_websocket(jsonb), public.ping_websockets(jsonb), public.close_websocket(jsonb), public.reap_websockets(jsonb),
+  private.open_websocket(jsonb, timestamptz), private.ping_websockets(jsonb, timestamptz),
+  private.close_websocket(jsonb, timestamptz), private.reap_websockets(jsonb, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function
+  public.open_websocket(jsonb), public.ping_websockets(jsonb), public.close_websocket(jsonb), public.reap_websockets(jsonb),
+  private.open_websocket(jsonb, timestamptz), private.ping_websockets(jsonb, timestamptz),
+  private.close_websocket(jsonb, timestamptz), private.reap_websockets(jsonb, timestamptz)
+to service_role;

@@ -383,3 +383,329 @@ create trigger usage_events_are_append_only before update or delete on private.u
   for each row execute function private.refuse_event_change();
 
 select private.ensure_partitions('private.usage_events', private.clock_now());
+
+
+
+-- Prepaid credit ------------------------------------------------------------------------------------------------------------------
+--
+-- A double-entry ledger. Credit is held in accounts of the organization: what a plan grants for a month, what was given away, what
+-- was bought; they are used up in this order, the one that expires first before the others. Every movement is one transaction whose
+-- debits equal its credits, and has a counterpart account that says where the credit came from or went: all accounts of a wallet
+-- add up to zero at any time. Nothing is ever changed or deleted; balances follow from the entries by trigger.
+
+create table public.call_credits (
+  id                    uuid primary key default gen_random_uuid(),
+  organization_id       uuid not null references public.organizations (id) on delete restrict,
+  currency              text not null,
+  balance_minor         bigint not null default 0,
+  total_purchased_minor bigint not null default 0,
+  total_consumed_minor  bigint not null default 0,
+  last_number           bigint not null default 0,
+  low_balance_minor     bigint,
+  created_at            timestamptz not null default private.clock_now(),
+  updated_at            timestamptz not null default private.clock_now(),
+  constraint call_credits_tenant_key unique (organization_id, id),
+  constraint call_credits_currency_key unique (organization_id, currency),
+  constraint call_credits_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint call_credits_balance_not_negative check (balance_minor >= 0),
+  constraint call_credits_totals_not_negative check (total_purchased_minor >= 0 and total_consumed_minor >= 0),
+  constraint call_credits_last_number_not_negative check (last_number >= 0),
+  constraint call_credits_low_balance_not_negative check (low_balance_minor >= 0)
+) with (fillfactor = 50);
+
+revoke all on public.call_credits from anon, authenticated, service_role;
+grant select on public.call_credits to authenticated, service_role;
+alter table public.call_credits enable row level security;
+alter table public.call_credits force row level security;
+create policy "Members who may see billing see the credit" on public.call_credits
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+create trigger update_modified_column before update on public.call_credits
+  for each row execute function private.update_modified_column();
+
+comment on table public.call_credits is
+  'An organization''s prepaid credit, one wallet a currency. Its row is the lock under which every transaction of the wallet is written.';
+comment on column public.call_credits.balance_minor is
+  'What can be spent, in the currency''s minor unit: the sum of the accounts that hold credit. Credit that expired is taken out by the '
+  'next transaction or the next run of expire_credit(), whichever comes first.';
+comment on column public.call_credits.total_purchased_minor is 'What was bought so far, less what was paid back.';
+comment on column public.call_credits.total_consumed_minor is 'What was used so far, less what was given back.';
+comment on column public.call_credits.last_number is 'The number of the wallet''s last transaction.';
+comment on column public.call_credits.low_balance_minor is 'Below this balance `credit.low` is told, once a billing period; null is never.';
+
+create table public.credit_accounts (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  currency        text not null,
+  kind            public.credit_account_kind not null,
+  expires_at      timestamptz,
+  balance_minor   bigint not null default 0,
+  created_at      timestamptz not null default private.clock_now(),
+  constraint credit_accounts_tenant_key unique (organization_id, id),
+  constraint credit_accounts_kind_key unique nulls not distinct (organization_id, currency, kind, expires_at),
+  constraint credit_accounts_wallet_fkey foreign key (organization_id, currency)
+    references public.call_credits (organization_id, currency) on delete restrict,
+  constraint credit_accounts_balance_not_negative check (kind > 'purchased' or balance_minor >= 0),
+  constraint credit_accounts_expiry_fits check (
+    case kind when 'monthly' then expires_at is not null when 'promotional' then true else expires_at is null end
+  )
+) with (fillfactor = 50);
+
+create index idx_credit_accounts_expiry on public.credit_accounts (expires_at) where balance_minor > 0 and expires_at is not null;
+
+revoke all on public.credit_accounts from anon, authenticated, service_role;
+grant select on public.credit_accounts to authenticated, service_role;
+alter table public.credit_accounts enable row level security;
+alter table public.credit_accounts force row level security;
+create policy "Members who may see billing see the credit accounts" on public.credit_accounts
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.credit_accounts is
+  'The accounts of a wallet: one a kind and expiry. Those that hold credit are never negative; their counterparts mostly are one or '
+  'the other for ever.';
+comment on column public.credit_accounts.kind is
+  'monthly, promotional, purchased hold credit and are used in this order; payments, grants, consumption, expiry and adjustments are '
+  'where it came from or went.';
+comment on column public.credit_accounts.expires_at is 'From when on its credit is no longer spent; null is never.';
+comment on column public.credit_accounts.balance_minor is 'Its credits less its debits.';
+
+create table public.credit_transactions (
+  id                   uuid primary key default gen_random_uuid(),
+  organization_id      uuid not null,
+  currency             text not null,
+  number               bigint not null,
+  type                 public.credit_transaction_type not null,
+  amount_minor         bigint not null,
+  requested_minor      bigint not null,
+  balance_before_minor bigint not null,
+  balance_after_minor  bigint not null,
+  idempotency_key      text not null,
+  reverses_id          uuid,
+  reference_type       text,
+  reference_id         uuid,
+  description          text,
+  created_by           uuid,
+  created_at           timestamptz not null,
+  constraint credit_transactions_tenant_key unique (organization_id, id),
+  constraint credit_transactions_number_key unique (organization_id, currency, number),
+  constraint credit_transactions_idempotency_key unique (organization_id, idempotency_key),
+  constraint credit_transactions_wallet_fkey foreign key (organization_id, currency)
+    references public.call_credits (organization_id, currency) on delete restrict,
+  constraint credit_transactions_reverses_fkey foreign key (organization_id, reverses_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint credit_transactions_number_positive check (number > 0),
+  constraint credit_transactions_amount_positive check (amount_minor > 0),
+  constraint credit_transactions_requested_range check (requested_minor >= amount_minor),
+  constraint credit_transactions_balance_not_negative check (balance_before_minor >= 0 and balance_after_minor >= 0),
+  constraint credit_transactions_key_present check (length(idempotency_key) between 1 and 255),
+  constraint credit_transactions_refund_reverses check ((type = 'refund') = (reverses_id is not null)),
+  constraint credit_transactions_adjustment_explained check (type <> 'adjustment' or btrim(description) <> '' and description is not null)
+);
+
+create index idx_credit_transactions_org_time on public.credit_transactions (organization_id, created_at desc);
+create index idx_credit_transactions_reverses on public.credit_transactions (organization_id, reverses_id) where reverses_id is not null;
+
+revoke all on public.credit_transactions from anon, authenticated, service_role;
+grant select on public.credit_transactions to authenticated, service_role;
+alter table public.credit_transactions enable row level security;
+alter table public.credit_transactions force row level security;
+create policy "Members who may see billing see the credit transactions" on public.credit_transactions
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.credit_transactions is
+  'Every movement of prepaid credit, append-only: what it was, how much, and the balance before and after. Its entries are in '
+  'credit_ledger.';
+comment on column public.credit_transactions.number is 'Counts the wallet''s transactions without a gap: its balances form a chain.';
+comment on column public.credit_transactions.amount_minor is 'How much moved, always positive; the balances tell the direction.';
+comment on column public.credit_transactions.requested_minor is
+  'How much was to move: more than the amount where a call used more than was left, which is then what stays unpaid.';
+comment on column public.credit_transactions.idempotency_key is 'Whoever writes the same again under this key writes nothing.';
+comment on column public.credit_transactions.reverses_id is
+  'What a refund gives back, in part or in full: a consumption, to the accounts that it was taken from; or a purchase, in money.';
+comment on column public.credit_transactions.reference_type is 'What it was for: call, payment, subscription.';
+comment on column public.credit_transactions.reference_id is 'The id of what it was for. No foreign key: the record outlives it.';
+comment on column public.credit_transactions.created_by is 'The user who did it; null is the platform. No foreign key, as before.';
+
+create table public.credit_ledger (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  transaction_id  uuid not null,
+  position        integer not null,
+  account_id      uuid not null,
+  side            public.ledger_side not null,
+  amount_minor    bigint not null,
+  constraint credit_ledger_tenant_key unique (organization_id, id),
+  constraint credit_ledger_position_key unique (organization_id, transaction_id, position),
+  constraint credit_ledger_transaction_fkey foreign key (organization_id, transaction_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint credit_ledger_account_fkey foreign key (organization_id, account_id)
+    references public.credit_accounts (organization_id, id) on delete restrict,
+  constraint credit_ledger_position_positive check (position > 0),
+  constraint credit_ledger_amount_positive check (amount_minor > 0)
+);
+
+create index idx_credit_ledger_account on public.credit_ledger (organization_id, account_id);
+
+revoke all on public.credit_ledger from anon, authenticated, service_role;
+grant select on public.credit_ledger to authenticated, service_role;
+alter table public.credit_ledger enable row level security;
+alter table public.credit_ledger force row level security;
+create policy "Members who may see billing see the credit ledger" on public.credit_ledger
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.credit_ledger is
+  'The entries of the credit transactions, append-only: each moves an amount on one side of one account. In every transaction debits '
+  'equal credits.';
+
+create function private.credit_entry_fits(
+  type public.credit_transaction_type, kind public.credit_account_kind, side public.ledger_side
+) returns boolean
+language sql immutable set search_path = ''
+as $$
+  select case type
+    when 'purchase' then (kind, side) in (('payments', 'debit'), ('purchased', 'credit'))
+    when 'monthly_grant' then (kind, side) in (('grants', 'debit'), ('monthly', 'credit'))
+    when 'promotional_grant' then (kind, side) in (('grants', 'debit'), ('promotional', 'credit'))
+    when 'consumption' then kind <= 'purchased' and side = 'debit' or (kind, side) = ('consumption', 'credit')
+    when 'expiry' then kind < 'purchased' and side = 'debit' or (kind, side) = ('expiry', 'credit')
+    when 'refund' then
+      (kind, side) in (('consumption', 'debit'), ('purchased', 'debit'), ('payments', 'credit')) or kind <= 'purchased' and side = 'credit'
+    when 'adjustment' then kind = 'adjustments' or kind <= 'purchased' and side = 'debit' or (kind, side) = ('purchased', 'credit')
+  end
+$$;
+comment on function private.credit_entry_fits(public.credit_transaction_type, public.credit_account_kind, public.ledger_side) is
+  'Which accounts a kind of transaction moves, and on which side.';
+
+create function private.apply_credit_entries() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  -- All entries of a transaction are written by one statement, so that none is slipped under an old one.
+  if exists (
+    select
+    from public.credit_ledger as entry
+    join added on added.organization_id = entry.organization_id and added.transaction_id = entry.transaction_id
+    where not exists (select from added as own where own.id = entry.id)
+  ) then
+    raise exception 'the entries of a credit transaction are final' using errcode = '23514';
+  end if;
+
+  update public.credit_accounts as account
+  set balance_minor = account.balance_minor + net.amount
+  from (
+    select
+      added.organization_id, added.account_id,
+      sum(case added.side when 'credit' then added.amount_minor else -added.amount_minor end)::bigint as amount
+    from added
+    group by added.organization_id, added.account_id
+  ) as net
+  where account.organization_id = net.organization_id and account.id = net.account_id;
+
+  update public.call_credits as wallet
+  set
+    balance_minor = wallet.balance_minor + net.held,
+    total_purchased_minor = wallet.total_purchased_minor + net.purchased,
+    total_consumed_minor = wallet.total_consumed_minor + net.consumed
+  from (
+    select
+      moved.organization_id, moved.currency,
+      coalesce(sum(moved.amount) filter (where moved.kind <= 'purchased'), 0)::bigint as held,
+      coalesce(-sum(moved.amount) filter (where moved.kind = 'payments'), 0)::bigint as purchased,
+      coalesce(sum(moved.amount) filter (where moved.kind = 'consumption'), 0)::bigint as consumed
+    from (
+      select
+        account.organization_id, account.currency, account.kind,
+        case added.side when 'credit' then added.amount_minor else -added.amount_minor end as amount
+      from added
+      join public.credit_accounts as account on account.organization_id = added.organization_id and account.id = added.account_id
+    ) as moved
+    group by moved.organization_id, moved.currency
+  ) as net
+  where wallet.organization_id = net.organization_id and wallet.currency = net.currency;
+  return null;
+end
+$$;
+comment on function private.apply_credit_entries() is
+  'Trigger: new entries change the balances of their accounts and of the wallet; a balance that would become negative refuses them.';
+
+create function private.check_credit_transaction() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  sums record;
+begin
+  select
+    coalesce(sum(entry.amount_minor) filter (where entry.side = 'debit'), 0) as debits,
+    coalesce(sum(entry.amount_minor) filter (where entry.side = 'credit'), 0) as credits,
+    coalesce(sum(case entry.side when 'credit' then entry.amount_minor else -entry.amount_minor end)
+      filter (where account.kind <= 'purchased'), 0) as held,
+    coalesce(bool_and(account.currency = new.currency and private.credit_entry_fits(new.type, account.kind, entry.side)), false) as fits
+  into sums
+  from public.credit_ledger as entry
+  join public.credit_accounts as account on account.organization_id = entry.organization_id and account.id = entry.account_id
+  where entry.organization_id = new.organization_id and entry.transaction_id = new.id;
+  if sums.debits <> new.amount_minor or sums.credits <> new.amount_minor or not sums.fits
+    or abs(sums.held) <> new.amount_minor or new.balance_after_minor - new.balance_before_minor <> sums.held then
+    raise exception 'credit transaction %: debits of % and credits of % do not make a % of %',
+      new.id, sums.debits, sums.credits, new.type, new.amount_minor using errcode = '23514';
+  end if;
+
+  -- The balances form a chain, from the wallet's first transaction to its last.
+  if new.balance_before_minor <> coalesce((
+    select previous.balance_after_minor
+    from public.credit_transactions as previous
+    where previous.organization_id = new.organization_id
+      and previous.currency = new.currency
+      and previous.number = new.number - 1
+  ), case new.number when 1 then 0 end, -1) then
+    raise exception 'credit transaction % does not follow the one before it', new.id using errcode = '23514';
+  end if;
+
+  if new.type = 'refund' and not exists (
+    select
+    from public.credit_transactions as original
+    where original.organization_id = new.organization_id
+      and original.id = new.reverses_id
+      and original.currency = new.currency
+      and (original.type, sums.held > 0) in (('consumption', true), ('purchase', false))
+      and original.amount_minor >= (
+        select sum(refund.amount_minor)
+        from public.credit_transactions as refund
+        where refund.organization_id = new.organization_id and refund.reverses_id = new.reverses_id
+      )
+  ) then
+    raise exception 'credit transaction % gives back more than there was', new.id using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.check_credit_transaction() is
+  'Trigger, at the end of the transaction: debits equal credits, the accounts are those of its type, the balances follow the ones '
+  'before, and a refund gives back what it names and no more.';
+
+create function private.refuse_money_change() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  raise exception '% is a record of money: it is added to, never changed', tg_table_name using errcode = '23514';
+end
+$$;
+comment on function private.refuse_money_change() is 'Trigger: keeps records of money as they were written.';
+
+create trigger apply_credit_entries after insert on public.credit_ledger
+  referencing new table as added for each statement execute function private.apply_credit_entries();
+create trigger credit_ledger_is_append_only before update or delete or truncate on public.credit_ledger
+  for each statement execute function private.refuse_money_change();
+create trigger credit_transactions_is_append_only before update or delete or truncate on public.credit_transactions
+  for each statement execute function private.refuse_money_change();
+create trigger credit_accounts_are_kept before delete or truncate on public.credit_accounts
+  for each statement execute function private.refuse_money_change();
+create trigger call_credits_are_kept before delete or truncate on public.call_credits
+  for each statement execute function private.refuse_money_change();
+create constraint trigger credit_transactions_add_up after insert on public.credit_transactions
+  deferrable initially deferred for each row execute function private.check_credit_transaction();
+
+revoke all on function
+  private.credit_entry_fits(public.credit_transaction_type, public.credit_account_kind, public.ledger_side),
+  private.apply_credit_entries(), private.check_credit_transaction(), private.refuse_money_change()
+from public;

@@ -102,6 +102,7 @@ create table public.invoices (
   tax_minor         bigint not null,
   total_minor       bigint not null,
   amount_paid_minor bigint not null default 0,
+  credited_minor    bigint not null default 0,
   issuer            jsonb not null,
   customer          jsonb not null,
   invoice_date      date,
@@ -131,7 +132,11 @@ create table public.invoices (
   constraint invoices_total_adds_up check (total_minor = subtotal_minor + tax_minor),
   constraint invoices_total_not_negative check (total_minor >= 0),
   constraint invoices_paid_range check (amount_paid_minor between 0 and total_minor),
-  constraint invoices_paid_in_full check (status <> 'paid' or (amount_paid_minor = total_minor and paid_at is not null)),
+  constraint invoices_credited_range check (credited_minor between 0 and total_minor),
+  constraint invoices_paid_in_full check (
+    status <> 'paid' or (amount_paid_minor + credited_minor >= total_minor and paid_at is not null)
+  ),
+  constraint invoices_void_unpaid check (status <> 'void' or (amount_paid_minor = 0 and credited_minor = 0)),
   constraint invoices_issuer_object check (jsonb_typeof(issuer) = 'object'),
   constraint invoices_customer_object check (jsonb_typeof(customer) = 'object')
 ) with (fillfactor = 80);
@@ -157,6 +162,8 @@ comment on column public.invoices.first_day is 'The first day that is billed, by
 comment on column public.invoices.last_day is 'The last day that is billed.';
 comment on column public.invoices.subtotal_minor is 'Sum of the lines, in the currency''s minor unit.';
 comment on column public.invoices.tax_minor is 'Sum of the taxes, each rounded alone.';
+comment on column public.invoices.amount_paid_minor is 'Sum of the payments that were counted on it (payments.applied_minor).';
+comment on column public.invoices.credited_minor is 'Sum of the credit notes issued against it. What is due is the total less both.';
 comment on column public.invoices.issuer is 'Our particulars as they were.';
 comment on column public.invoices.customer is 'The organization''s particulars as they were.';
 comment on column public.invoices.irn is 'Invoice reference number of India''s e-invoice portal, when it was registered there.';
@@ -278,7 +285,7 @@ language plpgsql set search_path = ''
 as $$
 declare
   payment constant text[] := array[
-    'status', 'amount_paid_minor', 'paid_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
+    'status', 'amount_paid_minor', 'credited_minor', 'paid_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
   ];
 begin
   if tg_op = 'DELETE' then
@@ -381,4 +388,676 @@ create trigger invoice_taxes_deleted after delete on public.invoice_taxes
 revoke all on function
   private.invoice_number(text, integer), private.take_invoice_numbers(text, integer), private.set_invoice_number(),
   private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums()
+from public;
+
+
+
+-- Payment methods -----------------------------------------------------------------------------------------------------------------
+
+create function private.has_card_number(given text) returns boolean
+language sql immutable set search_path = ''
+as $$
+  -- Every run of at least 13 digits, with single separators between them or without. A run of up to 19 is a card number if it begins
+  -- as one and its check digit is right (Luhn); a longer run has no business here at all.
+  select exists (
+    select
+    from (
+      select regexp_replace(run.match[1], '[^0-9]', '', 'g') as digits
+      from regexp_matches(
+        -- A UUID is none, though it may be all digits.
+        regexp_replace($1, '\m[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\M', '', 'gi'), '([0-9](?:[ ._/-]?[0-9]){12,})', 'g'
+      ) as run (match)
+    ) as run
+    where length(run.digits) > 19
+      or run.digits ~ '^[2-6]' and (
+        select sum(
+          case when (length(run.digits) - place) % 2 = 0 then digit else digit * 2 - case when digit > 4 then 9 else 0 end end
+        ) % 10 = 0
+        from generate_series(1, length(run.digits)) as place, substr(run.digits, place, 1) as character, cast(character as integer) as digit
+      )
+  )
+$$;
+comment on function private.has_card_number(text) is
+  'Whether a text holds what may be a card number (PAN), also one written in groups. Times and ids in milliseconds begin with 1 and pass.';
+
+create table public.payment_methods (
+  id                        uuid primary key default gen_random_uuid(),
+  organization_id           uuid not null references public.organizations (id) on delete restrict,
+  type                      public.payment_method_type not null,
+  gateway                   public.payment_gateway not null,
+  gateway_customer_id       text,
+  gateway_payment_method_id text not null,
+  last4                     text,
+  brand                     text,
+  expiry_month              integer,
+  expiry_year               integer,
+  is_default                boolean not null default false,
+  metadata                  jsonb not null default '{}',
+  removed_at                timestamptz,
+  created_at                timestamptz not null default private.clock_now(),
+  updated_at                timestamptz not null default private.clock_now(),
+  constraint payment_methods_tenant_key unique (organization_id, id),
+  constraint payment_methods_token_key unique (gateway, gateway_payment_method_id),
+  constraint payment_methods_token_format check (gateway_payment_method_id ~ '^[A-Za-z0-9_.:-]{1,255}$'),
+  constraint payment_methods_customer_format check (gateway_customer_id ~ '^[A-Za-z0-9_.:-]{1,255}$'),
+  constraint payment_methods_last4_format check (last4 ~ '^[0-9]{4}$'),
+  constraint payment_methods_brand_format check (brand ~ '^[A-Za-z][A-Za-z ._-]{0,49}$'),
+  constraint payment_methods_expiry_range check (expiry_month between 1 and 12 and expiry_year between 2000 and 2199),
+  constraint payment_methods_expiry_whole check ((expiry_month is null) = (expiry_year is null)),
+  constraint payment_methods_card_described check (type <> 'card' or last4 is not null),
+  constraint payment_methods_default_kept check (not (is_default and removed_at is not null)),
+  constraint payment_methods_metadata_object check (jsonb_typeof(metadata) = 'object'),
+  constraint payment_methods_no_card_number check (
+    not private.has_card_number(gateway_payment_method_id)
+    and not private.has_card_number(coalesce(gateway_customer_id, ''))
+    and not private.has_card_number(metadata::text)
+  ),
+  constraint payment_methods_no_card_code check (
+    not metadata ?| array['number', 'card_number', 'pan', 'cvv', 'cvv2', 'cvc', 'csc', 'security_code', 'pin', 'track1', 'track2']
+  )
+);
+
+create unique index idx_payment_methods_default on public.payment_methods (organization_id) where is_default;
+create index idx_payment_methods_org_id on public.payment_methods (organization_id) where removed_at is null;
+
+revoke all on public.payment_methods from anon, authenticated, service_role;
+grant select on public.payment_methods to authenticated, service_role;
+alter table public.payment_methods enable row level security;
+alter table public.payment_methods force row level security;
+create policy "Members who may see billing see the payment methods" on public.payment_methods
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')) and removed_at is null);
+
+comment on table public.payment_methods is
+  'How an organization pays: the gateway''s token and what a person recognises it by. Never a card number or its code: the table '
+  'refuses them.';
+comment on column public.payment_methods.gateway_payment_method_id is 'The gateway''s token, worth nothing without our key to that gateway.';
+comment on column public.payment_methods.last4 is 'The last four digits of a card or an account.';
+comment on column public.payment_methods.is_default is 'What is charged; one a organization.';
+comment on column public.payment_methods.removed_at is 'Since when it is no longer used; the row stays, as payments refer to it.';
+
+-- Payments ------------------------------------------------------------------------------------------------------------------------
+
+create table public.payments (
+  id                 uuid primary key default gen_random_uuid(),
+  organization_id    uuid not null references public.organizations (id) on delete restrict,
+  purpose            text not null,
+  invoice_id         uuid,
+  payment_method_id  uuid,
+  gateway            public.payment_gateway not null,
+  gateway_order_id   text,
+  gateway_payment_id text,
+  status             public.payment_transaction_status not null default 'pending',
+  amount_minor       bigint not null,
+  currency           text not null,
+  applied_minor      bigint not null default 0,
+  refunded_minor     bigint not null default 0,
+  problem            text,
+  failure_code       text,
+  failure_message    text,
+  status_at          timestamptz not null,
+  captured_at        timestamptz,
+  created_at         timestamptz not null default private.clock_now(),
+  updated_at         timestamptz not null default private.clock_now(),
+  constraint payments_tenant_key unique (organization_id, id),
+  constraint payments_gateway_key unique (gateway, gateway_payment_id),
+  constraint payments_invoice_fkey foreign key (organization_id, invoice_id)
+    references public.invoices (organization_id, id) on delete restrict,
+  constraint payments_payment_method_fkey foreign key (organization_id, payment_method_id)
+    references public.payment_methods (organization_id, id) on delete restrict,
+  constraint payments_purpose_known check (purpose in ('invoice', 'credit')),
+  constraint payments_purpose_fits check ((purpose = 'invoice') = (invoice_id is not null)),
+  constraint payments_order_format check (gateway_order_id ~ '^[A-Za-z0-9_.:/-]{1,255}$'),
+  constraint payments_payment_format check (gateway_payment_id ~ '^[A-Za-z0-9_.:/-]{1,255}$'),
+  constraint payments_identified check (gateway_payment_id is not null or gateway_order_id is not null and status = 'pending'),
+  constraint payments_amount_positive check (amount_minor > 0),
+  constraint payments_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint payments_applied_whole check (applied_minor = 0 or applied_minor = amount_minor and status >= 'captured'),
+  constraint payments_refunded_range check (refunded_minor between 0 and amount_minor),
+  constraint payments_refunded_after_capture check (refunded_minor = 0 or status >= 'captured'),
+  constraint payments_refunded_in_full check ((status = 'refunded') = (refunded_minor = amount_minor)),
+  constraint payments_captured_has_time check ((status >= 'captured') = (captured_at is not null)),
+  constraint payments_problem_known check (problem in ('amount_differs', 'currency_differs', 'invoice_not_open')),
+  constraint payments_problem_is_unapplied check (problem is null or applied_minor = 0)
+);
+
+create index idx_payments_org_time on public.payments (organization_id, created_at desc);
+create index idx_payments_invoice on public.payments (organization_id, invoice_id) where invoice_id is not null;
+create index idx_payments_method on public.payments (organization_id, payment_method_id) where payment_method_id is not null;
+create index idx_payments_order on public.payments (gateway, gateway_order_id) where gateway_order_id is not null;
+
+revoke all on public.payments from anon, authenticated, service_role;
+grant select on public.payments to authenticated, service_role;
+alter table public.payments enable row level security;
+alter table public.payments force row level security;
+create policy "Members who may see billing see the payments" on public.payments
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.payments is
+  'Payments at gateways, as the gateways report them: of an invoice, or of prepaid credit. Money that came is never forgotten, also '
+  'where it fits no invoice.';
+comment on column public.payments.purpose is 'invoice: pays one invoice in full; credit: buys prepaid credit.';
+comment on column public.payments.gateway_payment_id is 'The gateway''s id of the payment; null while only its order is known.';
+comment on column public.payments.applied_minor is
+  'What of it was counted on its invoice: all of it, if amount and currency were what was due, or nothing.';
+comment on column public.payments.refunded_minor is 'What was paid back of it.';
+comment on column public.payments.problem is
+  'Why money that came was not counted on its invoice, for a person to look at: amount_differs, currency_differs, invoice_not_open.';
+comment on column public.payments.status_at is 'When the gateway says that it came to this status; older news does not change it.';
+
+create table public.refunds (
+  id                uuid primary key default gen_random_uuid(),
+  organization_id   uuid not null,
+  payment_id        uuid not null,
+  gateway           public.payment_gateway not null,
+  gateway_refund_id text not null,
+  status            public.refund_status not null,
+  amount_minor      bigint not null,
+  currency          text not null,
+  processed_at      timestamptz,
+  created_at        timestamptz not null default private.clock_now(),
+  updated_at        timestamptz not null default private.clock_now(),
+  constraint refunds_tenant_key unique (organization_id, id),
+  constraint refunds_gateway_key unique (gateway, gateway_refund_id),
+  constraint refunds_payment_fkey foreign key (organization_id, payment_id)
+    references public.payments (organization_id, id) on delete restrict,
+  constraint refunds_refund_format check (gateway_refund_id ~ '^[A-Za-z0-9_.:/-]{1,255}$'),
+  constraint refunds_amount_positive check (amount_minor > 0),
+  constraint refunds_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint refunds_processed_has_time check ((status = 'processed') = (processed_at is not null))
+);
+
+create index idx_refunds_payment on public.refunds (organization_id, payment_id);
+
+revoke all on public.refunds from anon, authenticated, service_role;
+grant select on public.refunds to authenticated, service_role;
+alter table public.refunds enable row level security;
+alter table public.refunds force row level security;
+create policy "Members who may see billing see the refunds" on public.refunds
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.refunds is
+  'Money that went back, as the gateways report it. What it means for an invoice is said by a credit note, not by a refund.';
+
+-- Credit notes --------------------------------------------------------------------------------------------------------------------
+
+create table private.credit_note_series (
+  month       text primary key,
+  last_number integer not null default 0,
+  constraint credit_note_series_month_format check (month ~ '^[0-9]{6}$'),
+  constraint credit_note_series_number_range check (last_number between 0 and 1399999)
+);
+select private.close_table('private.credit_note_series');
+
+comment on table private.credit_note_series is
+  'The last credit note number of each month, as invoice_series is for invoices. Its row lock makes numbers gap-free.';
+
+create table public.credit_notes (
+  id                 uuid primary key default gen_random_uuid(),
+  organization_id    uuid not null references public.organizations (id) on delete restrict,
+  invoice_id         uuid not null,
+  credit_note_number text,
+  status             public.credit_note_status not null default 'draft',
+  idempotency_key    text not null,
+  reason             text not null,
+  currency           text not null,
+  subtotal_minor     bigint not null,
+  tax_minor          bigint not null,
+  total_minor        bigint not null,
+  issuer             jsonb not null,
+  customer           jsonb not null,
+  credit_note_date   date,
+  issued_at          timestamptz,
+  irn                text,
+  ack_no             text,
+  signed_qr          text,
+  created_by         uuid,
+  created_at         timestamptz not null default private.clock_now(),
+  constraint credit_notes_tenant_key unique (organization_id, id),
+  constraint credit_notes_number_key unique (credit_note_number),
+  constraint credit_notes_idempotency_key unique (organization_id, idempotency_key),
+  constraint credit_notes_invoice_fkey foreign key (organization_id, invoice_id)
+    references public.invoices (organization_id, id) on delete restrict,
+  constraint credit_notes_number_format check (credit_note_number ~ '^CR[A-N]-[0-9]{6}-[0-9]{5}$'),
+  constraint credit_notes_numbered_once_issued check ((status = 'draft') = (credit_note_number is null)),
+  constraint credit_notes_dated_once_issued check (status = 'draft' or (credit_note_date is not null and issued_at is not null)),
+  constraint credit_notes_key_present check (length(idempotency_key) between 1 and 255),
+  constraint credit_notes_reason_present check (btrim(reason) <> ''),
+  constraint credit_notes_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint credit_notes_amounts_not_negative check (subtotal_minor > 0 and tax_minor >= 0),
+  constraint credit_notes_total_adds_up check (total_minor = subtotal_minor + tax_minor),
+  constraint credit_notes_issuer_object check (jsonb_typeof(issuer) = 'object'),
+  constraint credit_notes_customer_object check (jsonb_typeof(customer) = 'object')
+);
+
+create index idx_credit_notes_invoice on public.credit_notes (organization_id, invoice_id);
+
+revoke all on public.credit_notes from anon, authenticated, service_role;
+grant select on public.credit_notes to authenticated, service_role;
+alter table public.credit_notes enable row level security;
+alter table public.credit_notes force row level security;
+create policy "Members who may see billing see the credit notes" on public.credit_notes
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')) and status <> 'draft');
+
+comment on table public.credit_notes is
+  'What takes back an invoice, in part or in full. All credit notes of an invoice together never exceed it, line by line, tax by tax.';
+comment on column public.credit_notes.credit_note_number is
+  'CRN-YYYYMM-NNNNN, of a series of its own without gaps, given when it is issued; 16 characters, as India''s Rule 53 has it.';
+comment on column public.credit_notes.idempotency_key is 'Whoever issues the same again under this key issues nothing.';
+comment on column public.credit_notes.issuer is 'Our particulars, as they are on the invoice.';
+comment on column public.credit_notes.customer is 'The organization''s particulars, as they are on the invoice.';
+comment on column public.credit_notes.irn is 'Reference number of India''s e-invoice portal, when it was registered there.';
+comment on column public.credit_notes.created_by is 'The user who issued it; null is the platform. No foreign key: the record outlives the user.';
+
+create table public.credit_note_lines (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  credit_note_id  uuid not null,
+  invoice_line_id uuid not null,
+  position        integer not null,
+  description     text not null,
+  amount_minor    bigint not null,
+  constraint credit_note_lines_tenant_key unique (organization_id, id),
+  constraint credit_note_lines_position_key unique (organization_id, credit_note_id, position),
+  constraint credit_note_lines_line_key unique (organization_id, credit_note_id, invoice_line_id),
+  constraint credit_note_lines_credit_note_fkey foreign key (organization_id, credit_note_id)
+    references public.credit_notes (organization_id, id) on delete restrict,
+  constraint credit_note_lines_invoice_line_fkey foreign key (organization_id, invoice_line_id)
+    references public.invoice_lines (organization_id, id) on delete restrict,
+  constraint credit_note_lines_description_present check (btrim(description) <> ''),
+  constraint credit_note_lines_amount_positive check (amount_minor > 0)
+);
+
+create index idx_credit_note_lines_invoice_line on public.credit_note_lines (organization_id, invoice_line_id);
+
+revoke all on public.credit_note_lines from anon, authenticated, service_role;
+grant select on public.credit_note_lines to authenticated, service_role;
+alter table public.credit_note_lines enable row level security;
+alter table public.credit_note_lines force row level security;
+create policy "Members who may see billing see the credit notes' lines" on public.credit_note_lines
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.credit_note_lines is 'What a credit note takes back, invoice line by invoice line.';
+comment on column public.credit_note_lines.amount_minor is 'What is taken back of the invoice line, before tax; positive.';
+
+create table public.credit_note_taxes (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  credit_note_id  uuid not null,
+  position        integer not null,
+  name            text not null,
+  rate_bp         integer not null,
+  taxable_minor   bigint not null,
+  amount_minor    bigint not null,
+  constraint credit_note_taxes_tenant_key unique (organization_id, id),
+  constraint credit_note_taxes_name_key unique (organization_id, credit_note_id, name),
+  constraint credit_note_taxes_credit_note_fkey foreign key (organization_id, credit_note_id)
+    references public.credit_notes (organization_id, id) on delete restrict,
+  constraint credit_note_taxes_rate_range check (rate_bp between 0 and 10000),
+  constraint credit_note_taxes_amounts_not_negative check (taxable_minor >= 0 and amount_minor >= 0)
+);
+
+revoke all on public.credit_note_taxes from anon, authenticated, service_role;
+grant select on public.credit_note_taxes to authenticated, service_role;
+alter table public.credit_note_taxes enable row level security;
+alter table public.credit_note_taxes force row level security;
+create policy "Members who may see billing see the credit notes' taxes" on public.credit_note_taxes
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+comment on table public.credit_note_taxes is
+  'The taxes of a credit note, one row a component: what the invoice''s tax is on all that was credited so far, less what it was before. '
+  'So that crediting an invoice piece by piece takes back its tax to the unit.';
+
+-- Walls around payments and credit notes ------------------------------------------------------------------------------------------
+
+create function private.credit_note_number(month text, number integer) returns text
+language sql immutable set search_path = ''
+as $$
+  select case
+    when number between 1 and 99999 then 'CRN-' || month || '-' || lpad(number::text, 5, '0')
+    when number between 100000 and 1399999 then
+      'CR' || chr(64 + number / 100000) || '-' || month || '-' || lpad((number % 100000)::text, 5, '0')
+  end
+$$;
+comment on function private.credit_note_number(text, integer) is
+  'The text of a month''s n-th number: CRN-202601-00001 to CRN-202601-99999, then CRA-202601-00000 and on to CRM; null when the month is '
+  'full.';
+
+create function private.take_credit_note_number(month text) returns integer
+language sql set search_path = ''
+as $$
+  insert into private.credit_note_series as series (month, last_number)
+  values ($1, 1)
+  on conflict on constraint credit_note_series_pkey do update set last_number = series.last_number + 1
+  returning last_number
+$$;
+comment on function private.take_credit_note_number(text) is
+  'Takes a month''s next number. Locks the month until the transaction ends: take it last.';
+
+create function private.guard_credit_note() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  if tg_op = 'DELETE' then
+    if old.status <> 'draft' then
+      raise exception 'credit note % is final and is never deleted', old.credit_note_number using errcode = '23514';
+    end if;
+    return old;
+  end if;
+  if tg_op = 'INSERT' then
+    if new.status <> 'draft' then
+      raise exception 'a credit note is a draft before it is issued' using errcode = '23514';
+    end if;
+    return new;
+  end if;
+  if old.status = 'draft' then
+    if new.status = 'issued' and new.credit_note_number is null then
+      new.issued_at := coalesce(new.issued_at, private.clock_now());
+      new.credit_note_date := coalesce(new.credit_note_date, (new.issued_at at time zone (new.issuer ->> 'timezone'))::date);
+    end if;
+    return new;
+  end if;
+  if to_jsonb(new) - array['irn', 'ack_no', 'signed_qr'] is distinct from to_jsonb(old) - array['irn', 'ack_no', 'signed_qr'] then
+    raise exception 'credit note % is final', old.credit_note_number using errcode = '23514';
+  end if;
+  return new;
+end
+$$;
+comment on function private.guard_credit_note() is 'Trigger: a credit note goes from draft to issued, and is final then.';
+
+create function private.set_credit_note_number() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  month text;
+begin
+  if new.status = 'issued' and new.credit_note_number is null then
+    -- The invoice before the series, as whoever changes an invoice holds its row already.
+    perform
+    from public.invoices as invoice
+    where invoice.organization_id = new.organization_id
+      and invoice.id = new.invoice_id
+      and invoice.currency = new.currency
+      and invoice.status in ('open', 'paid', 'uncollectible')
+    for no key update;
+    if not found then
+      raise exception 'a credit note is issued against a final invoice of its currency' using errcode = '23514';
+    end if;
+    month := to_char(new.issued_at at time zone (new.issuer ->> 'timezone'), 'YYYYMM');
+    new.credit_note_number := private.credit_note_number(month, private.take_credit_note_number(month));
+  end if;
+  return new;
+end
+$$;
+comment on function private.set_credit_note_number() is
+  'Trigger: a credit note that is issued locks its invoice and gets the month''s next number, by the issuer''s time zone.';
+
+create function private.count_credit_note() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  update public.invoices as invoice
+  set credited_minor = invoice.credited_minor + new.total_minor
+  where invoice.organization_id = new.organization_id and invoice.id = new.invoice_id;
+  return null;
+end
+$$;
+comment on function private.count_credit_note() is
+  'Trigger: a credit note that was issued is counted on its invoice, which refuses more than its total.';
+
+create function private.guard_credit_note_parts() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  if exists (
+    select
+    from changed
+    join public.credit_notes as note on note.organization_id = changed.organization_id and note.id = changed.credit_note_id
+    where note.status <> 'draft'
+  ) then
+    raise exception 'the lines and taxes of a credit note are final once it is issued' using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.guard_credit_note_parts() is 'Trigger: lines and taxes change only while their credit note is a draft.';
+
+create function private.check_credit_note_sums() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  lines bigint;
+  taxes bigint;
+begin
+  select coalesce(sum(line.amount_minor), 0)::bigint
+  into lines
+  from public.credit_note_lines as line
+  where line.organization_id = new.organization_id and line.credit_note_id = new.id;
+  select coalesce(sum(tax.amount_minor), 0)::bigint
+  into taxes
+  from public.credit_note_taxes as tax
+  where tax.organization_id = new.organization_id and tax.credit_note_id = new.id;
+  if lines <> new.subtotal_minor or taxes <> new.tax_minor then
+    raise exception 'credit note %: lines of % and taxes of % do not make a subtotal of % and a tax of %',
+      new.credit_note_number, lines, taxes, new.subtotal_minor, new.tax_minor using errcode = '23514';
+  end if;
+
+  if exists (
+    select
+    from public.credit_note_lines as line
+    join public.invoice_lines as billed on billed.organization_id = line.organization_id and billed.id = line.invoice_line_id
+    where line.organization_id = new.organization_id
+      and line.credit_note_id = new.id
+      and (
+        billed.invoice_id <> new.invoice_id
+        or billed.amount_minor < (
+          select sum(other.amount_minor)
+          from public.credit_note_lines as other
+          join public.credit_notes as note on note.organization_id = other.organization_id and note.id = other.credit_note_id
+          where other.organization_id = line.organization_id and other.invoice_line_id = billed.id and note.status = 'issued'
+        )
+      )
+  ) or exists (
+    select
+    from public.credit_note_taxes as tax
+    where tax.organization_id = new.organization_id
+      and tax.credit_note_id = new.id
+      and coalesce((
+        select billed.amount_minor
+        from public.invoice_taxes as billed
+        where billed.organization_id = tax.organization_id and billed.invoice_id = new.invoice_id and billed.name = tax.name
+      ), 0) < (
+        select sum(other.amount_minor)
+        from public.credit_notes as note
+        join public.credit_note_taxes as other on other.organization_id = note.organization_id and other.credit_note_id = note.id
+        where note.organization_id = new.organization_id
+          and note.invoice_id = new.invoice_id
+          and note.status = 'issued'
+          and other.name = tax.name
+      )
+  ) then
+    raise exception 'credit note % takes back more than was billed', new.credit_note_number using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.check_credit_note_sums() is
+  'Trigger, at the end of the transaction: an issued credit note''s lines make its subtotal and its taxes its tax, and neither a line nor '
+  'a tax of the invoice is taken back more than once.';
+
+create function private.guard_payment() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  news constant text[] := array[
+    'status', 'status_at', 'applied_minor', 'refunded_minor', 'problem', 'failure_code', 'failure_message', 'captured_at',
+    'payment_method_id', 'updated_at'
+  ];
+  -- What the order's row learns from the first payment of the order.
+  identity constant text[] := array['gateway_payment_id', 'amount_minor', 'currency'];
+  open text[] := case when old.gateway_payment_id is null then news || identity else news end;
+begin
+  if to_jsonb(new) - open is distinct from to_jsonb(old) - open then
+    raise exception 'payment %: what was paid does not change', old.id using errcode = '23514';
+  end if;
+  if old.status >= 'captured' and (new.status < old.status or new.captured_at is distinct from old.captured_at)
+    or new.refunded_minor < old.refunded_minor or new.applied_minor < old.applied_minor then
+    raise exception 'payment % does not go from % to %', old.id, old.status, new.status using errcode = '23514';
+  end if;
+  return new;
+end
+$$;
+comment on function private.guard_payment() is
+  'Trigger: a payment that came stays paid; who paid what, and what was counted or paid back of it, is never taken back.';
+
+create function private.apply_payment() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  update public.invoices as invoice
+  set amount_paid_minor = invoice.amount_paid_minor + new.applied_minor - case tg_op when 'UPDATE' then old.applied_minor else 0 end
+  where invoice.organization_id = new.organization_id
+    and invoice.id = new.invoice_id
+    and invoice.currency = new.currency
+    and invoice.status in ('open', 'uncollectible');
+  if not found then
+    raise exception 'a payment is counted on an open invoice of its currency' using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.apply_payment() is 'Trigger: what is counted of a payment is counted on its invoice.';
+
+create function private.check_invoice_settlement() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  paid bigint;
+  credited bigint;
+begin
+  select coalesce(sum(payment.applied_minor), 0)::bigint
+  into paid
+  from public.payments as payment
+  where payment.organization_id = new.organization_id and payment.invoice_id = new.id;
+  select coalesce(sum(note.total_minor), 0)::bigint
+  into credited
+  from public.credit_notes as note
+  where note.organization_id = new.organization_id and note.invoice_id = new.id and note.status = 'issued';
+  if exists (
+    select
+    from public.invoices as invoice
+    where invoice.organization_id = new.organization_id
+      and invoice.id = new.id
+      and (invoice.amount_paid_minor, invoice.credited_minor) <> (paid, credited)
+  ) then
+    raise exception 'invoice %: payments make % and credit notes %', new.invoice_number, paid, credited using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.check_invoice_settlement() is
+  'Trigger, at the end of the transaction: what an invoice says was paid and credited is what its payments and credit notes say.';
+
+create function private.guard_refund() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  if to_jsonb(new) - array['status', 'processed_at', 'updated_at'] is distinct from to_jsonb(old) - array['status', 'processed_at', 'updated_at']
+    or old.status <> 'pending' and new.status <> old.status then
+    raise exception 'refund % is final', old.id using errcode = '23514';
+  end if;
+  return new;
+end
+$$;
+comment on function private.guard_refund() is 'Trigger: a refund goes from pending to processed or failed, and nothing else changes.';
+
+create function private.apply_refund() returns trigger
+language plpgsql set search_path = ''
+as $$
+begin
+  update public.payments as payment
+  set
+    refunded_minor = payment.refunded_minor + new.amount_minor,
+    status = case when payment.refunded_minor + new.amount_minor = payment.amount_minor then 'refunded' else payment.status end
+  where payment.organization_id = new.organization_id
+    and payment.id = new.payment_id
+    and payment.currency = new.currency
+    and payment.gateway = new.gateway;
+  if not found then
+    raise exception 'a refund is in the currency and of the gateway of its payment' using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.apply_refund() is
+  'Trigger: a processed refund is counted on its payment, which refuses more than was paid, or anything before it was.';
+
+create trigger update_modified_column before update on public.payment_methods
+  for each row execute function private.update_modified_column();
+create trigger payment_methods_are_kept before delete or truncate on public.payment_methods
+  for each statement execute function private.refuse_money_change();
+
+create trigger guard_payment before update on public.payments
+  for each row execute function private.guard_payment();
+create trigger update_modified_column before update on public.payments
+  for each row execute function private.update_modified_column();
+create trigger payments_are_kept before delete or truncate on public.payments
+  for each statement execute function private.refuse_money_change();
+create trigger payment_is_counted_on_insert after insert on public.payments
+  for each row when (new.applied_minor <> 0) execute function private.apply_payment();
+create trigger payment_is_counted after update on public.payments
+  for each row when (new.applied_minor <> old.applied_minor) execute function private.apply_payment();
+
+create trigger guard_refund before update on public.refunds
+  for each row execute function private.guard_refund();
+create trigger update_modified_column before update on public.refunds
+  for each row execute function private.update_modified_column();
+create trigger refunds_are_kept before delete or truncate on public.refunds
+  for each statement execute function private.refuse_money_change();
+create trigger refund_is_counted_on_insert after insert on public.refunds
+  for each row when (new.status = 'processed') execute function private.apply_refund();
+create trigger refund_is_counted after update on public.refunds
+  for each row when (new.status = 'processed' and old.status <> 'processed') execute function private.apply_refund();
+
+create constraint trigger invoices_are_settled_on_insert after insert on public.invoices
+  deferrable initially deferred
+  for each row when (new.amount_paid_minor <> 0 or new.credited_minor <> 0) execute function private.check_invoice_settlement();
+create constraint trigger invoices_are_settled after update on public.invoices
+  deferrable initially deferred
+  for each row when (new.amount_paid_minor <> old.amount_paid_minor or new.credited_minor <> old.credited_minor)
+  execute function private.check_invoice_settlement();
+
+create trigger guard_credit_note before insert or update or delete on public.credit_notes
+  for each row execute function private.guard_credit_note();
+create trigger set_credit_note_number_trigger before update of status on public.credit_notes
+  for each row execute function private.set_credit_note_number();
+create trigger credit_note_is_counted after update on public.credit_notes
+  for each row when (new.status = 'issued' and old.status <> 'issued') execute function private.count_credit_note();
+create trigger credit_notes_are_kept before truncate on public.credit_notes
+  for each statement execute function private.refuse_money_change();
+create constraint trigger credit_notes_add_up after insert or update on public.credit_notes
+  deferrable initially deferred
+  for each row when (new.status = 'issued') execute function private.check_credit_note_sums();
+
+create trigger credit_note_lines_inserted after insert on public.credit_note_lines
+  referencing new table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_lines_updated after update on public.credit_note_lines
+  referencing old table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_lines_moved after update on public.credit_note_lines
+  referencing new table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_lines_deleted after delete on public.credit_note_lines
+  referencing old table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_taxes_inserted after insert on public.credit_note_taxes
+  referencing new table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_taxes_updated after update on public.credit_note_taxes
+  referencing old table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_taxes_moved after update on public.credit_note_taxes
+  referencing new table as changed for each statement execute function private.guard_credit_note_parts();
+create trigger credit_note_taxes_deleted after delete on public.credit_note_taxes
+  referencing old table as changed for each statement execute function private.guard_credit_note_parts();
+
+revoke all on function
+  private.has_card_number(text), private.credit_note_number(text, integer), private.take_credit_note_number(text),
+  private.guard_credit_note(), private.set_credit_note_number(), private.count_credit_note(), private.guard_credit_note_parts(),
+  private.check_credit_note_sums(),
+  private.guard_payment(), private.apply_payment(), private.check_invoice_settlement(), private.guard_refund(), private.apply_refund()
 from public;

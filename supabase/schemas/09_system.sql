@@ -134,3 +134,590 @@ comment on function private.audit(uuid, text, text, uuid, jsonb, timestamptz) is
   'Writes one line of the audit log for the user of the request, or for the system when there is none.';
 
 select private.ensure_partitions(private.clock_now());
+
+
+
+
+-- The operator's own record -------------------------------------------------------------------------------------------------------
+
+create table public.platform_audit_logs (
+  id          uuid primary key default private.uuid_v7(),
+  user_id     uuid,
+  user_name   text,
+  action      text not null,
+  entity_type text,
+  entity_id   uuid,
+  metadata    jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  created_at  timestamptz not null default private.clock_now()
+);
+create index idx_platform_audit_logs_created_at on public.platform_audit_logs (created_at desc);
+
+revoke all on public.platform_audit_logs from anon, authenticated, service_role;
+grant select on public.platform_audit_logs to authenticated, service_role;
+alter table public.platform_audit_logs enable row level security;
+alter table public.platform_audit_logs force row level security;
+create policy "The operator's staff sees what was done to the platform" on public.platform_audit_logs
+  for select to authenticated using ((select private.is_platform_admin()));
+create trigger refuse_change before update or delete or truncate on public.platform_audit_logs
+  for each statement execute function private.refuse_change();
+comment on table public.platform_audit_logs is
+  'As audit_logs, for what belongs to no organization: plans, prices, tax rates, permissions, the platform''s carrier accounts, its staff.';
+
+-- Also for a session that plays itself a replica.
+alter table public.audit_logs enable always trigger refuse_change;
+alter table public.platform_audit_logs enable always trigger refuse_change;
+
+alter table public.audit_logs add column impersonation_session_id uuid;
+comment on column public.audit_logs.user_id is 'Who did it; in a support session the user in whose name it was done.';
+comment on column public.audit_logs.user_name is 'As they were called then; without a user the database role that did it.';
+comment on column public.audit_logs.impersonator_user_id is 'The platform admin who did it in the user''s name.';
+comment on column public.audit_logs.impersonation_session_id is 'The support session in which it was done; its reason is there.';
+
+-- Replaces the one above: it also says who acted for whom.
+create or replace function private.audit(
+  organization uuid, action text, entity_type text, entity_id uuid, metadata jsonb, at timestamptz
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  mine   public.profiles;
+  person public.profiles;
+  is_acting boolean;
+begin
+  select profile.* into mine from public.profiles as profile where profile.id = (select auth.uid());
+  is_acting := coalesce(mine.acting_until > now(), false);
+  select profile.* into person from public.profiles as profile where profile.id = case when is_acting then mine.acting_for else mine.id end;
+  if organization is null then
+    insert into public.platform_audit_logs (user_id, user_name, action, entity_type, entity_id, metadata, created_at)
+    values (
+      coalesce(mine.id, (select auth.uid())), coalesce(mine.full_name, mine.email, nullif((select auth.role()), ''), session_user),
+      audit.action, audit.entity_type, audit.entity_id, coalesce(audit.metadata, '{}'), at
+    );
+    return;
+  end if;
+  insert into public.audit_logs (
+    organization_id, user_id, user_name, action, entity_type, entity_id, metadata,
+    impersonator_user_id, is_impersonated, impersonation_session_id, created_at
+  )
+  values (
+    organization, coalesce(person.id, (select auth.uid())),
+    coalesce(person.full_name, person.email, nullif((select auth.role()), ''), session_user),
+    audit.action, audit.entity_type, audit.entity_id, coalesce(audit.metadata, '{}'),
+    case when is_acting then mine.id end, is_acting, case when is_acting then mine.acting_session_id end, at
+  );
+end
+$$;
+comment on function private.audit(uuid, text, text, uuid, jsonb, timestamptz) is
+  'Writes one line of the audit log for the user of the request, or for the database role when there is none; tagged in a support session. '
+  'Without an organization it goes into the platform''s own.';
+
+
+-- Privileged changes --------------------------------------------------------------------------------------------------------------
+-- Written by triggers, so that no way of changing these rows, not even by hand, leaves no trace.
+
+create function private.audit_change() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  entity  constant text := tg_argv[0];
+  watched constant text[] := tg_argv[1:];
+  unheard constant text[] := array['created_at', 'updated_at'];
+  before  jsonb := case when tg_op <> 'INSERT' then to_jsonb(old) end;
+  after   jsonb := case when tg_op <> 'DELETE' then to_jsonb(new) end;
+  either  jsonb := coalesce(after, before);
+  changed jsonb;
+  action  text;
+begin
+  -- A secret that changed is said to have changed, and is not shown.
+  select jsonb_object_agg(
+    field.name,
+    case
+      when field.name like '%\_sealed' or field.name like '%sha256' then to_jsonb('changed'::text)
+      when tg_op = 'INSERT' then after -> field.name
+      when tg_op = 'DELETE' then before -> field.name
+      else jsonb_build_object('from', before -> field.name, 'to', after -> field.name)
+    end
+  )
+  into changed
+  from jsonb_object_keys(either) as field (name)
+  where before -> field.name is distinct from after -> field.name
+    and field.name <> all (unheard)
+    and (cardinality(watched) = 0 or field.name = any (watched) or tg_op <> 'UPDATE');
+  if changed is null then
+    return null;
+  end if;
+  action := entity || '.' || case
+    when tg_op = 'INSERT' then 'created'
+    when tg_op = 'DELETE' then 'deleted'
+    when changed ? 'dialling_enabled' then case when (after -> 'dialling_enabled')::boolean then 'dialling_enabled' else 'dialling_disabled' end
+    when changed ? 'revoked_at' then 'revoked'
+    when changed ? 'accepted_at' then 'accepted'
+    else 'changed'
+  end;
+  perform private.audit(
+    case tg_table_name when 'organizations' then either ->> 'id' else either ->> 'organization_id' end::uuid,
+    action, entity,
+    (case when either ? 'id' then either ->> 'id' else either ->> 'plan_price_id' end)::uuid,
+    changed, private.clock_now()
+  );
+  return null;
+end
+$$;
+comment on function private.audit_change() is
+  'Trigger: what is privileged is on record when it changes, with what it was and is. Arguments: what it is called, and the columns that '
+  'count in an update (none: all but times).';
+
+create trigger audit_change after update on public.organizations
+  for each row when (old.* is distinct from new.*) execute function private.audit_change('organization');
+create trigger audit_new_role after insert on public.roles
+  for each row when (not new.is_system_default) execute function private.audit_change('role');
+create trigger audit_change after update or delete on public.roles
+  for each row execute function private.audit_change('role');
+create trigger audit_change after insert or update or delete on public.permissions
+  for each row execute function private.audit_change('permission');
+create trigger audit_change after update or delete on public.api_keys
+  for each row execute function private.audit_change('api_key', 'name', 'scopes', 'revoked_at', 'sha256');
+create trigger audit_change after insert or update or delete on public.invitations
+  for each row execute function private.audit_change('invitation', 'revoked_at', 'accepted_at', 'system_role', 'role_id', 'email', 'expires_at');
+create trigger audit_change after insert or update or delete on public.carrier_accounts
+  for each row execute function private.audit_change('carrier_account');
+create trigger audit_change after insert or update or delete on public.caller_numbers
+  for each row execute function private.audit_change('caller_number');
+create trigger audit_change after insert or update or delete on public.calling_hours
+  for each row execute function private.audit_change('calling_hours');
+create trigger audit_change after insert or update or delete on private.dnc_registers
+  for each row execute function private.audit_change('dnc_register');
+create trigger audit_change after insert or update or delete on public.subscription_plans
+  for each row execute function private.audit_change('plan');
+create trigger audit_change after insert or update or delete on public.plan_prices
+  for each row execute function private.audit_change('plan_price');
+create trigger audit_change after insert or update or delete on public.plan_price_meters
+  for each row execute function private.audit_change('plan_price_meter');
+create trigger audit_change after insert or update or delete on public.tax_rates
+  for each row execute function private.audit_change('tax_rate');
+create trigger audit_change after insert or update or delete on private.billing_issuer
+  for each row execute function private.audit_change('billing_issuer');
+create trigger audit_new_subscription after insert on public.subscriptions
+  for each row execute function private.audit_change('subscription');
+-- A period that goes by is no privileged change, and happens to all of them at once.
+create trigger audit_change after update on public.subscriptions
+  for each row when (
+    (old.plan_id, old.plan_price_id, old.next_plan_price_id, old.status, old.billing_cycle, old.trial_ends_at, old.billing_hold,
+      old.cancel_at_period_end, old.cancelled_at, old.metadata)
+    is distinct from
+    (new.plan_id, new.plan_price_id, new.next_plan_price_id, new.status, new.billing_cycle, new.trial_ends_at, new.billing_hold,
+      new.cancel_at_period_end, new.cancelled_at, new.metadata)
+  ) execute function private.audit_change(
+    'subscription', 'plan_id', 'plan_price_id', 'next_plan_price_id', 'status', 'billing_cycle', 'trial_ends_at', 'billing_hold',
+    'cancel_at_period_end', 'cancelled_at', 'metadata'
+  );
+-- Credit that is given, taken back or corrected; what calls consume is the ledger's own affair.
+do $$
+begin
+  if to_regclass('public.credit_transactions') is not null then
+    create trigger audit_credit after insert on public.credit_transactions
+      for each row when (new.type::text not in ('consumption', 'expiry', 'monthly_grant')) execute function private.audit_change('credit');
+  end if;
+end
+$$;
+
+create function private.audit_member() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  before jsonb := case when tg_op <> 'INSERT' then jsonb_build_object(
+    'organization_id', old.organization_id, 'system_role', old.system_role, 'role_id', old.role_id, 'status', old.status) end;
+  after  jsonb := case when tg_op <> 'DELETE' then jsonb_build_object(
+    'organization_id', new.organization_id, 'system_role', new.system_role, 'role_id', new.role_id, 'status', new.status) end;
+  person uuid := coalesce((to_jsonb(new) ->> 'id')::uuid, (to_jsonb(old) ->> 'id')::uuid);
+  source uuid := (before ->> 'organization_id')::uuid;
+  target uuid := (after ->> 'organization_id')::uuid;
+  detail jsonb := jsonb_build_object('from', before, 'to', after);
+  at     timestamptz := private.clock_now();
+begin
+  if coalesce(before ->> 'system_role', '') = 'platform_admin' or coalesce(after ->> 'system_role', '') = 'platform_admin' then
+    perform private.audit(null, 'platform_admin.changed', 'profile', person, detail, at);
+  end if;
+  if source is not null and source is distinct from target then
+    perform private.audit(
+      source, case when after is null then 'member.deleted' else 'member.left' end, 'profile', person, detail, at
+    );
+  end if;
+  if target is not null and target is distinct from source then
+    perform private.audit(target, 'member.joined', 'profile', person, detail, at);
+  elsif target is not null then
+    perform private.audit(
+      target,
+      'member.' || case
+        when before ->> 'status' <> after ->> 'status' then case after ->> 'status'
+          when 'active' then case before ->> 'status' when 'archived' then 'joined' else 'reactivated' end
+          when 'archived' then 'removed'
+          else after ->> 'status'
+        end
+        else 'role_changed'
+      end,
+      'profile', person, detail, at
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.audit_member() is 'Trigger: who belongs to an organization, as what, and the operator''s staff, is on record when it changes.';
+create trigger audit_new_member after insert on public.profiles
+  for each row when (new.organization_id is not null or new.system_role = 'platform_admin') execute function private.audit_member();
+create trigger audit_member after update of organization_id, system_role, role_id, status on public.profiles
+  for each row when (
+    (old.organization_id, old.system_role, old.role_id, old.status) is distinct from
+      (new.organization_id, new.system_role, new.role_id, new.status)
+    and (
+      old.organization_id is not null or new.organization_id is not null
+      or old.system_role = 'platform_admin' or new.system_role = 'platform_admin'
+    )
+  ) execute function private.audit_member();
+create trigger audit_left_member after delete on public.profiles
+  for each row when (old.organization_id is not null or old.system_role = 'platform_admin') execute function private.audit_member();
+
+
+-- impersonation_sessions ----------------------------------------------------------------------------------------------------------
+
+create table public.impersonation_sessions (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid not null references public.organizations (id) on delete restrict,
+  admin_id        uuid not null,
+  target_user_id  uuid not null,
+  reason          text not null check (length(btrim(reason)) between 10 and 1000),
+  is_read_only    boolean not null default true,
+  active          boolean generated always as (ended_at is null) stored,
+  created_at      timestamptz not null default private.clock_now(),
+  started_at      timestamptz not null default now(),
+  expires_at      timestamptz not null,
+  ended_at        timestamptz,
+  ended_by        uuid,
+  unique (organization_id, id),
+  check (admin_id <> target_user_id),
+  check (expires_at > started_at and expires_at <= started_at + interval '4 hours'),
+  check (ended_at >= started_at)
+);
+create index idx_impersonation_sessions_org on public.impersonation_sessions (organization_id, created_at desc);
+create unique index idx_impersonation_sessions_active on public.impersonation_sessions (admin_id) where ended_at is null;
+create index idx_impersonation_sessions_admin on public.impersonation_sessions (admin_id, created_at desc);
+
+revoke all on public.impersonation_sessions from anon, authenticated, service_role;
+grant select on public.impersonation_sessions to authenticated, service_role;
+alter table public.impersonation_sessions enable row level security;
+alter table public.impersonation_sessions force row level security;
+create policy "The organization sees who acted in it, and staff their own sessions" on public.impersonation_sessions
+  for select to authenticated
+  using (organization_id = (select private.org_with('audit.view')) or admin_id = (select auth.uid()));
+comment on table public.impersonation_sessions is
+  'Support: a platform admin acts for a user of an organization, for a stated reason and a short time. Never deleted, and only ended. '
+  'No foreign keys to users: the record outlives both.';
+comment on column public.impersonation_sessions.is_read_only is 'Only what the user may see; otherwise also what they may do.';
+comment on column public.impersonation_sessions.active is 'Not ended yet. Whether it still counts is said by expires_at, at once and without anybody''s doing.';
+comment on column public.impersonation_sessions.expires_at is 'Real time, as started_at and ended_at; at most four hours.';
+comment on column public.impersonation_sessions.ended_by is 'Who ended it; null when its time was over.';
+
+create function private.guard_impersonation() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  target public.profiles;
+begin
+  if tg_op = 'INSERT' then
+    select profile.* into target from public.profiles as profile where profile.id = new.target_user_id for key share;
+    if target.organization_id is distinct from new.organization_id or target.status <> 'active' or target.system_role = 'platform_admin'
+      or not exists (
+        select
+        from public.profiles as admin
+        where admin.id = new.admin_id and admin.system_role = 'platform_admin' and admin.status = 'active'
+      )
+    then
+      raise exception 'a platform admin acts for an active user of the organization' using errcode = 'check_violation';
+    end if;
+    return new;
+  end if;
+  if tg_op = 'DELETE' or old.ended_at is not null
+    or to_jsonb(new) - array['ended_at', 'ended_by', 'active'] is distinct from to_jsonb(old) - array['ended_at', 'ended_by', 'active']
+  then
+    raise exception 'a support session is on record: it is only ended, once' using errcode = 'restrict_violation';
+  end if;
+  return new;
+end
+$$;
+comment on function private.guard_impersonation() is 'Trigger: by platform admins for active users alone; then it is only ended, once.';
+create trigger guard_impersonation before insert or update or delete on public.impersonation_sessions
+  for each row execute function private.guard_impersonation();
+create trigger refuse_truncate before truncate on public.impersonation_sessions
+  for each statement execute function private.refuse_change();
+
+create function private.follow_impersonation() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  -- The profile is what the helpers read; the session's end is audited while it still counts, so that the line is tagged.
+  if tg_op = 'INSERT' then
+    update public.profiles as admin
+    set acting_for = new.target_user_id, acting_until = new.expires_at, acting_read_only = new.is_read_only, acting_session_id = new.id
+    where admin.id = new.admin_id;
+    perform private.audit(
+      new.organization_id, 'impersonation.started', 'impersonation_session', new.id,
+      jsonb_build_object(
+        'admin_id', new.admin_id, 'target_user_id', new.target_user_id, 'reason', new.reason, 'is_read_only', new.is_read_only,
+        'expires_at', new.expires_at
+      ),
+      private.clock_now()
+    );
+  elsif new.ended_at is not null and old.ended_at is null then
+    perform private.audit(
+      new.organization_id, 'impersonation.ended', 'impersonation_session', new.id,
+      jsonb_build_object('admin_id', new.admin_id, 'ended_by', new.ended_by, 'ended_at', new.ended_at), private.clock_now()
+    );
+    update public.profiles as admin
+    set acting_for = null, acting_until = null, acting_read_only = true, acting_session_id = null
+    where admin.id = new.admin_id and admin.acting_session_id = new.id;
+  end if;
+  return null;
+end
+$$;
+comment on function private.follow_impersonation() is 'Trigger: a session counts from its row on and until it is ended, and both are on record.';
+create trigger follow_impersonation after insert or update on public.impersonation_sessions
+  for each row execute function private.follow_impersonation();
+
+create function private.end_sessions_of() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if tg_when = 'BEFORE' then
+    new.acting_for := null;
+    new.acting_until := null;
+    new.acting_read_only := true;
+    new.acting_session_id := null;
+    return new;
+  end if;
+  update public.impersonation_sessions as session
+  set ended_at = greatest(least(now(), session.expires_at), session.started_at)
+  where session.admin_id = new.id and session.ended_at is null;
+  return null;
+end
+$$;
+comment on function private.end_sessions_of() is 'Trigger: who is no longer staff acts for nobody.';
+create trigger clear_acting before update of system_role, status on public.profiles
+  for each row when (old.system_role = 'platform_admin' and (new.system_role <> 'platform_admin' or new.status <> 'active'))
+  execute function private.end_sessions_of();
+create trigger end_sessions_of after update of system_role, status on public.profiles
+  for each row when (old.system_role = 'platform_admin' and (new.system_role <> 'platform_admin' or new.status <> 'active'))
+  execute function private.end_sessions_of();
+
+create function private.start_impersonation(target_user_id uuid, reason text, minutes integer, read_only boolean) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  me      public.profiles;
+  target  public.profiles;
+  session public.impersonation_sessions;
+begin
+  select profile.* into me from public.profiles as profile where profile.id = (select auth.uid()) for no key update;
+  if me.id is null then
+    perform private.raise_error(401, 'unauthenticated', 'A signed-in user''s token is required');
+  end if;
+  if me.system_role <> 'platform_admin' or me.status <> 'active' then
+    perform private.raise_error(403, 'permission_denied', 'Only the operator''s staff acts for others');
+  end if;
+  if length(btrim(coalesce(reason, ''))) not between 10 and 1000 then
+    perform private.raise_error(422, 'reason_required', 'A reason of 10 to 1000 characters is required', 'reason');
+  end if;
+  if minutes is null or minutes not between 1 and 240 then
+    perform private.raise_error(422, 'invalid_minutes', 'A session lasts 1 to 240 minutes', 'minutes');
+  end if;
+  select profile.* into target
+  from public.profiles as profile
+  where profile.id = start_impersonation.target_user_id and profile.organization_id is not null
+    and profile.status = 'active' and profile.system_role <> 'platform_admin';
+  if target.id is null then
+    perform private.raise_error(404, 'user_not_found', 'There is no such active user of an organization', 'target_user_id');
+  end if;
+  -- One at a time: the one before ends here, or has ended when its time was over.
+  update public.impersonation_sessions as earlier
+  set ended_at = greatest(least(now(), earlier.expires_at), earlier.started_at), ended_by = case when earlier.expires_at > now() then me.id end
+  where earlier.admin_id = me.id and earlier.ended_at is null;
+  insert into public.impersonation_sessions (organization_id, admin_id, target_user_id, reason, is_read_only, expires_at)
+  values (target.organization_id, me.id, target.id, btrim(start_impersonation.reason), coalesce(read_only, true), now() + make_interval(mins => minutes))
+  returning * into session;
+  return jsonb_build_object(
+    'id', session.id, 'organization_id', session.organization_id, 'target_user_id', session.target_user_id,
+    'is_read_only', session.is_read_only, 'expires_at', session.expires_at
+  );
+end
+$$;
+comment on function private.start_impersonation(uuid, text, integer, boolean) is 'Begins a support session of the caller, and ends the one before.';
+
+create function public.start_impersonation(target_user_id uuid, reason text, minutes integer default 30, read_only boolean default true)
+returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.start_impersonation(target_user_id, reason, minutes, read_only)
+$$;
+comment on function public.start_impersonation(uuid, text, integer, boolean) is
+  'For the operator''s staff: from now on the caller''s requests see what that user sees, and may do what they may unless read_only. '
+  'Returns {"id","organization_id","target_user_id","is_read_only","expires_at"}.';
+
+create function private.end_impersonation() returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  me    uuid := (select auth.uid());
+  ended uuid;
+begin
+  if me is null then
+    perform private.raise_error(401, 'unauthenticated', 'A signed-in user''s token is required');
+  end if;
+  perform from public.profiles as profile where profile.id = me for no key update;
+  update public.impersonation_sessions as session
+  set ended_at = greatest(least(now(), session.expires_at), session.started_at), ended_by = case when session.expires_at > now() then me end
+  where session.admin_id = me and session.ended_at is null
+  returning session.id into ended;
+  return jsonb_build_object('ended', ended);
+end
+$$;
+comment on function private.end_impersonation() is 'Ends the caller''s support session, if there is one.';
+
+create function public.end_impersonation() returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.end_impersonation()
+$$;
+comment on function public.end_impersonation() is 'Ends the caller''s support session: {"ended": its id, or null}.';
+
+create function private.reap_impersonations(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  ended integer;
+begin
+  -- Behind the profile's lock, as whoever begins one takes it first.
+  perform
+  from public.profiles as admin
+  where admin.id in (
+    select session.admin_id from public.impersonation_sessions as session where session.ended_at is null and session.expires_at <= now()
+  )
+  order by admin.id
+  for no key update;
+  update public.impersonation_sessions as session
+  set ended_at = greatest(session.expires_at, session.started_at)
+  where session.ended_at is null and session.expires_at <= now();
+  get diagnostics ended = row_count;
+  return jsonb_build_object('ended', ended);
+end
+$$;
+comment on function private.reap_impersonations(jsonb, timestamptz) is
+  'Closes sessions whose time is over. They have not counted since; this only writes the end down.';
+
+create function public.reap_impersonations(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.reap_impersonations($1, private.clock_now())
+$$;
+comment on function public.reap_impersonations(jsonb) is '{"v":1} -> {"ended":n}. On the same schedule as reap_websockets().';
+
+
+-- What is written in a support session --------------------------------------------------------------------------------------------
+-- Every row that a platform admin writes in somebody's name is on record, whatever table it is in. Whether there is a session is
+-- asked once a statement; a row then costs one look at a setting.
+
+create function private.mark_impersonation() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  perform set_config(
+    'trunkline.impersonated',
+    case
+      when (select auth.uid()) is not null and exists (
+        select from public.profiles as mine where mine.id = (select auth.uid()) and mine.acting_until > now()
+      ) then 'on'
+      else 'off'
+    end,
+    true
+  );
+  return null;
+end
+$$;
+comment on function private.mark_impersonation() is 'Trigger: notes whether the statement is one of a support session.';
+
+create function private.audit_impersonated() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  before jsonb := case when tg_op <> 'INSERT' then to_jsonb(old) end;
+  after  jsonb := case when tg_op <> 'DELETE' then to_jsonb(new) end;
+  either jsonb := coalesce(after, before);
+begin
+  perform private.audit(
+    (either ->> 'organization_id')::uuid, tg_table_name || '.' || lower(tg_op), tg_table_name,
+    (either ->> 'id')::uuid,
+    jsonb_build_object('columns', (
+      select jsonb_agg(field.name order by field.name)
+      from jsonb_object_keys(either) as field (name)
+      where before -> field.name is distinct from after -> field.name
+    )),
+    private.clock_now()
+  );
+  return null;
+end
+$$;
+comment on function private.audit_impersonated() is 'Trigger: one line for a row written in a support session, with the columns that changed.';
+
+-- Whatever a signed-in user may write to directly and has a tenant; functions write their own lines.
+do $$
+declare
+  target record;
+begin
+  for target in
+    select class.oid::regclass as name
+    from pg_catalog.pg_class as class
+    where class.relnamespace = 'public'::regnamespace and class.relkind in ('r', 'p')
+      and exists (
+        select
+        from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = class.oid and attribute.attname = 'organization_id' and not attribute.attisdropped
+      )
+      and (
+        has_any_column_privilege('authenticated', class.oid, 'insert, update') or has_table_privilege('authenticated', class.oid, 'delete')
+      )
+      and class.relname not in ('profiles', 'organizations', 'roles')
+    order by class.relname
+  loop
+    execute format(
+      'create trigger mark_impersonation before insert or update or delete on %s '
+      'for each statement execute function private.mark_impersonation()', target.name
+    );
+    execute format(
+      'create trigger audit_impersonated after insert or update or delete on %s for each row '
+      'when (current_setting(''trunkline.impersonated'', true) = ''on'') execute function private.audit_impersonated()', target.name
+    );
+  end loop;
+end
+$$;
+
+revoke execute on function
+  private.audit_change(), private.audit_member(), private.guard_impersonation(), private.follow_impersonation(), private.end_sessions_of(),
+  private.mark_impersonation(), private.audit_impersonated()
+from public;
+revoke execute on function
+  private.start_impersonation(uuid, text, integer, boolean), public.start_impersonation(uuid, text, integer, boolean),
+  private.end_impersonation(), public.end_impersonation(),
+  private.reap_impersonations(jsonb, timestamptz), public.reap_impersonations(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.start_impersonation(uuid, text, integer, boolean), public.start_impersonation(uuid, text, integer, boolean),
+  private.end_impersonation(), public.end_impersonation()
+to authenticated;
+grant execute on function private.reap_impersonations(jsonb, timestamptz), public.reap_impersonations(jsonb) to service_role;
+
+
+-- What a screen watches live, where there is Realtime -----------------------------------------------------------------------------
+-- Row level security holds for Realtime too: a screen is sent the rows that it could select.
+
+do $$
+declare
+  watched text;
+begin
+  foreach watched in array array['call_logs', 'call_queue', 'campaigns', 'campaign_leads', 'conversations'] loop
+    if to_regclass('public.' || watched) is not null
+      and exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime' and not puballtables)
+      and not exists (
+        select
+        from pg_catalog.pg_publication_tables as member
+        where member.pubname = 'supabase_realtime' and member.schemaname = 'public' and member.tablename = watched
+      )
+    then
+      execute format('alter publication supabase_realtime add table public.%I', watched);
+    end if;
+  end loop;
+end
+$$;

@@ -1,4 +1,5 @@
 -- What webhook-intake calls: one event from outside is one function, one transaction, one round trip.
+-- Every row is found by an index, and the bodies say so: see 11_functions_call_dispatch.sql.
 
 
 -- open_source ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ comment on function private.apply_call_event(text, text, uuid, jsonb, timestampt
   'What one event means for its attempt: binds the carrier''s call, moves the status forward, adds what was not known, or ends it.';
 
 create function private.apply_event(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   event   private.webhook_events;
   applied record;
@@ -248,7 +249,7 @@ comment on function public.apply_event(jsonb) is
 -- sweep_events --------------------------------------------------------------------------------------------------------------------
 
 create function private.sweep_events(request jsonb, at timestamptz) returns jsonb
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   most    constant integer := 8;
   due     uuid[];

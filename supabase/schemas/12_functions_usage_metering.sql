@@ -806,3 +806,574 @@ from public;
 comment on function private.subscribe_organization(uuid, text, public.subscription_status, timestamptz, public.billing_cycle) is
   'Puts an organization on the newest price of a plan: at once from nothing or from a plan that charges nothing, otherwise when the '
   'current period has been billed. Periods start at the local midnight of that day.';
+
+
+
+-- Prepaid credit ------------------------------------------------------------------------------------------------------------------
+--
+-- The wallet's row is locked first, then its accounts are read: transactions of one wallet follow each other, others do not wait.
+-- What has expired is taken out before anything else happens, so that a balance is never spent that was not there any more.
+
+create function private.write_credit(
+  wallet_id uuid, type public.credit_transaction_type, requested bigint, key text, accounts uuid[], sides public.ledger_side[],
+  amounts bigint[], reverses uuid, reference_type text, reference_id uuid, description text, at timestamptz
+) returns uuid
+language plpgsql set search_path = ''
+as $$
+declare
+  wallet public.call_credits;
+  moved bigint;
+  held bigint;
+  transaction uuid := gen_random_uuid();
+begin
+  select
+    sum(entry.amount) filter (where entry.side = 'credit'),
+    sum(case entry.side when 'credit' then entry.amount else -entry.amount end) filter (where account.kind <= 'purchased')
+  into strict moved, held
+  from unnest(accounts, sides, amounts) as entry (account_id, side, amount)
+  join public.credit_accounts as account on account.id = entry.account_id;
+
+  update public.call_credits as own
+  set last_number = own.last_number + 1
+  where own.id = wallet_id
+  returning own.* into strict wallet;
+  -- One statement, so that what it writes adds up at its end, and not only at the end of the transaction.
+  with written as (
+    insert into public.credit_transactions (
+      id, organization_id, currency, number, type, amount_minor, requested_minor, balance_before_minor, balance_after_minor,
+      idempotency_key, reverses_id, reference_type, reference_id, description, created_by, created_at
+    )
+    values (
+      transaction, wallet.organization_id, wallet.currency, wallet.last_number, type, moved, requested, wallet.balance_minor,
+      wallet.balance_minor + held, key, reverses, reference_type, reference_id, description, (select auth.uid()), at
+    )
+    returning credit_transactions.organization_id, credit_transactions.id
+  )
+  insert into public.credit_ledger (organization_id, transaction_id, position, account_id, side, amount_minor)
+  select written.organization_id, written.id, entry.position, entry.account_id, entry.side, entry.amount
+  from written, unnest(accounts, sides, amounts) with ordinality as entry (account_id, side, amount, position);
+
+  if wallet.balance_minor >= wallet.low_balance_minor and wallet.balance_minor + held < wallet.low_balance_minor then
+    perform private.emit(
+      wallet.organization_id, 'credit.low',
+      wallet.id || ' ' || coalesce((private.live_subscription(wallet.organization_id)).current_period_start, date_trunc('month', at))::date,
+      jsonb_build_object(
+        'currency', wallet.currency, 'balance_minor', wallet.balance_minor + held, 'low_balance_minor', wallet.low_balance_minor
+      ),
+      at
+    );
+  end if;
+  return transaction;
+end
+$$;
+comment on function private.write_credit(
+  uuid, public.credit_transaction_type, bigint, text, uuid[], public.ledger_side[], bigint[], uuid, text, uuid, text, timestamptz
+) is 'Writes one credit transaction and its entries. The caller holds the wallet''s lock and has made sure that it may be written.';
+
+create function private.credit_account(
+  organization_id uuid, currency text, kind public.credit_account_kind, expires_at timestamptz default null
+) returns uuid
+language plpgsql set search_path = ''
+as $$
+declare
+  account_id uuid;
+begin
+  select account.id
+  into account_id
+  from public.credit_accounts as account
+  where account.organization_id = credit_account.organization_id
+    and account.currency = credit_account.currency
+    and account.kind = credit_account.kind
+    and account.expires_at is not distinct from credit_account.expires_at;
+  if not found then
+    insert into public.credit_accounts (organization_id, currency, kind, expires_at)
+    values (organization_id, currency, kind, expires_at)
+    returning id into account_id;
+  end if;
+  return account_id;
+end
+$$;
+comment on function private.credit_account(uuid, text, public.credit_account_kind, timestamptz) is
+  'The id of an account, made when it is not there. The caller holds the wallet''s lock.';
+
+create function private.take_out_expired(wallet_id uuid, at timestamptz) returns integer
+language plpgsql set search_path = ''
+as $$
+declare
+  account public.credit_accounts;
+  taken integer := 0;
+begin
+  for account in
+    select expired.*
+    from public.call_credits as wallet
+    join public.credit_accounts as expired on expired.organization_id = wallet.organization_id and expired.currency = wallet.currency
+    where wallet.id = wallet_id and expired.kind < 'purchased' and expired.balance_minor > 0 and expired.expires_at <= at
+    order by expired.kind, expired.expires_at
+  loop
+    perform private.write_credit(
+      wallet_id, 'expiry', account.balance_minor, 'expiry ' || gen_random_uuid(),
+      array[account.id, private.credit_account(account.organization_id, account.currency, 'expiry')],
+      array['debit', 'credit']::public.ledger_side[], array[account.balance_minor, account.balance_minor],
+      null, null, null, null, at
+    );
+    taken := taken + 1;
+  end loop;
+  return taken;
+end
+$$;
+comment on function private.take_out_expired(uuid, timestamptz) is
+  'Takes out of a wallet what has expired, and says from how many accounts. The caller holds the wallet''s lock.';
+
+create function private.lock_wallet(organization_id uuid, currency text, at timestamptz) returns uuid
+language plpgsql set search_path = ''
+as $$
+declare
+  wallet_id uuid;
+begin
+  select wallet.id
+  into wallet_id
+  from public.call_credits as wallet
+  where wallet.organization_id = lock_wallet.organization_id and wallet.currency = lock_wallet.currency
+  for no key update;
+  if found then
+    perform private.take_out_expired(wallet_id, at);
+  end if;
+  return wallet_id;
+end
+$$;
+comment on function private.lock_wallet(uuid, text, timestamptz) is
+  'Locks a wallet, takes out what has expired and returns its id; null when there is none.';
+
+create function private.repeated_credit(
+  organization_id uuid, currency text, type public.credit_transaction_type, requested bigint, key text, reverses uuid
+) returns public.credit_transactions
+language plpgsql stable set search_path = ''
+as $$
+declare
+  written public.credit_transactions;
+begin
+  select transaction.*
+  into written
+  from public.credit_transactions as transaction
+  where transaction.organization_id = repeated_credit.organization_id and transaction.idempotency_key = key;
+  if found and (written.currency, written.type, written.requested_minor, written.reverses_id)
+    is distinct from (currency, type, requested, reverses) then
+    perform private.raise_error(409, 'idempotency_conflict', 'Another credit transaction was written under this key', 'key');
+  end if;
+  return written;
+end
+$$;
+comment on function private.repeated_credit(uuid, text, public.credit_transaction_type, bigint, text, uuid) is
+  'The transaction that was already written under a key, null when there is none; 409 when it said something else.';
+
+create function private.post_credit(
+  organization_id uuid, type public.credit_transaction_type, currency text, amount_minor bigint, key text, at timestamptz,
+  expires_at timestamptz default null, reference_type text default null, reference_id uuid default null, description text default null
+) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wallet_id uuid;
+  known public.credit_transactions;
+  source public.credit_account_kind;
+  target public.credit_account_kind;
+begin
+  select route.source, route.target
+  into source, target
+  from (
+    values
+      ('purchase'::public.credit_transaction_type, 'payments'::public.credit_account_kind, 'purchased'::public.credit_account_kind),
+      ('monthly_grant', 'grants', 'monthly'),
+      ('promotional_grant', 'grants', 'promotional'),
+      ('adjustment', 'adjustments', 'purchased')
+  ) as route (type, source, target)
+  where route.type = post_credit.type;
+  if source is null then
+    raise exception 'a % does not bring credit', type using errcode = '22023';
+  end if;
+  if coalesce(amount_minor, 0) <= 0 then
+    perform private.raise_error(422, 'invalid_amount', 'An amount of credit is positive', 'amount_minor');
+  end if;
+  if type = 'monthly_grant' and expires_at is null or type in ('purchase', 'adjustment') and expires_at is not null then
+    perform private.raise_error(422, 'invalid_expiry', 'A monthly grant expires, a purchase and an adjustment do not', 'expires_at');
+  end if;
+
+  insert into public.call_credits (organization_id, currency, created_at, updated_at)
+  values (organization_id, currency, at, at)
+  on conflict on constraint call_credits_currency_key do nothing;
+  wallet_id := private.lock_wallet(organization_id, currency, at);
+  known := private.repeated_credit(organization_id, currency, type, amount_minor, key, null);
+  if known.id is not null then
+    return known.id;
+  end if;
+  if expires_at <= at then
+    perform private.raise_error(422, 'invalid_expiry', 'The credit would have expired already', 'expires_at');
+  end if;
+  return private.write_credit(
+    wallet_id, type, amount_minor, key,
+    array[
+      private.credit_account(organization_id, currency, source), private.credit_account(organization_id, currency, target, expires_at)
+    ],
+    array['debit', 'credit']::public.ledger_side[], array[amount_minor, amount_minor],
+    null, reference_type, reference_id, description, at
+  );
+end
+$$;
+comment on function private.post_credit(
+  uuid, public.credit_transaction_type, text, bigint, text, timestamptz, timestamptz, text, uuid, text
+) is
+  'Puts credit into an organization''s wallet, once a key: a purchase, a monthly or promotional grant, or an adjustment, which needs a '
+  'description. Returns the transaction.';
+
+create function private.debit_credit(
+  organization_id uuid, currency text, amount_minor bigint, key text, at timestamptz, allow_partial boolean default false,
+  type public.credit_transaction_type default 'consumption', reference_type text default null, reference_id uuid default null,
+  description text default null
+) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wallet_id uuid;
+  known public.credit_transactions;
+  accounts uuid[];
+  amounts bigint[];
+  taken bigint;
+begin
+  if type not in ('consumption', 'adjustment') then
+    raise exception 'a % does not take credit', type using errcode = '22023';
+  end if;
+  if coalesce(amount_minor, 0) <= 0 then
+    perform private.raise_error(422, 'invalid_amount', 'An amount of credit is positive', 'amount_minor');
+  end if;
+
+  wallet_id := private.lock_wallet(organization_id, currency, at);
+  if wallet_id is null then
+    return 0;
+  end if;
+  known := private.repeated_credit(organization_id, currency, type, amount_minor, key, null);
+  if known.id is not null then
+    return known.amount_minor;
+  end if;
+
+  -- Monthly before promotional before purchased, and within each what expires first.
+  with held as (
+    select
+      account.id, account.kind, account.expires_at,
+      least(
+        account.balance_minor,
+        debit_credit.amount_minor
+          - coalesce(sum(account.balance_minor) over (
+            order by account.kind, account.expires_at, account.id rows between unbounded preceding and 1 preceding
+          ), 0)
+      )::bigint as amount
+    from public.credit_accounts as account
+    where account.organization_id = debit_credit.organization_id
+      and account.currency = debit_credit.currency
+      and account.kind <= 'purchased'
+      and account.balance_minor > 0
+  )
+  select
+    array_agg(held.id order by held.kind, held.expires_at, held.id),
+    array_agg(held.amount order by held.kind, held.expires_at, held.id),
+    coalesce(sum(held.amount), 0)::bigint
+  into accounts, amounts, taken
+  from held
+  where held.amount > 0;
+  if taken = 0 or taken < amount_minor and not allow_partial then
+    return 0;
+  end if;
+
+  perform private.write_credit(
+    wallet_id, type, amount_minor, key,
+    accounts || private.credit_account(
+      organization_id, currency, case type when 'consumption' then 'consumption' else 'adjustments' end::public.credit_account_kind),
+    array_fill('debit'::public.ledger_side, array[cardinality(accounts)]) || 'credit'::public.ledger_side,
+    amounts || taken, null, reference_type, reference_id, description, at
+  );
+  return taken;
+end
+$$;
+comment on function private.debit_credit(
+  uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text
+) is
+  'Takes credit out of an organization''s wallet, once a key, and returns how much: all of it, or 0 and nothing changed when the balance '
+  'is too small. With `allow_partial` it takes what there is: for a call that ran over, which is recorded in full all the same.';
+
+create function private.refund_credit(
+  organization_id uuid, transaction_id uuid, amount_minor bigint, key text, at timestamptz, description text default null
+) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  original public.credit_transactions;
+  wallet_id uuid;
+  known public.credit_transactions;
+  given_back bigint;
+  accounts uuid[];
+  amounts bigint[];
+begin
+  if coalesce(amount_minor, 0) <= 0 then
+    perform private.raise_error(422, 'invalid_amount', 'An amount of credit is positive', 'amount_minor');
+  end if;
+  select transaction.*
+  into original
+  from public.credit_transactions as transaction
+  where transaction.organization_id = refund_credit.organization_id
+    and transaction.id = refund_credit.transaction_id
+    and transaction.type in ('consumption', 'purchase');
+  if not found then
+    perform private.raise_error(404, 'credit_transaction_not_found', 'There is no such consumption or purchase', 'transaction_id');
+  end if;
+  wallet_id := private.lock_wallet(organization_id, original.currency, at);
+  known := private.repeated_credit(organization_id, original.currency, 'refund', amount_minor, key, transaction_id);
+  if known.id is not null then
+    return known.id;
+  end if;
+  select coalesce(sum(refund.amount_minor), 0)
+  into given_back
+  from public.credit_transactions as refund
+  where refund.organization_id = refund_credit.organization_id and refund.reverses_id = transaction_id;
+  if given_back + amount_minor > original.amount_minor then
+    perform private.raise_error(422, 'refund_too_large', 'More would be given back than there was', 'amount_minor');
+  end if;
+
+  if original.type = 'purchase' then
+    accounts := array[private.credit_account(organization_id, original.currency, 'purchased')];
+    if not exists (
+      select from public.credit_accounts as account where account.id = accounts[1] and account.balance_minor >= refund_credit.amount_minor
+    ) then
+      perform private.raise_error(422, 'insufficient_credit', 'The credit that was bought is used up', 'amount_minor');
+    end if;
+    return private.write_credit(
+      wallet_id, 'refund', amount_minor, key,
+      accounts || private.credit_account(organization_id, original.currency, 'payments'),
+      array['debit', 'credit']::public.ledger_side[], array[amount_minor, amount_minor], transaction_id, original.reference_type,
+      original.reference_id, description, at
+    );
+  end if;
+
+  -- Back to where it was taken from, what was taken last first. An account that has expired since gives it up again.
+  with taken as (
+    select
+      entry.account_id, entry.position, entry.amount_minor as amount,
+      coalesce(sum(entry.amount_minor) over (order by entry.position desc rows between unbounded preceding and 1 preceding), 0) as before
+    from public.credit_ledger as entry
+    where entry.organization_id = refund_credit.organization_id
+      and entry.transaction_id = refund_credit.transaction_id
+      and entry.side = 'debit'
+  ),
+  returned as (
+    select
+      taken.account_id, taken.position,
+      least(taken.amount + taken.before, given_back + refund_credit.amount_minor) - greatest(taken.before, given_back) as amount
+    from taken
+  )
+  select array_agg(returned.account_id order by returned.position), array_agg(returned.amount::bigint order by returned.position)
+  into accounts, amounts
+  from returned
+  where returned.amount > 0;
+  return private.write_credit(
+    wallet_id, 'refund', amount_minor, key,
+    private.credit_account(organization_id, original.currency, 'consumption') || accounts,
+    'debit'::public.ledger_side || array_fill('credit'::public.ledger_side, array[cardinality(accounts)]),
+    amount_minor || amounts, transaction_id, original.reference_type, original.reference_id, description, at
+  );
+end
+$$;
+comment on function private.refund_credit(uuid, uuid, bigint, text, timestamptz, text) is
+  'Gives back a consumption, to the accounts that it was taken from, or takes out a purchase that is paid back in money; in part or in '
+  'full, once a key, and never more than there was. Returns the transaction.';
+
+create function private.expire_credit(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 500), 1), 2000);
+  wallets integer := 0;
+  expired integer := 0;
+  due uuid;
+begin
+  for due in
+    select wallet.id
+    from public.call_credits as wallet
+    where exists (
+      select
+      from public.credit_accounts as account
+      where account.organization_id = wallet.organization_id
+        and account.currency = wallet.currency
+        and account.balance_minor > 0
+        and account.expires_at <= at
+    )
+    order by wallet.id
+    limit batch
+    for no key update skip locked
+  loop
+    wallets := wallets + 1;
+    expired := expired + private.take_out_expired(due, at);
+  end loop;
+  return jsonb_build_object('expired', expired, 'more', wallets = batch);
+end
+$$;
+comment on function private.expire_credit(jsonb, timestamptz) is
+  'Takes out of the wallets what has expired. A wallet that somebody else has locked does it itself, or the next run does.';
+
+create function public.expire_credit(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.expire_credit($1, private.clock_now())
+$$;
+comment on function public.expire_credit(jsonb) is 'For usage-metering, by schedule. {"v":1,"limit":500} gives {"expired":n,"more":bool}.';
+
+create function private.check_credit(organization_id uuid default null)
+returns table (organization uuid, currency text, account_id uuid, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  with entry as (
+    select
+      account.organization_id, account.currency, account.id, account.kind, account.balance_minor,
+      coalesce(sum(case ledger.side when 'credit' then ledger.amount_minor else -ledger.amount_minor end), 0) as entries
+    from public.credit_accounts as account
+    left join public.credit_ledger as ledger on ledger.organization_id = account.organization_id and ledger.account_id = account.id
+    where account.organization_id = $1 or $1 is null
+    group by account.id
+  ),
+  wallet as (
+    select
+      own.organization_id, own.currency, own.balance_minor, own.last_number, own.total_purchased_minor, own.total_consumed_minor,
+      coalesce(sum(entry.entries), 0) as all_entries,
+      coalesce(sum(entry.entries) filter (where entry.kind <= 'purchased'), 0) as held,
+      coalesce(-sum(entry.entries) filter (where entry.kind = 'payments'), 0) as purchased,
+      coalesce(sum(entry.entries) filter (where entry.kind = 'consumption'), 0) as consumed
+    from public.call_credits as own
+    left join entry on entry.organization_id = own.organization_id and entry.currency = own.currency
+    where own.organization_id = $1 or $1 is null
+    group by own.id
+  )
+  select entry.organization_id, entry.currency, entry.id, format('balance %s, entries %s', entry.balance_minor, entry.entries)
+  from entry
+  where entry.balance_minor <> entry.entries
+  union all
+  select
+    wallet.organization_id, wallet.currency, null,
+    format('balance %s, held %s, all accounts %s, last number %s', wallet.balance_minor, wallet.held, wallet.all_entries, wallet.last_number)
+  from wallet
+  where (wallet.balance_minor, wallet.all_entries, wallet.total_purchased_minor, wallet.total_consumed_minor)
+      <> (wallet.held, 0, wallet.purchased, wallet.consumed)
+    or wallet.last_number <> (
+      select count(*)
+      from public.credit_transactions as transaction
+      where transaction.organization_id = wallet.organization_id and transaction.currency = wallet.currency
+    )
+$$;
+comment on function private.check_credit(uuid) is
+  'Computes every balance of prepaid credit again from the entries and returns what disagrees: nothing, ever. For one organization or all.';
+
+revoke all on function
+  private.write_credit(
+    uuid, public.credit_transaction_type, bigint, text, uuid[], public.ledger_side[], bigint[], uuid, text, uuid, text, timestamptz
+  ),
+  private.credit_account(uuid, text, public.credit_account_kind, timestamptz), private.take_out_expired(uuid, timestamptz),
+  private.lock_wallet(uuid, text, timestamptz),
+  private.repeated_credit(uuid, text, public.credit_transaction_type, bigint, text, uuid),
+  private.post_credit(uuid, public.credit_transaction_type, text, bigint, text, timestamptz, timestamptz, text, uuid, text),
+  private.debit_credit(uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text),
+  private.refund_credit(uuid, uuid, bigint, text, timestamptz, text), private.expire_credit(jsonb, timestamptz),
+  private.check_credit(uuid), public.expire_credit(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb) to service_role;
+
+
+
+
+-- What a plan allows --------------------------------------------------------------------------------------------------------------
+-- Limits on things that are not metered: the plan's features, and for one customer the subscription's metadata.custom_limits.
+
+create function private.check_feature_quota(organization_id uuid, feature_key text, current_usage bigint) returns boolean
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions := private.live_subscription(organization_id);
+  allowed jsonb;
+begin
+  if subscription.id is null or subscription.status not in ('trialing', 'active', 'past_due') then
+    return false;
+  end if;
+  select coalesce(nullif(subscription.metadata #> array['custom_limits', feature_key], 'null'), plan.features -> feature_key)
+  into allowed
+  from public.subscription_plans as plan
+  where plan.id = subscription.plan_id;
+  return coalesce(
+    case jsonb_typeof(allowed)
+      when 'boolean' then allowed::boolean
+      when 'number' then allowed::numeric = -1 or current_usage < allowed::numeric
+    end,
+    false
+  );
+end
+$$;
+revoke all on function private.check_feature_quota(uuid, text, bigint) from public;
+comment on function private.check_feature_quota(uuid, text, bigint) is
+  'Whether a plan leaves room for one more of something of which there are `current_usage`: -1 is unlimited, what the plan does not name is not '
+  'part of it, and without a live subscription there is nothing. A switch is simply on or off.';
+
+create function private.check_feature_quota(feature_key text, current_usage bigint) returns boolean
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.check_feature_quota(private.get_auth_org_id(), feature_key, current_usage);
+end
+$$;
+revoke all on function private.check_feature_quota(text, bigint) from public;
+grant execute on function private.check_feature_quota(text, bigint) to authenticated;
+comment on function private.check_feature_quota(text, bigint) is 'The same for the caller''s own organization.';
+
+create function public.check_feature_quota(feature_key text, current_usage bigint default 0) returns boolean
+language sql stable security invoker set search_path = ''
+as $$
+  select private.check_feature_quota(feature_key, current_usage)
+$$;
+revoke all on function public.check_feature_quota(text, bigint) from public, anon, authenticated, service_role;
+grant execute on function public.check_feature_quota(text, bigint) to authenticated;
+comment on function public.check_feature_quota(text, bigint) is
+  'Whether the caller''s plan leaves room for one more of a feature (max_users, max_leads, …) of which there are `current_usage`.';
+
+create function private.get_org_subscription() returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  subscription public.subscriptions := private.live_subscription(organization);
+begin
+  if subscription.id is null then
+    return null;
+  end if;
+  return (
+    select jsonb_build_object(
+      'id', subscription.id, 'status', subscription.status, 'billing_cycle', subscription.billing_cycle,
+      'current_period_start', subscription.current_period_start, 'current_period_end', subscription.current_period_end,
+      'trial_ends_at', subscription.trial_ends_at, 'cancel_at_period_end', subscription.cancel_at_period_end,
+      'plan', jsonb_build_object(
+        'id', plan.id, 'slug', plan.slug, 'name', plan.name,
+        'features', plan.features || coalesce(nullif(subscription.metadata -> 'custom_limits', 'null'), '{}')
+      ),
+      'price', jsonb_build_object('id', price.id, 'version', price.version, 'currency', price.currency, 'base_minor', price.base_minor)
+    )
+    from public.subscription_plans as plan
+    join public.plan_prices as price on price.id = subscription.plan_price_id
+    where plan.id = subscription.plan_id
+  );
+end
+$$;
+revoke all on function private.get_org_subscription() from public;
+grant execute on function private.get_org_subscription() to authenticated;
+comment on function private.get_org_subscription() is 'The live subscription of the caller''s organization with its plan and price; null without one.';
+
+create function public.get_org_subscription() returns jsonb
+language sql stable security invoker set search_path = ''
+as $$
+  select private.get_org_subscription()
+$$;
+revoke all on function public.get_org_subscription() from public, anon, authenticated, service_role;
+grant execute on function public.get_org_subscription() to authenticated;
+comment on function public.get_org_subscription() is
+  'The caller''s live subscription: {"id","status","plan":{"slug","features"},"price",…,"trial_ends_at"}; null without one. Needs billing.view.';

@@ -388,3 +388,739 @@ revoke all on function
   public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
+
+
+
+-- Payments ------------------------------------------------------------------------------------------------------------------------
+--
+-- A gateway's news comes late, twice and in any order. A payment is known by its gateway's id or, before it has one, by its order;
+-- the organization is always the invoice's or the order's, never the message's. Locks are taken payment first, then invoice.
+
+create function private.settle_invoice(organization_id uuid, invoice_id uuid, at timestamptz) returns text
+language plpgsql set search_path = ''
+as $$
+declare
+  invoice public.invoices;
+begin
+  update public.invoices as own
+  set status = 'paid', paid_at = at
+  where own.organization_id = settle_invoice.organization_id
+    and own.id = settle_invoice.invoice_id
+    and own.status in ('open', 'uncollectible')
+    and own.amount_paid_minor + own.credited_minor >= own.total_minor
+  returning own.* into invoice;
+  if found then
+    perform private.emit(
+      organization_id, 'invoice.paid', invoice_id::text,
+      jsonb_build_object(
+        'invoice_id', invoice.id, 'invoice_number', invoice.invoice_number, 'total_minor', invoice.total_minor,
+        'amount_paid_minor', invoice.amount_paid_minor, 'credited_minor', invoice.credited_minor, 'currency', invoice.currency
+      ),
+      at
+    );
+    return 'paid';
+  end if;
+  return (
+    select own.status::text
+    from public.invoices as own
+    where own.organization_id = settle_invoice.organization_id and own.id = settle_invoice.invoice_id
+  );
+end
+$$;
+comment on function private.settle_invoice(uuid, uuid, timestamptz) is
+  'Makes an invoice paid once nothing is due on it any more, and returns its status.';
+
+create function private.read_minor(request jsonb, field text) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if jsonb_typeof(request -> field) = 'number' and request ->> field ~ '^[0-9]{1,15}$' and (request ->> field)::bigint > 0 then
+    return (request ->> field)::bigint;
+  end if;
+  perform private.raise_error(400, 'invalid_request', format('%s must be a whole positive number of minor units', field), field);
+  return null;
+end
+$$;
+comment on function private.read_minor(jsonb, text) is 'An amount of money of a request: a positive whole number, or the request ends with 400.';
+
+create function private.read_choice(request jsonb, field text, choices text[]) returns text
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if request ->> field = any (choices) then
+    return request ->> field;
+  end if;
+  perform private.raise_error(400, 'invalid_request', format('%s must be one of %s', field, array_to_string(choices, ', ')), field);
+  return null;
+end
+$$;
+comment on function private.read_choice(jsonb, text, text[]) is 'One of a few words of a request, or the request ends with 400.';
+
+create function private.read_token(request jsonb, field text) returns text
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if request ->> field ~ '^[A-Za-z0-9_.:/-]{1,255}$' and not private.has_card_number(request ->> field) then
+    return request ->> field;
+  end if;
+  perform private.raise_error(400, 'invalid_request', format('%s must be an id of the gateway', field), field);
+  return null;
+end
+$$;
+comment on function private.read_token(jsonb, text) is 'A gateway''s id of a request, or the request ends with 400.';
+
+create function private.read_uuid(request jsonb, field text) returns uuid
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if request ->> field is null then
+    return null;
+  end if;
+  if request ->> field !~* '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' then
+    perform private.raise_error(400, 'invalid_request', format('%s must be a UUID', field), field);
+  end if;
+  return (request ->> field)::uuid;
+end
+$$;
+comment on function private.read_uuid(jsonb, text) is 'An id of ours of a request, null when there is none, or the request ends with 400.';
+
+create function private.open_payment(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  via public.payment_gateway := private.read_choice(request, 'gateway', array['razorpay', 'stripe', 'manual'])::public.payment_gateway;
+  gateway_order text := private.read_token(request, 'order_id');
+  wanted uuid := private.read_uuid(request, 'invoice_id');
+  invoice public.invoices;
+  buyer uuid := private.read_uuid(request, 'organization_id');
+  due bigint;
+  money text;
+  payment public.payments;
+begin
+  if wanted is not null then
+    select own.* into invoice from public.invoices as own where own.id = wanted and own.status <> 'draft' for no key update;
+    if not found then
+      perform private.raise_error(404, 'invoice_not_found', 'There is no such invoice', 'invoice_id');
+    end if;
+    due := invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor;
+    if invoice.status not in ('open', 'uncollectible') or due <= 0 then
+      perform private.raise_error(409, 'invoice_not_open', 'Nothing is due on the invoice', 'invoice_id');
+    end if;
+    buyer := invoice.organization_id;
+    money := invoice.currency;
+  else
+    due := private.read_minor(request, 'amount_minor');
+    money := request ->> 'currency';
+    if coalesce(money, '') !~ '^[A-Z]{3}$' then
+      perform private.raise_error(400, 'invalid_request', 'currency must be three upper-case letters', 'currency');
+    end if;
+    if not exists (select from public.organizations as organization where organization.id = buyer) then
+      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+    end if;
+    -- Without an invoice there is no row to wait on, so that the same order at once would be written twice.
+    perform from public.organizations as organization where organization.id = buyer for no key update;
+  end if;
+
+  select known.* into payment
+  from public.payments as known
+  where known.gateway = via and known.gateway_order_id = gateway_order
+  order by known.created_at, known.id
+  limit 1;
+  if not found then
+    insert into public.payments (
+      organization_id, purpose, invoice_id, gateway, gateway_order_id, amount_minor, currency, status_at, created_at, updated_at
+    )
+    values (
+      buyer, case when wanted is null then 'credit' else 'invoice' end, wanted, via, gateway_order, due, money, at, at, at
+    )
+    returning * into payment;
+  elsif (payment.organization_id, payment.invoice_id) is distinct from (buyer, wanted) then
+    perform private.raise_error(409, 'order_in_use', 'The order belongs to another payment', 'order_id');
+  end if;
+  return jsonb_build_object('payment_id', payment.id, 'status', payment.status, 'amount_minor', due, 'currency', money);
+end
+$$;
+comment on function private.open_payment(jsonb, timestamptz) is
+  'Writes down that an order was made at a gateway, for what is due on an invoice or for prepaid credit, so that its payment is '
+  'recognised also when no browser comes back from it.';
+
+create function private.record_payment(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  via public.payment_gateway := private.read_choice(request, 'gateway', array['razorpay', 'stripe', 'manual'])::public.payment_gateway;
+  gateway_payment text := private.read_token(request, 'payment_id');
+  gateway_order text := case when request ->> 'order_id' is not null then private.read_token(request, 'order_id') end;
+  news public.payment_transaction_status :=
+    private.read_choice(request, 'status', array['pending', 'authorized', 'failed', 'captured'])::public.payment_transaction_status;
+  amount bigint := private.read_minor(request, 'amount_minor');
+  money text := upper(request ->> 'currency');
+  happened timestamptz := least(coalesce(private.to_business(private.parse_instant(request ->> 'occurred_at')), at), at);
+  wanted uuid := private.read_uuid(request, 'invoice_id');
+  payment public.payments;
+  sibling public.payments;
+  invoice public.invoices;
+  result text := 'applied';
+begin
+  if coalesce(money, '') !~ '^[A-Z]{3}$' then
+    perform private.raise_error(400, 'invalid_request', 'currency must be three letters', 'currency');
+  end if;
+
+  for try in 1..3 loop
+    select known.* into payment
+    from public.payments as known
+    where known.gateway = via and known.gateway_payment_id = gateway_payment
+    for no key update;
+    exit when found;
+
+    -- The first payment of an order takes the row that the order was given, a further try makes one of its own.
+    begin
+      update public.payments as known
+      set gateway_payment_id = gateway_payment, amount_minor = amount, currency = money, status_at = happened
+      where known.id = (
+          select waiting.id
+          from public.payments as waiting
+          where waiting.gateway = via and waiting.gateway_order_id = gateway_order and waiting.gateway_payment_id is null
+          limit 1
+          for no key update
+        )
+        and known.gateway_payment_id is null
+      returning known.* into payment;
+      exit when found;
+
+      select known.* into sibling
+      from public.payments as known
+      where known.gateway = via and known.gateway_order_id = gateway_order
+      order by known.created_at, known.id
+      limit 1;
+      if found then
+        wanted := sibling.invoice_id;
+      else
+        select own.* into invoice from public.invoices as own where own.id = wanted and own.status <> 'draft';
+        if not found then
+          return jsonb_build_object('result', 'orphan');
+        end if;
+      end if;
+      insert into public.payments (
+        organization_id, purpose, invoice_id, gateway, gateway_order_id, gateway_payment_id, amount_minor, currency, status_at, created_at,
+        updated_at
+      )
+      values (
+        coalesce(sibling.organization_id, invoice.organization_id), coalesce(sibling.purpose, 'invoice'), wanted, via, gateway_order,
+        gateway_payment, amount, money, happened, at, at
+      )
+      returning * into payment;
+      exit;
+    exception when unique_violation then
+      -- The same news came twice at once, and the other one was first.
+      null;
+    end;
+  end loop;
+  if payment.id is null then
+    raise exception 'payment % is written by somebody else', gateway_payment using errcode = '40001';
+  end if;
+
+  if (payment.amount_minor, payment.currency) <> (amount, money) then
+    result := 'conflict';
+    perform private.emit(
+      payment.organization_id, 'payment.conflict', payment.id::text,
+      jsonb_build_object('payment_id', payment.id, 'amount_minor', amount, 'currency', money), at
+    );
+  elsif payment.status >= 'captured' then
+    result := case when news = 'captured' then 'duplicate' else 'ignored' end;
+  elsif news = payment.status then
+    -- A payment that was just written is pending already.
+    result := case when news = 'pending' and payment.created_at = at then 'applied' else 'duplicate' end;
+  elsif news <> 'captured' and (happened < payment.status_at or news = 'pending') then
+    result := 'ignored';
+  elsif news <> 'captured' then
+    update public.payments as known
+    set
+      status = news,
+      status_at = happened,
+      failure_code = case when news = 'failed' then left(request #>> '{failure,code}', 100) end,
+      failure_message = case when news = 'failed' then left(request #>> '{failure,message}', 500) end
+    where known.id = payment.id
+    returning known.* into payment;
+    if news = 'failed' and payment.invoice_id is not null then
+      perform private.emit(
+        payment.organization_id, 'invoice.payment_failed', payment.id::text,
+        jsonb_build_object('invoice_id', payment.invoice_id, 'payment_id', payment.id, 'code', payment.failure_code), at
+      );
+    end if;
+  else
+    select own.* into invoice
+    from public.invoices as own
+    where own.organization_id = payment.organization_id and own.id = payment.invoice_id
+    for no key update;
+    payment.problem := case
+      when payment.purpose = 'credit' then null
+      when invoice.status not in ('open', 'uncollectible') then 'invoice_not_open'
+      when invoice.currency <> money then 'currency_differs'
+      when invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor <> amount then 'amount_differs'
+    end;
+    update public.payments as known
+    set
+      status = 'captured',
+      status_at = happened,
+      captured_at = happened,
+      failure_code = null,
+      failure_message = null,
+      problem = payment.problem,
+      applied_minor = case when payment.problem is null and known.purpose = 'invoice' then amount else 0 end
+    where known.id = payment.id
+    returning known.* into payment;
+    perform private.audit(
+      payment.organization_id, 'payment.captured', 'payment', payment.id,
+      jsonb_strip_nulls(jsonb_build_object(
+        'invoice_id', payment.invoice_id, 'amount_minor', amount, 'currency', money, 'problem', payment.problem
+      )), at
+    );
+    if payment.problem is not null then
+      result := 'unmatched';
+      perform private.emit(
+        payment.organization_id, 'payment.unmatched', payment.id::text,
+        jsonb_build_object(
+          'payment_id', payment.id, 'invoice_id', payment.invoice_id, 'amount_minor', amount, 'currency', money, 'problem', payment.problem
+        ), at
+      );
+    elsif payment.purpose = 'credit' then
+      perform private.post_credit(
+        payment.organization_id, 'purchase', money, amount, 'payment ' || payment.id, at, null, 'payment', payment.id, null);
+    else
+      perform private.settle_invoice(payment.organization_id, payment.invoice_id, at);
+    end if;
+  end if;
+
+  return jsonb_build_object(
+    'result', result,
+    'payment', jsonb_build_object('id', payment.id, 'organization_id', payment.organization_id, 'status', payment.status,
+      'problem', payment.problem),
+    'invoice', (
+      select jsonb_build_object('id', own.id, 'number', own.invoice_number, 'status', own.status)
+      from public.invoices as own
+      where own.organization_id = payment.organization_id and own.id = payment.invoice_id
+    )
+  );
+end
+$$;
+comment on function private.record_payment(jsonb, timestamptz) is
+  'Applies a gateway''s news of a payment: once, in any order. An invoice becomes paid only by money of exactly what is due, in its '
+  'currency; other money is kept, told and left to a person. A failure after the capture changes nothing.';
+
+create function private.record_refund(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  via public.payment_gateway := private.read_choice(request, 'gateway', array['razorpay', 'stripe', 'manual'])::public.payment_gateway;
+  gateway_refund text := private.read_token(request, 'refund_id');
+  gateway_payment text := private.read_token(request, 'payment_id');
+  news public.refund_status := private.read_choice(request, 'status', array['pending', 'processed', 'failed'])::public.refund_status;
+  amount bigint := private.read_minor(request, 'amount_minor');
+  money text := upper(request ->> 'currency');
+  payment public.payments;
+  refund public.refunds;
+  purchase public.credit_transactions;
+  left_over bigint;
+  result text := 'applied';
+begin
+  -- The payment's row is what refunds of it wait on.
+  select known.* into payment
+  from public.payments as known
+  where known.gateway = via and known.gateway_payment_id = gateway_payment and known.status >= 'captured'
+  for no key update;
+  if not found then
+    return jsonb_build_object('result', 'orphan');
+  end if;
+  select known.* into refund
+  from public.refunds as known
+  where known.gateway = via and known.gateway_refund_id = gateway_refund;
+
+  if found and (refund.payment_id, refund.amount_minor, refund.currency) is distinct from (payment.id, amount, money)
+    or money is distinct from payment.currency
+    or news = 'processed' and refund.status is distinct from 'processed' and payment.refunded_minor + amount > payment.amount_minor then
+    perform private.emit(
+      payment.organization_id, 'refund.conflict', via || ' ' || gateway_refund,
+      jsonb_build_object('payment_id', payment.id, 'amount_minor', amount, 'currency', money), at
+    );
+    return jsonb_build_object('result', 'conflict', 'payment', jsonb_build_object('id', payment.id, 'status', payment.status));
+  end if;
+
+  if refund.id is null then
+    insert into public.refunds (
+      organization_id, payment_id, gateway, gateway_refund_id, status, amount_minor, currency, processed_at, created_at, updated_at
+    )
+    values (
+      payment.organization_id, payment.id, via, gateway_refund, news, amount, money, case when news = 'processed' then at end, at, at
+    )
+    returning * into refund;
+  elsif refund.status = news then
+    result := 'duplicate';
+  elsif refund.status <> 'pending' or news = 'pending' then
+    result := 'ignored';
+  else
+    update public.refunds as known
+    set status = news, processed_at = case when news = 'processed' then at end
+    where known.id = refund.id
+    returning known.* into refund;
+  end if;
+
+  if result = 'applied' and news = 'processed' then
+    perform private.audit(
+      payment.organization_id, 'payment.refunded', 'payment', payment.id,
+      jsonb_build_object('refund_id', refund.id, 'amount_minor', amount, 'currency', money), at
+    );
+    perform private.emit(
+      payment.organization_id, 'payment.refunded', refund.id::text,
+      jsonb_build_object('payment_id', payment.id, 'invoice_id', payment.invoice_id, 'amount_minor', amount, 'currency', money), at
+    );
+    if payment.purpose = 'credit' then
+      -- The credit that was bought goes with the money, as far as it is still there.
+      select transaction.* into purchase
+      from public.credit_transactions as transaction
+      where transaction.organization_id = payment.organization_id and transaction.idempotency_key = 'payment ' || payment.id;
+      perform private.lock_wallet(payment.organization_id, purchase.currency, at);
+      select least(amount, coalesce(sum(account.balance_minor), 0))
+      into left_over
+      from public.credit_accounts as account
+      where account.organization_id = payment.organization_id and account.currency = purchase.currency and account.kind = 'purchased';
+      if left_over > 0 then
+        perform private.refund_credit(payment.organization_id, purchase.id, left_over, 'refund ' || refund.id, at, null);
+      end if;
+      if left_over < amount then
+        perform private.emit(
+          payment.organization_id, 'credit.refunded_when_used', refund.id::text,
+          jsonb_build_object('payment_id', payment.id, 'used_minor', amount - left_over, 'currency', money), at
+        );
+      end if;
+    end if;
+  end if;
+  return jsonb_build_object(
+    'result', result,
+    'refund', jsonb_build_object('id', refund.id, 'status', refund.status),
+    'payment', (
+      select jsonb_build_object('id', known.id, 'status', known.status, 'refunded_minor', known.refunded_minor)
+      from public.payments as known
+      where known.id = payment.id
+    )
+  );
+end
+$$;
+comment on function private.record_refund(jsonb, timestamptz) is
+  'Applies a gateway''s news of a refund, once; never more than was paid. Before its payment is known it is an orphan, to be tried again. '
+  'A refund of prepaid credit takes the credit out as far as it is there.';
+
+-- Payment methods -----------------------------------------------------------------------------------------------------------------
+
+create function private.save_payment_method(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  via public.payment_gateway := private.read_choice(request, 'gateway', array['razorpay', 'stripe'])::public.payment_gateway;
+  kind public.payment_method_type :=
+    private.read_choice(request, 'type', array['card', 'upi', 'bank_transfer', 'razorpay', 'stripe'])::public.payment_method_type;
+  token text := private.read_token(request, 'payment_method_id');
+  customer text := case when request ->> 'customer_id' is not null then private.read_token(request, 'customer_id') end;
+  owner uuid := private.read_uuid(request, 'organization_id');
+  method public.payment_methods;
+begin
+  -- The organization's row is what decides between two that become the default at once.
+  perform from public.organizations as organization where organization.id = owner for no key update;
+  if not found then
+    perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+  end if;
+  if coalesce(request ->> 'last4', '0000') !~ '^[0-9]{4}$' then
+    perform private.raise_error(422, 'invalid_last4', 'last4 must be the last four digits', 'last4');
+  end if;
+  select known.* into method
+  from public.payment_methods as known
+  where known.gateway = via and known.gateway_payment_method_id = token;
+  if found and method.organization_id <> owner then
+    perform private.raise_error(409, 'payment_method_in_use', 'The payment method belongs to somebody else', 'payment_method_id');
+  end if;
+
+  if coalesce((request ->> 'is_default')::boolean, false) or not exists (
+    select
+    from public.payment_methods as other
+    where other.organization_id = owner and other.is_default and other.id is distinct from method.id
+  ) then
+    update public.payment_methods as other
+    set is_default = false
+    where other.organization_id = owner and other.is_default and other.id is distinct from method.id;
+    method.is_default := true;
+  end if;
+  insert into public.payment_methods as known (
+    organization_id, type, gateway, gateway_customer_id, gateway_payment_method_id, last4, brand, expiry_month, expiry_year, is_default,
+    created_at, updated_at
+  )
+  values (
+    owner, kind, via, customer, token, request ->> 'last4', request ->> 'brand', (request ->> 'expiry_month')::integer,
+    (request ->> 'expiry_year')::integer, coalesce(method.is_default, false), at, at
+  )
+  on conflict on constraint payment_methods_token_key do update
+  set
+    gateway_customer_id = coalesce(excluded.gateway_customer_id, known.gateway_customer_id),
+    last4 = coalesce(excluded.last4, known.last4),
+    brand = coalesce(excluded.brand, known.brand),
+    expiry_month = coalesce(excluded.expiry_month, known.expiry_month),
+    expiry_year = coalesce(excluded.expiry_year, known.expiry_year),
+    is_default = excluded.is_default,
+    removed_at = null
+  where known.organization_id = excluded.organization_id
+  returning known.* into method;
+  if method.id is null then
+    perform private.raise_error(409, 'payment_method_in_use', 'The payment method belongs to somebody else', 'payment_method_id');
+  end if;
+  perform private.audit(
+    owner, 'payment_method.saved', 'payment_method', method.id, jsonb_build_object('type', kind, 'is_default', method.is_default), at
+  );
+  return jsonb_build_object('id', method.id, 'is_default', method.is_default);
+end
+$$;
+comment on function private.save_payment_method(jsonb, timestamptz) is
+  'Keeps a gateway''s token for an organization; the first one, and one that says so, becomes the default. Twice the same is one.';
+
+create function private.remove_payment_method(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  via public.payment_gateway := private.read_choice(request, 'gateway', array['razorpay', 'stripe'])::public.payment_gateway;
+  token text := private.read_token(request, 'payment_method_id');
+  method public.payment_methods;
+begin
+  update public.payment_methods as known
+  set removed_at = at, is_default = false
+  where known.gateway = via and known.gateway_payment_method_id = token and known.removed_at is null
+  returning known.* into method;
+  if found then
+    perform private.audit(method.organization_id, 'payment_method.removed', 'payment_method', method.id, '{}', at);
+  end if;
+  return jsonb_build_object('removed', method.id is not null);
+end
+$$;
+comment on function private.remove_payment_method(jsonb, timestamptz) is
+  'A gateway''s token is used no more: its mandate was cancelled or its card removed.';
+
+-- Credit notes --------------------------------------------------------------------------------------------------------------------
+
+create function private.issue_credit_note(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wanted uuid := private.read_uuid(request, 'invoice_id');
+  given jsonb := request -> 'lines';
+  key text := request ->> 'idempotency_key';
+  why text := btrim(request ->> 'reason');
+  invoice public.invoices;
+  note public.credit_notes;
+  lines uuid[];
+  amounts bigint[];
+  subtotal bigint;
+  credited_before bigint;
+  tax bigint;
+begin
+  if length(coalesce(key, '')) not between 1 and 255 then
+    perform private.raise_error(400, 'invalid_request', 'idempotency_key must be a text of 1 to 255 characters', 'idempotency_key');
+  end if;
+  if coalesce(why, '') = '' then
+    perform private.raise_error(422, 'reason_missing', 'A credit note says why', 'reason');
+  end if;
+
+  -- Credit notes of one invoice wait for each other, and for its payment.
+  select own.* into invoice from public.invoices as own where own.id = wanted and own.status <> 'draft' for no key update;
+  if not found then
+    perform private.raise_error(404, 'invoice_not_found', 'There is no such invoice', 'invoice_id');
+  end if;
+
+  if given is not null then
+    if jsonb_typeof(given) <> 'array' or jsonb_array_length(given) = 0 then
+      perform private.raise_error(400, 'invalid_request', 'lines must be an array of at least one line, or be left out', 'lines');
+    end if;
+    select array_agg(private.read_uuid(item.value, 'invoice_line_id') order by item.position),
+      array_agg(private.read_minor(item.value, 'amount_minor') order by item.position)
+    into lines, amounts
+    from jsonb_array_elements(given) with ordinality as item (value, position);
+  end if;
+
+  select known.* into note
+  from public.credit_notes as known
+  where known.organization_id = invoice.organization_id and known.idempotency_key = key;
+  if found then
+    if note.invoice_id <> invoice.id or note.reason <> why or given is not null and (
+      select array_agg((line.invoice_line_id, line.amount_minor) order by line.position)
+      from public.credit_note_lines as line
+      where line.organization_id = note.organization_id and line.credit_note_id = note.id
+    ) is distinct from (
+      select array_agg((line.id, line.amount) order by line.position)
+      from unnest(lines, amounts) with ordinality as line (id, amount, position)
+    ) then
+      perform private.raise_error(409, 'idempotency_conflict', 'Another credit note was issued under this key', 'idempotency_key');
+    end if;
+    return jsonb_build_object(
+      'result', 'duplicate', 'id', note.id, 'number', note.credit_note_number, 'total_minor', note.total_minor, 'currency', note.currency
+    );
+  end if;
+  if invoice.status = 'void' then
+    perform private.raise_error(409, 'invoice_void', 'A void invoice is not credited', 'invoice_id');
+  end if;
+
+  -- What is left of each line; without lines, all of it.
+  select
+    array_agg(remaining.id order by remaining.position), array_agg(remaining.amount order by remaining.position)
+  into lines, amounts
+  from (
+    select
+      billed.id, billed.position,
+      coalesce(asked.amount, billed.amount_minor - credited.amount) as amount
+    from public.invoice_lines as billed
+    cross join lateral (
+      select coalesce(sum(line.amount_minor), 0)::bigint as amount
+      from public.credit_note_lines as line
+      join public.credit_notes as issued on issued.organization_id = line.organization_id and issued.id = line.credit_note_id
+      where line.organization_id = billed.organization_id and line.invoice_line_id = billed.id and issued.status = 'issued'
+    ) as credited
+    left join (
+      select line.id, sum(line.amount)::bigint as amount
+      from unnest(lines, amounts) as line (id, amount)
+      group by line.id
+    ) as asked on asked.id = billed.id
+    where billed.organization_id = invoice.organization_id
+      and billed.invoice_id = invoice.id
+      and (given is null and billed.amount_minor > credited.amount or asked.amount <= billed.amount_minor - credited.amount)
+  ) as remaining;
+  if coalesce(cardinality(lines), 0) = 0
+    or given is not null and cardinality(lines) <> jsonb_array_length(given) then
+    perform private.raise_error(
+      422, 'credit_too_large', 'A line is not on the invoice, is named twice, or has less left to be credited', 'lines');
+  end if;
+  select sum(amount.minor)::bigint into subtotal from unnest(amounts) as amount (minor);
+  select coalesce(sum(issued.subtotal_minor), 0)::bigint
+  into credited_before
+  from public.credit_notes as issued
+  where issued.organization_id = invoice.organization_id and issued.invoice_id = invoice.id and issued.status = 'issued';
+  if credited_before + subtotal > invoice.subtotal_minor then
+    perform private.raise_error(422, 'credit_too_large', 'More would be credited than was billed', 'lines');
+  end if;
+
+  insert into public.credit_notes (
+    organization_id, invoice_id, idempotency_key, reason, currency, subtotal_minor, tax_minor, total_minor, issuer, customer, created_by,
+    created_at
+  )
+  values (
+    invoice.organization_id, invoice.id, key, why, invoice.currency, subtotal, 0, subtotal, invoice.issuer, invoice.customer,
+    (select auth.uid()), at
+  )
+  returning * into note;
+  insert into public.credit_note_lines (organization_id, credit_note_id, invoice_line_id, position, description, amount_minor)
+  select
+    note.organization_id, note.id, billed.id, row_number() over (order by line.position), billed.description, line.amount
+  from unnest(lines, amounts) with ordinality as line (id, amount, position)
+  join public.invoice_lines as billed on billed.organization_id = note.organization_id and billed.id = line.id;
+  -- By the difference of two roundings, so that the pieces of an invoice take back its tax to the unit.
+  with levied as (
+    insert into public.credit_note_taxes (organization_id, credit_note_id, position, name, rate_bp, taxable_minor, amount_minor)
+    select
+      note.organization_id, note.id, billed.position, billed.name, billed.rate_bp, subtotal,
+      private.divide_half_away(billed.amount_minor::numeric * (credited_before + subtotal), invoice.subtotal_minor)
+        - private.divide_half_away(billed.amount_minor::numeric * credited_before, invoice.subtotal_minor)
+    from public.invoice_taxes as billed
+    where billed.organization_id = invoice.organization_id and billed.invoice_id = invoice.id
+    returning credit_note_taxes.amount_minor
+  )
+  select coalesce(sum(levied.amount_minor), 0)::bigint into tax from levied;
+
+  perform private.audit(
+    note.organization_id, 'credit_note.issued', 'credit_note', note.id,
+    jsonb_build_object('invoice_id', invoice.id, 'total_minor', subtotal + tax, 'currency', note.currency, 'reason', why), at
+  );
+  update public.credit_notes as own
+  set tax_minor = tax, total_minor = own.subtotal_minor + tax
+  where own.id = note.id;
+  update public.credit_notes as own set status = 'issued', issued_at = at where own.id = note.id returning own.* into note;
+  perform private.settle_invoice(note.organization_id, invoice.id, at);
+  perform private.emit(
+    note.organization_id, 'credit_note.issued', note.id::text,
+    jsonb_build_object(
+      'credit_note_id', note.id, 'credit_note_number', note.credit_note_number, 'invoice_id', invoice.id,
+      'invoice_number', invoice.invoice_number, 'total_minor', note.total_minor, 'currency', note.currency
+    ), at
+  );
+  return jsonb_build_object(
+    'result', 'issued', 'id', note.id, 'number', note.credit_note_number, 'total_minor', note.total_minor, 'currency', note.currency
+  );
+end
+$$;
+comment on function private.issue_credit_note(jsonb, timestamptz) is
+  'Issues a credit note against a final invoice, once a key: for lines that are named, or for all that is left. Taxes follow the '
+  'invoice''s. An invoice on which nothing is due any more becomes paid.';
+
+-- What handlers call --------------------------------------------------------------------------------------------------------------
+
+create function public.open_payment(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.open_payment($1, private.clock_now())
+$$;
+comment on function public.open_payment(jsonb) is
+  'For invoice-generation. {"v":1,"gateway","order_id","invoice_id"} or, for credit, {"v":1,"gateway","order_id","organization_id",'
+  '"amount_minor","currency"} gives {"payment_id","status","amount_minor","currency"}.';
+
+create function public.record_payment(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.record_payment($1, private.clock_now())
+$$;
+comment on function public.record_payment(jsonb) is
+  'For webhook-intake. {"v":1,"gateway","payment_id","order_id"?,"invoice_id"?,"status":"pending|authorized|failed|captured",'
+  '"amount_minor","currency","occurred_at"?,"failure"?:{"code","message"}} gives {"result":"applied|duplicate|ignored|unmatched|conflict|'
+  'orphan","payment","invoice"}.';
+
+create function public.record_refund(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.record_refund($1, private.clock_now())
+$$;
+comment on function public.record_refund(jsonb) is
+  'For webhook-intake. {"v":1,"gateway","refund_id","payment_id","status":"pending|processed|failed","amount_minor","currency"} gives '
+  '{"result":"applied|duplicate|ignored|conflict|orphan","refund","payment"}.';
+
+create function public.save_payment_method(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.save_payment_method($1, private.clock_now())
+$$;
+comment on function public.save_payment_method(jsonb) is
+  'For webhook-intake. {"v":1,"organization_id","gateway","type","payment_method_id","customer_id"?,"last4"?,"brand"?,"expiry_month"?,'
+  '"expiry_year"?,"is_default"?} gives {"id","is_default"}.';
+
+create function public.remove_payment_method(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.remove_payment_method($1, private.clock_now())
+$$;
+comment on function public.remove_payment_method(jsonb) is
+  'For webhook-intake. {"v":1,"gateway","payment_method_id"} gives {"removed":bool}.';
+
+create function public.issue_credit_note(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.issue_credit_note($1, private.clock_now())
+$$;
+comment on function public.issue_credit_note(jsonb) is
+  'For invoice-generation. {"v":1,"invoice_id","idempotency_key","reason","lines"?:[{"invoice_line_id","amount_minor"}]} gives '
+  '{"result":"issued|duplicate","id","number","total_minor","currency"}.';
+
+revoke all on function
+  private.settle_invoice(uuid, uuid, timestamptz), private.read_minor(jsonb, text), private.read_choice(jsonb, text, text[]),
+  private.read_token(jsonb, text), private.read_uuid(jsonb, text), private.open_payment(jsonb, timestamptz),
+  private.record_payment(jsonb, timestamptz), private.record_refund(jsonb, timestamptz),
+  private.save_payment_method(jsonb, timestamptz), private.remove_payment_method(jsonb, timestamptz),
+  private.issue_credit_note(jsonb, timestamptz), public.open_payment(jsonb), public.record_payment(jsonb), public.record_refund(jsonb),
+  public.save_payment_method(jsonb), public.remove_payment_method(jsonb), public.issue_credit_note(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.open_payment(jsonb, timestamptz), private.record_payment(jsonb, timestamptz), private.record_refund(jsonb, timestamptz),
+  private.save_payment_method(jsonb, timestamptz), private.remove_payment_method(jsonb, timestamptz),
+  private.issue_credit_note(jsonb, timestamptz), public.open_payment(jsonb), public.record_payment(jsonb), public.record_refund(jsonb),
+  public.save_payment_method(jsonb), public.remove_payment_method(jsonb), public.issue_credit_note(jsonb)
+to service_role;

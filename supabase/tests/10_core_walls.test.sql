@@ -61,7 +61,7 @@ select set_eq(
         or has_column_privilege('authenticated', t.oid, attribute.attnum, 'update')
       )$$,
   -- A project is active or archived and a lead is new or lost as its users say; no machine hangs on either.
-  array['projects.status', 'leads.status'],
+  array['projects.status', 'leads.status', 'products.status'],
   'No user writes a tenant, a role, an author, a time or the state of anything that the system moves'
 );
 select is_empty(
@@ -146,7 +146,10 @@ select set_eq(
   $$select name from pg_temp.routines where schema = 'public' and has_function_privilege('service_role', oid, 'execute')$$,
   array[
     'apply_event(jsonb)', 'open_source(jsonb)', 'sweep_events(jsonb)', 'release_calls(jsonb)', 'begin_dials(jsonb)', 'record_dials(jsonb)',
-    'reconcile_calls(jsonb)', 'record_usage(jsonb)', 'close_periods(jsonb)'
+    'reconcile_calls(jsonb)', 'record_usage(jsonb)', 'close_periods(jsonb)', 'open_payment(jsonb)', 'record_payment(jsonb)',
+    'record_refund(jsonb)', 'save_payment_method(jsonb)', 'remove_payment_method(jsonb)', 'issue_credit_note(jsonb)', 'expire_credit(jsonb)',
+    'open_websocket(jsonb)', 'ping_websockets(jsonb)', 'close_websocket(jsonb)', 'reap_websockets(jsonb)', 'reap_impersonations(jsonb)',
+    'roll_up_call_analytics(jsonb)', 'auto_complete_inactive_conversations(jsonb)', 'expire_reservations(jsonb)'
   ],
   'The handlers'' role executes the handlers'' functions and no other'
 );

@@ -220,8 +220,10 @@ select throws_ok(
   $$ delete from public.organizations where id = '00000000-0000-4000-8000-000000000001' $$, '23503', null,
   'an organization with fiscal records is not deleted'
 );
-select lives_ok(
-  $$ update public.invoices set status = 'paid', amount_paid_minor = total_minor, paid_at = now() where id = pg_temp.invoice() $$, 'it can be paid'
+select is(
+  private.record_payment(
+    (select jsonb_build_object('gateway', 'manual', 'payment_id', 'transfer', 'status', 'captured', 'amount_minor', total_minor, 'currency', currency,
+      'invoice_id', id) from public.invoices where id = pg_temp.invoice()), now()) #>> '{invoice,status}', 'paid', 'it can be paid'
 );
 select throws_ok($$ update public.invoices set status = 'void' where id = pg_temp.invoice() $$, '23514', null, 'and then not be voided');
 select lives_ok(

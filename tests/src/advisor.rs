@@ -4,11 +4,13 @@ use crate::Database;
 use anyhow::{Context, Result, ensure};
 use local::parts::{install, postgres::Role, progress::Progress};
 use serde::Deserialize;
-use std::{env, process::Stdio};
+use std::{env, path::Path, process::Stdio};
 use tokio::process::Command;
 
 /// What a fresh database cannot pass: nothing has used an index yet.
 const NOT_JUDGED: &str = "unused_index";
+/// Everything that it has to say, to be read by a program.
+const ARGUMENTS: &str = "db advisors --type all --level info --fail-on none --output-format json --agent no";
 
 /// Something that the advisor has against a schema.
 #[derive(Debug, Deserialize)]
@@ -26,29 +28,20 @@ struct Advice {
     results: Vec<Finding>,
 }
 
-/// Runs every lint; what was found, whatever its level.
+/// Runs every lint over a test's database; what was found, whatever its level.
 pub async fn findings(database: &Database) -> Result<Vec<Finding>> {
-    let cli = install::supabase_cli(&Progress::hidden()).await?;
-    let home = &database.attached.folder;
     // The lints ask what the API exposes; on Supabase the platform has set it.
     let admin = database.connect(Role::Admin).await?;
     admin.batch_execute(&format!("alter database \"{}\" set pgrst.db_schemas = 'public'", database.name)).await?;
+    findings_at(database.url(Role::Owner), &database.attached.folder).await
+}
+
+/// As [`findings`], of any database; it is only read. The CLI keeps its notes in `home`.
+pub async fn findings_at(url: &str, home: &Path) -> Result<Vec<Finding>> {
+    let cli = install::supabase_cli(&Progress::hidden()).await?;
     let output = Command::new(cli)
-        .args([
-            "db",
-            "advisors",
-            "--type",
-            "all",
-            "--level",
-            "info",
-            "--fail-on",
-            "none",
-            "--output-format",
-            "json",
-            "--agent",
-            "no",
-        ])
-        .arg(format!("--remote={}", database.url(Role::Owner)))
+        .args(ARGUMENTS.split(' '))
+        .arg(format!("--remote={url}"))
         .current_dir(home)
         .env_clear()
         .envs([("HOME", home), ("XDG_CONFIG_HOME", home), ("SUPABASE_HOME", home)])
@@ -61,7 +54,6 @@ pub async fn findings(database: &Database) -> Result<Vec<Finding>> {
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "the advisor did not run: {text}{}", String::from_utf8_lossy(&output.stderr));
     let Advice { mut results } = serde_json::from_str(&text).with_context(|| format!("the advisor said: {text}"))?;
-    ensure!(!results.is_empty(), "the advisor saw nothing at all: not even an index that was never used");
     results.retain(|finding| finding.name != NOT_JUDGED);
     Ok(results)
 }

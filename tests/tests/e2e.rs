@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use local::parts::folder::RunFolder;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 use tests::{
     programs::{self, Program, all_gone, family, names},
@@ -84,6 +84,62 @@ async fn the_demo_s_table_adds_up_alone_in_company_and_without_postgrest_for_a_w
         assert_eq!(number(&interrupted, key), number(&seven, key), "{key}");
     }
     assert_eq!(interrupted["outcomes"], seven["outcomes"]);
+    Ok(())
+}
+
+/// Sends a request as the first organization's owner, or as `token` says; its status and body.
+async fn ask(up: &Value, method: &str, path: &str, token: &str, body: &str) -> Result<(u16, Value)> {
+    let answer = local::parts::http_client()?
+        .request(method.parse()?, format!("{}{path}", up["origin"].as_str().context("no origin")?))
+        .header("apikey", up["publishable_key"].as_str().unwrap_or_default())
+        .header("content-type", "application/json")
+        .header("origin", "https://app.example.com")
+        .bearer_auth(token)
+        .body(body.to_owned())
+        .send()
+        .await?;
+    let allowed = answer.headers().get("access-control-allow-origin").and_then(|value| value.to_str().ok());
+    assert_eq!(allowed, Some("*"), "a browser may read every answer: {method} {path}");
+    Ok((answer.status().as_u16(), answer.json().await?))
+}
+
+#[tokio::test]
+async fn the_running_functions_refuse_with_a_status_and_say_what_is_wrong() -> Result<()> {
+    let place = place().await?;
+    let mut running = Program::start(&place.binaries.join("up"), &["--json"], place.folder.path()).await?;
+    let up: Value = serde_json::from_str(&running.line(DEMO_WITHIN).await?)?;
+    let own = up["organizations"][0]["user_jwt"].as_str().context("no token")?;
+    let other = up["organizations"][1]["user_jwt"].as_str().context("no token")?;
+    let lead = json!({ "name": "Asha", "phone": "+919812345678" }).to_string();
+    assert_eq!(ask(&up, "POST", "/rest/v1/leads?select=id", own, &lead).await?.0, 201);
+    let campaigns = "/functions/v1/call-dispatch/campaigns";
+    let (status, campaign) = ask(&up, "POST", campaigns, own, r#"{"name":"First"}"#).await?;
+    assert_eq!(status, 201, "{campaign}");
+
+    let start = format!("{campaigns}/{}/start", campaign["id"].as_str().unwrap_or_default());
+    let callback = "/functions/v1/webhook-intake/plivo/hangup/forged.token";
+    let large = "x".repeat(600 * 1024);
+    // The last letters of a token are its signature.
+    let tampered = format!("{}{}", &own[..own.len() - 6], if own.ends_with("AAAAAA") { "BBBBBB" } else { "AAAAAA" });
+    for (what, method, path, token, body, expected) in [
+        ("a made-up token in the URL", "POST", callback, own, "CallUUID=x", (403, "bad_token", "token")),
+        ("too large a body", "POST", callback, own, large.as_str(), (413, "body_too_large", "body")),
+        ("half a body", "POST", campaigns, own, "{", (400, "malformed_request", "body")),
+        ("another organization's campaign", "POST", &start, other, "", (404, "campaign_not_found", "campaign_id")),
+        ("a token with another signature", "POST", &start, &tampered, "", (401, "invalid_token", "")),
+        ("no user's token", "POST", &start, "sb_publishable_x", "", (401, "unauthorized", "authorization")),
+        ("no such route", "POST", "/functions/v1/call-dispatch/nothing", own, "", (404, "not_found", "")),
+    ] {
+        let (status, error) = ask(&up, method, path, token, body).await?;
+        let field = error["details"]["field"].as_str().unwrap_or_default();
+        let code = error["code"].as_str().unwrap_or_default();
+        assert_eq!((status, code, field), expected, "{what}: {error}");
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{what}: {error}");
+    }
+    let read = format!("{campaigns}/{}", campaign["id"].as_str().unwrap_or_default());
+    assert_eq!(ask(&up, "GET", &read, own, "").await?.1["status"], "draft", "none of them changed it");
+    running.signal(libc::SIGINT);
+    assert_eq!(running.end(Duration::from_secs(20)).await?.0, Some(0));
     Ok(())
 }
 

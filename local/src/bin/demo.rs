@@ -86,7 +86,6 @@ async fn run(arguments: Arguments) -> Result<ExitCode> {
     let played = tokio::select! {
         played = story::play(&stack, &options, &progress, started) => played,
         () = &mut interrupted => {
-            progress.print("  stopping");
             stack.stop().await?;
             return Ok(ExitCode::from(130));
         }

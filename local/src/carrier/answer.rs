@@ -214,10 +214,8 @@ mod tests {
 
     #[test]
     fn reads_a_recorded_agent() {
-        let wanted = Instructions {
-            recording: Some(("https://h/rec?a=1&b=2".to_owned(), "POST".to_owned())),
-            then: Then::Talk,
-        };
+        let wanted =
+            Instructions { recording: Some(("https://h/rec?a=1&b=2".to_owned(), "POST".to_owned())), then: Then::Talk };
         assert_eq!(read(AGENT), Ok(wanted));
     }
 

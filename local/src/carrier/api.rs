@@ -17,11 +17,7 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde_json::{Value, json};
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::sync::Notify;
 use url::Url;
 use uuid::Uuid;
@@ -62,13 +58,19 @@ fn authenticate(world: &World, auth_id: &str, headers: &HeaderMap) -> Result<Acc
     }
 }
 
-async fn create(State(world): State<Arc<World>>, Path(auth_id): Path<String>, headers: HeaderMap, body: Bytes) -> Response {
+async fn create(
+    State(world): State<Arc<World>>,
+    Path(auth_id): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let account = match authenticate(&world, &auth_id, &headers) {
         Ok(account) => account,
         Err(response) => return *response,
     };
     let refuse = |status: StatusCode, message: &str, to: Option<&str>| {
-        world.note(json!({"event": "refused", "at": Utc::now(), "to": to, "status": status.as_u16(), "error": message}));
+        world
+            .note(json!({"event": "refused", "at": Utc::now(), "to": to, "status": status.as_u16(), "error": message}));
         error(status, message)
     };
     let request = match parameters(&headers, &body).and_then(|params| request(&account, &params)) {
@@ -231,7 +233,8 @@ async fn list(
     let book = world.book();
     let staged = |queued: bool| {
         let calls = book.live(&auth_id).filter(|call| (call.stage == Stage::Queued) == queued);
-        Json(json!({"api_id": Uuid::new_v4(), "calls": calls.map(|call| call.uuid).collect::<Vec<_>>()})).into_response()
+        Json(json!({"api_id": Uuid::new_v4(), "calls": calls.map(|call| call.uuid).collect::<Vec<_>>()}))
+            .into_response()
     };
     match query.get("status").map(String::as_str) {
         Some("live") => return staged(false),
@@ -253,36 +256,14 @@ fn records(world: &World, book: &Book, auth_id: &str, query: &Params) -> Result<
     };
     let limit = number("limit", PAGE)?.clamp(1, PAGE);
     let offset = number("offset", 0)?;
-    let code = query.get("hangup_cause_code").map(|code| code.parse::<u16>().map_err(|_| "hangup_cause_code parameter is not valid"));
-    let code = code.transpose()?;
-    let bounds = ["end_time__gt", "end_time__gte", "end_time__lt", "end_time__lte"]
-        .into_iter()
-        .filter_map(|name| query.get(name).map(|value| Ok((name, time(value).ok_or(format!("{name} parameter is not valid"))?))))
-        .collect::<Result<Vec<_>, String>>()?;
-    // Numbers match exactly or by prefix.
-    let matches_number = |name: &str, actual: &str| query.get(name).is_none_or(|wanted| digits(actual).starts_with(&digits(wanted)));
-    let matching = || {
-        book.ended
-            .iter()
-            .rev()
-            .map(|index| &book.calls[*index])
-            .filter(|call| call.auth_id == auth_id)
-            .filter(|call| matches_number("to_number", &call.request.to) && matches_number("from_number", &call.request.from))
-            .filter(|call| code.is_none_or(|code| call.cause.is_some_and(|cause| cause.code == code)))
-            .filter(|call| {
-                call.ended_at.is_some_and(|end| {
-                    bounds.iter().all(|(name, bound)| match *name {
-                        "end_time__gt" => end > *bound,
-                        "end_time__gte" => end >= *bound,
-                        "end_time__lt" => end < *bound,
-                        _ => end <= *bound,
-                    })
-                })
-            })
-    };
-    let total = matching().count();
+    let filters = filters(query)?;
+    let fits = |call: &&Call| filters.iter().all(|filter| filter(call));
+    // Without a filter nothing need be looked at to be counted: whoever reads it all asks for many pages.
+    let total = if filters.is_empty() { book.ended(auth_id).len() } else { book.ended(auth_id).filter(fits).count() };
     let page = |offset: usize| format!("/v1/Account/{auth_id}/Call/?limit={limit}&offset={offset}");
-    let objects: Vec<_> = matching()
+    let objects: Vec<_> = book
+        .ended(auth_id)
+        .filter(fits)
         .skip(offset)
         .take(limit)
         .map(|call| call.record(&world.options.billing, world.options.zone))
@@ -298,6 +279,40 @@ fn records(world: &World, book: &Book, auth_id: &str, query: &Params) -> Result<
         },
         "objects": objects,
     }))
+}
+
+type Filter = Box<dyn Fn(&Call) -> bool>;
+
+/// What the query asks of a record. Numbers match exactly or by prefix.
+fn filters(query: &Params) -> Result<Vec<Filter>, String> {
+    let mut filters: Vec<Filter> = Vec::new();
+    for (name, value) in query {
+        let wrong = || format!("{name} parameter is not valid");
+        match name.as_str() {
+            "to_number" | "from_number" => {
+                let (wanted, to) = (digits(value), name == "to_number");
+                filters.push(Box::new(move |call| {
+                    digits(if to { &call.request.to } else { &call.request.from }).starts_with(&wanted)
+                }));
+            }
+            "hangup_cause_code" => {
+                let code: u16 = value.parse().map_err(|_| wrong())?;
+                filters.push(Box::new(move |call| call.cause.is_some_and(|cause| cause.code == code)));
+            }
+            "end_time__gt" | "end_time__gte" | "end_time__lt" | "end_time__lte" => {
+                let bound = time(value).ok_or_else(wrong)?;
+                let kept: fn(&DateTime<Utc>, &DateTime<Utc>) -> bool = match name.as_str() {
+                    "end_time__gt" => |end, bound| end > bound,
+                    "end_time__gte" => |end, bound| end >= bound,
+                    "end_time__lt" => |end, bound| end < bound,
+                    _ => |end, bound| end <= bound,
+                };
+                filters.push(Box::new(move |call| call.ended_at.is_some_and(|end| kept(&end, &bound))));
+            }
+            _ => {}
+        }
+    }
+    Ok(filters)
 }
 
 /// A filter's time: UTC, seconds and fraction optional.

@@ -76,7 +76,10 @@ impl Billing {
     pub fn billed(&self, seconds: u32) -> u32 {
         match seconds {
             0 => 0,
-            seconds => self.first_pulse + seconds.saturating_sub(self.first_pulse).div_ceil(self.pulse.max(1)) * self.pulse.max(1),
+            seconds => {
+                self.first_pulse
+                    + seconds.saturating_sub(self.first_pulse).div_ceil(self.pulse.max(1)) * self.pulse.max(1)
+            }
         }
     }
 
@@ -191,8 +194,8 @@ pub(super) struct Book {
     dialled: HashMap<String, u32>,
     asked: HashMap<String, u32>,
     live: BTreeSet<usize>,
-    /// Indexes of ended calls, in the order of their ends.
-    pub ended: Vec<usize>,
+    /// Indexes of ended calls by account, in the order of their ends.
+    ended: HashMap<String, Vec<usize>>,
 }
 
 impl Book {
@@ -225,7 +228,7 @@ impl Book {
         let was = self.calls[index].stage;
         let result = change(&mut self.calls[index]);
         if was != Stage::Ended && self.calls[index].stage == Stage::Ended {
-            self.ended.push(index);
+            self.ended.entry(self.calls[index].auth_id.clone()).or_default().push(index);
             self.live.remove(&index);
         }
         Some(result)
@@ -234,6 +237,12 @@ impl Book {
     /// Calls of one account that are not over.
     pub fn live<'a>(&'a self, auth_id: &'a str) -> impl Iterator<Item = &'a Call> {
         self.live.iter().map(|index| &self.calls[*index]).filter(move |call| call.auth_id == auth_id)
+    }
+
+    /// Calls of one account that are over, the latest end first.
+    pub fn ended<'a>(&'a self, auth_id: &str) -> impl ExactSizeIterator<Item = &'a Call> {
+        let ended = self.ended.get(auth_id).map_or(&[][..], Vec::as_slice);
+        ended.iter().rev().map(|index| &self.calls[*index])
     }
 
     /// How many calls are not over.

@@ -8,7 +8,10 @@ use super::{
 };
 use serde::Serialize;
 use std::{
-    sync::{Arc, atomic::{AtomicU64, Ordering}},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 use uuid::Uuid;
@@ -217,12 +220,8 @@ async fn try_once(world: &World, callback: &Callback, timeout: Duration) -> reqw
     let request = signed.into_iter().fold(request, |request, (name, value)| request.header(name, value));
     let response = request.header("user-agent", "Plivo").timeout(timeout).send().await?;
     let status = response.status().as_u16();
-    let content_type = response
-        .headers()
-        .get("content-type")
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or_default()
-        .to_owned();
+    let content_type =
+        response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
     let mut body = response.text().await?;
     if body.len() >= MAX_DOCUMENT {
         body.clear();

@@ -17,7 +17,13 @@ pub struct Cause {
     pub source: &'static str,
 }
 
-const fn cause(status: &'static str, cause: &'static str, name: &'static str, code: u16, source: &'static str) -> Cause {
+const fn cause(
+    status: &'static str,
+    cause: &'static str,
+    name: &'static str,
+    code: u16,
+    source: &'static str,
+) -> Cause {
     Cause { status, cause, name, code, source }
 }
 

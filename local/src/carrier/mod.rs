@@ -185,7 +185,9 @@ impl Carrier {
         let log = options
             .log
             .as_ref()
-            .map(|path| File::create(path).with_context(|| format!("the carrier's log {} cannot be written", path.display())))
+            .map(|path| {
+                File::create(path).with_context(|| format!("the carrier's log {} cannot be written", path.display()))
+            })
             .transpose()?
             .map(Mutex::new);
         let accounts = options.accounts.iter().map(|account| (account.auth_id.clone(), account.clone())).collect();

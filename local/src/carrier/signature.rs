@@ -46,7 +46,8 @@ pub fn text_v2(url: &str, nonce: &str) -> String {
 
 /// Base64 of the HMAC-SHA256 of `text` under an account's auth token.
 pub fn sign(auth_token: &str, text: &str) -> String {
-    let mut mac = Hmac::<Sha256>::new_from_slice(auth_token.as_bytes()).unwrap_or_else(|_| unreachable!("HMAC takes keys of any length"));
+    let mut mac = Hmac::<Sha256>::new_from_slice(auth_token.as_bytes())
+        .unwrap_or_else(|_| unreachable!("HMAC takes keys of any length"));
     mac.update(text.as_bytes());
     STANDARD.encode(mac.finalize().into_bytes())
 }

@@ -33,7 +33,12 @@ struct Receiver {
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
-async fn receive(State(receiver): State<Receiver>, uri: axum::http::Uri, headers: HeaderMap, body: Bytes) -> impl IntoResponse {
+async fn receive(
+    State(receiver): State<Receiver>,
+    uri: axum::http::Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> impl IntoResponse {
     let form: Pairs = form_urlencoded::parse(&body).into_owned().collect();
     let url = format!("{}{uri}", receiver.origin);
     let nonce = headers["X-Plivo-Signature-V3-Nonce"].to_str().unwrap();
@@ -120,7 +125,10 @@ async fn plays_an_answered_call() {
     let seen = bench.seen();
     let paths: Vec<_> = seen.iter().map(|seen| seen.path.as_str()).collect();
     assert_eq!((paths.len(), &paths[..2]), (4, &["/ring", "/answer"][..]));
-    assert!(seen.iter().all(|seen| seen.get("CallUUID") == uuid && seen.get("To") == to && seen.get("From") == "918031234567"));
+    assert!(
+        seen.iter()
+            .all(|seen| seen.get("CallUUID") == uuid && seen.get("To") == to && seen.get("From") == "918031234567")
+    );
     let hangup = seen.iter().find(|seen| seen.path == "/hangup").unwrap();
     let recording = seen.iter().find(|seen| seen.path == "/recording").unwrap();
     assert_eq!((hangup.get("Event"), hangup.get("CallStatus")), ("Hangup", "completed"));

@@ -38,8 +38,11 @@ pub async fn functions(packages: &[String], progress: &Progress, logs: &Path) ->
     step.say("building");
     let log = logs.join("build.log");
     let mut process = Command::new(cargo)
-        .args(["build", "--message-format=json-render-diagnostics", "--bins"])
-        .args(packages.iter().flat_map(|package| ["--package", package]))
+        .args(["build", "--message-format=json-render-diagnostics"])
+        // Chosen together with this crate, they share its dependencies as they are built already: alone, they would need fewer
+        // features of them, and build them all anew.
+        .args(["--package", env!("CARGO_PKG_NAME")])
+        .args(packages.iter().flat_map(|package| ["--package", package, "--bin", package]))
         .folder(folder::workspace()?)
         // What cargo told this program about its own package would make build scripts that look at it run again.
         .clear_env()

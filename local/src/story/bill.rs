@@ -69,12 +69,19 @@ fn first(list: &Value) -> Option<&Value> {
 /// Messages in all dead-letter queues.
 pub async fn dead_letters(stack: &Stack) -> Result<u64> {
     let sqs = stack.sqs();
-    let dead: Vec<_> = stack.template.queues.iter().filter_map(|queue| queue.redrive.as_ref()).map(|redrive| &redrive.target).collect();
+    let dead: Vec<_> = stack
+        .template
+        .queues
+        .iter()
+        .filter_map(|queue| queue.redrive.as_ref())
+        .map(|redrive| &redrive.target)
+        .collect();
     let mut count = 0;
     for (id, url) in stack.queue_urls.iter().filter(|(id, _)| dead.contains(id)) {
         let request = sqs.get_queue_attributes().queue_url(url);
         let answer = request.attribute_names(QueueAttributeName::ApproximateNumberOfMessages).send().await;
-        let attributes = answer.with_context(|| format!("counting the messages of {id}"))?.attributes.unwrap_or_default();
+        let attributes =
+            answer.with_context(|| format!("counting the messages of {id}"))?.attributes.unwrap_or_default();
         let messages = attributes.get(&QueueAttributeName::ApproximateNumberOfMessages);
         count += messages.and_then(|messages| messages.parse::<u64>().ok()).unwrap_or(0);
     }

@@ -66,7 +66,10 @@ async fn operator(stack: &Stack, organization: Uuid, account: Uuid, live_calls: 
         .await
         .context("cannot make the demo's plan")?;
     database
-        .query_one("select private.subscribe_organization($1, $2, 'active', private.clock_now())", &[&organization, &PLAN])
+        .query_one(
+            "select private.subscribe_organization($1, $2, 'active', private.clock_now())",
+            &[&organization, &PLAN],
+        )
         .await
         .context("cannot subscribe to the demo's plan")?;
     for (table, id) in [("organizations", organization), ("carrier_accounts", account)] {
@@ -80,7 +83,8 @@ async fn operator(stack: &Stack, organization: Uuid, account: Uuid, live_calls: 
 
 /// Makes the project and imports `count` leads into it; the project's id.
 pub async fn import_leads(cast: &Cast, count: usize, step: &Step) -> Result<Uuid> {
-    let project = cast.browser.insert("projects", &json!({ "name": "Sunrise Heights", "project_type": "residential" })).await?;
+    let project =
+        cast.browser.insert("projects", &json!({ "name": "Sunrise Heights", "project_type": "residential" })).await?;
     let project = id_of(&project)?;
     step.set_length(count as u64);
     let mut imported = 0;

@@ -147,7 +147,10 @@ pub async fn invoices(database: &Client, organization: Uuid) -> Result<Vec<Invoi
             )
             .await?;
         let taxes = database
-            .query("select name, rate_bp, amount_minor from public.invoice_taxes where invoice_id = $1 order by position", &[&id])
+            .query(
+                "select name, rate_bp, amount_minor from public.invoice_taxes where invoice_id = $1 order by position",
+                &[&id],
+            )
             .await?;
         invoices.push(Invoice {
             id,
@@ -171,7 +174,10 @@ pub async fn invoices(database: &Client, organization: Uuid) -> Result<Vec<Invoi
                     amount_minor: line.get(7),
                 })
                 .collect(),
-            taxes: taxes.iter().map(|tax| Tax { name: tax.get(0), rate_bp: tax.get(1), amount_minor: tax.get(2) }).collect(),
+            taxes: taxes
+                .iter()
+                .map(|tax| Tax { name: tax.get(0), rate_bp: tax.get(1), amount_minor: tax.get(2) })
+                .collect(),
         });
     }
     Ok(invoices)

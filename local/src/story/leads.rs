@@ -31,7 +31,8 @@ pub fn sheets(count: usize, per_sheet: usize, project: Uuid) -> Result<Vec<Sheet
         let known = &shipped[index % shipped.len()];
         let mut row = known.clone();
         if index >= shipped.len() {
-            row = [&known[0], &phone(index), &known[2], &format!("made-up-{index:06}"), &known[4]].into_iter().collect();
+            row =
+                [&known[0], &phone(index), &known[2], &format!("made-up-{index:06}"), &known[4]].into_iter().collect();
         }
         row.push_field(&project);
         row

@@ -56,7 +56,7 @@ pub struct Played {
 
 /// Calls at the same time when nobody says how many: enough that the machine and not the limit is what is waited for.
 fn live_calls(leads: usize) -> i32 {
-    (leads / 5).clamp(10, 64) as i32
+    (leads / 5).clamp(10, 128) as i32
 }
 
 /// Plays the story on a stack on which nothing has happened. `started` is when the stack began to start.
@@ -113,7 +113,8 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
     stage("closing the period");
 
     let step = progress.step("Comparing");
-    let witness = Witness { url, auth_id: account.auth_id, auth_token: account.auth_token, http: crate::parts::http_client()? };
+    let witness =
+        Witness { url, auth_id: account.auth_id, auth_token: account.auth_token, http: crate::parts::http_client()? };
     let dials = witness.dials(|read, of| step.say(format!("the carrier's record, {read} of {of} calls"))).await?;
     let database = stack.connect(crate::parts::postgres::Role::Admin).await?;
     let evidence = Evidence {

@@ -191,8 +191,16 @@ fn checks(evidence: &Evidence, numbers: &Numbers) -> Vec<Check> {
         check("calls counted = calls the carrier billed", numbers.usage_calls, numbers.billable_calls),
         check("seconds counted = seconds the carrier billed", numbers.usage_seconds, numbers.carrier_bill_seconds),
         check("the calls themselves say the same", books.attempt_seconds, numbers.usage_seconds),
-        check("events, days and counters of calls agree", books.calls.events, agreed(books.calls.days, books.calls.counter)),
-        check("events, days and counters of seconds agree", books.seconds.events, agreed(books.seconds.days, books.seconds.counter)),
+        check(
+            "events, days and counters of calls agree",
+            books.calls.events,
+            agreed(books.calls.days, books.calls.counter),
+        ),
+        check(
+            "events, days and counters of seconds agree",
+            books.seconds.events,
+            agreed(books.seconds.days, books.seconds.counter),
+        ),
         check("nothing is held for calls any more", books.reserved, 0),
         check("one invoice was made", numbers.invoices, 1),
         check("overage = usage beyond the plan", numbers.invoice_overage_seconds, owed.seconds),
@@ -230,7 +238,9 @@ fn rounded(dividend: i64, divisor: i64) -> i64 {
 /// A number of a JSON object, wherever in it the object lies that has it.
 fn find(value: &Value, name: &str) -> Option<i64> {
     match value {
-        Value::Object(object) => object.get(name).and_then(Value::as_i64).or_else(|| object.values().find_map(|value| find(value, name))),
+        Value::Object(object) => {
+            object.get(name).and_then(Value::as_i64).or_else(|| object.values().find_map(|value| find(value, name)))
+        }
         Value::Array(array) => array.iter().find_map(|value| find(value, name)),
         _ => None,
     }

@@ -54,9 +54,9 @@ fn title(out: &mut String, ink: Ink, text: &str) {
 fn head(out: &mut String, report: &Report, ink: Ink) {
     let numbers = &report.numbers;
     let text = format!(
-        "{} leads, {} calls, one invoice of {}",
-        thousands(numbers.leads),
-        thousands(numbers.carrier_creates),
+        "{}, {}, one invoice of {}",
+        counted(numbers.leads, "lead"),
+        counted(numbers.carrier_creates, "call"),
         money(numbers.invoice_total_minor, &numbers.currency)
     );
     line!(out, "\n  {}", ink.bold(&text));
@@ -73,14 +73,21 @@ fn calls(out: &mut String, report: &Report, ink: Ink) {
     for (outcome, count) in outcomes {
         let bar = "█".repeat((count * 40 / most).max(1) as usize);
         let share = format!("{:.1} %", 100.0 * *count as f64 / all.max(1) as f64);
-        line!(out, "  {:<18}{:>9}  {:>7}  {}", outcome.replace('_', " "), thousands(*count), share, ink.paint("36", &bar));
+        line!(
+            out,
+            "  {:<18}{:>9}  {:>7}  {}",
+            outcome.replace('_', " "),
+            thousands(*count),
+            share,
+            ink.paint("36", &bar)
+        );
     }
     line!(out, "  {:<18}{:>9}  {}", "attempts", thousands(all), ink.dim(&attempts(report)));
     line!(out, "  {:<18}{:>9}  {}", "leads", thousands(numbers.leads), ink.dim(&leads(report)));
     let minutes = format!(
-        "{} billed by the carrier for {} calls",
+        "{} billed by the carrier for {}",
         duration(numbers.carrier_bill_seconds),
-        thousands(numbers.billable_calls)
+        counted(numbers.billable_calls, "call")
     );
     line!(out, "  {:<18}{:>9}  {}", "minutes", thousands(numbers.carrier_bill_seconds / 60), ink.dim(&minutes));
 }
@@ -100,7 +107,8 @@ fn attempts(report: &Report) -> String {
 
 fn leads(report: &Report) -> String {
     let numbers = &report.numbers;
-    let open = if numbers.open == 0 { "no call open".to_owned() } else { format!("{} calls open", numbers.open) };
+    let open =
+        if numbers.open == 0 { "no call open".to_owned() } else { format!("{} open", counted(numbers.open, "call")) };
     format!("{} in a terminal state, {open}", thousands(numbers.terminal))
 }
 
@@ -141,7 +149,8 @@ fn invoice(out: &mut String, report: &Report, ink: Ink) {
         let dates = format!("of {}, due {}", invoice.date.format("%-d %B %Y"), invoice.due.format("%-d %B %Y"));
         line!(out, "  {}", ink.dim(&dates));
         for item in &invoice.lines {
-            let per = if item.price_units == 1 { item.unit.clone() } else { format!("{} {}s", item.price_units, item.unit) };
+            let per =
+                if item.price_units == 1 { item.unit.clone() } else { format!("{} {}s", item.price_units, item.unit) };
             let price = match item.kind.as_str() {
                 "included" => "included".to_owned(),
                 _ => format!("{} / {per}", money(item.unit_price_minor, currency)),
@@ -207,6 +216,11 @@ fn thousands(number: i64) -> String {
         out.push(digit);
     }
     if number < 0 { format!("-{out}") } else { out }
+}
+
+/// So many of something.
+fn counted(number: i64, thing: &str) -> String {
+    format!("{} {thing}{}", thousands(number), if number == 1 { "" } else { "s" })
 }
 
 /// An amount as its readers write it: rupees in lakhs and crores.

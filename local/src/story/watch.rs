@@ -26,6 +26,8 @@ const POLL: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_secs(10);
 /// After so long without any change something is wrong: longer than the reconciler may need for a call that fell silent.
 const PATIENCE: Duration = Duration::from_secs(20 * 60);
+/// How long what is tried again and again may fail.
+const TOLERANCE: Duration = Duration::from_secs(20);
 /// How many kinds of outcome fit on a line that moves.
 const SHOWN: usize = 4;
 /// How long PostgREST stays away when it is killed.
@@ -42,19 +44,29 @@ enum Outage {
     None,
     /// It comes when this many attempts were dialled.
     At(i64),
-    /// Since then PostgREST is away.
-    Since(Instant),
+    /// PostgREST is away, for as long as the step has lasted.
+    Now(Step),
 }
 
 /// Watches until the campaign is over and nothing is under way any more. `kill_postgrest` kills PostgREST in the middle, for five seconds.
-pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest: bool, progress: &Progress) -> Result<Standing> {
+pub async fn campaign(
+    stack: &Stack,
+    cast: &Cast,
+    campaign: Uuid,
+    kill_postgrest: bool,
+    progress: &Progress,
+) -> Result<Standing> {
     let database = stack.connect(Role::Admin).await?;
     let mut display = Display::new(progress);
     let mut last = Standing::default();
     let mut changed = Instant::now();
     let mut polled = Instant::now();
     let mut outage = Outage::None;
+    let mut trouble = Trouble::default();
     loop {
+        if let Outage::Now(step) = &outage {
+            step.say(format!("killed, and back in {} s", OUTAGE.saturating_sub(step.elapsed()).as_secs() + 1));
+        }
         let looked = Instant::now();
         let standing = facts::standing(&database, campaign).await?;
         let looking = looked.elapsed();
@@ -70,14 +82,14 @@ pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest
         let calm = matches!(outage, Outage::None);
         if calm && polled.elapsed() >= POLL {
             polled = Instant::now();
-            cast.browser.get(&format!("functions/v1/call-dispatch/campaigns/{campaign}")).await?;
+            trouble.note(cast.browser.get(&format!("functions/v1/call-dispatch/campaigns/{campaign}")).await)?;
         }
         if calm {
             let over = last.leads > 0 && last.terminal == last.leads && last.open == 0;
-            match stack.clock.advance_when_idle().await? {
-                Advance::Nothing if over => break,
-                Advance::Jumped { .. } => changed = Instant::now(),
-                Advance::Nothing | Advance::Due | Advance::Busy(_) => {}
+            match trouble.note(stack.clock.advance_when_idle().await)? {
+                Some(Advance::Nothing) if over => break,
+                Some(Advance::Jumped { .. }) => changed = Instant::now(),
+                _ => {}
             }
         }
         if changed.elapsed() > PATIENCE {
@@ -88,6 +100,28 @@ pub async fn campaign(stack: &Stack, cast: &Cast, campaign: Uuid, kill_postgrest
     }
     display.done(&last);
     Ok(last)
+}
+
+/// Failures that may pass: what is tried again anyway is given up only when it has failed for a while.
+#[derive(Default)]
+struct Trouble {
+    since: Option<Instant>,
+}
+
+impl Trouble {
+    fn note<T>(&mut self, tried: Result<T>) -> Result<Option<T>> {
+        match tried {
+            Ok(done) => {
+                self.since = None;
+                Ok(Some(done))
+            }
+            Err(error) if self.since.get_or_insert_with(Instant::now).elapsed() > TOLERANCE => Err(error),
+            Err(error) => {
+                tracing::warn!("{error:#}");
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// Waits until nothing is on its way any more: a recording's callback may come after the end of the last call.
@@ -112,12 +146,13 @@ async fn weather(stack: &Stack, outage: Outage, standing: &Standing, progress: &
     Ok(match outage {
         Outage::At(dials) if standing.dials >= dials => {
             stack.postgrest.kill().await?;
-            progress.print("  ! PostgREST        killed; it stays away for five seconds");
-            Outage::Since(Instant::now())
+            let step = progress.step("PostgREST");
+            step.say("killed, and away for five seconds");
+            Outage::Now(step)
         }
-        Outage::Since(since) if since.elapsed() >= OUTAGE => {
+        Outage::Now(step) if step.elapsed() >= OUTAGE => {
             stack.postgrest.restart().await?;
-            progress.print("  ! PostgREST        back");
+            step.done("killed, and back");
             Outage::None
         }
         other => other,
@@ -178,8 +213,11 @@ fn summary(standing: &Standing, shown: usize) -> String {
     let mut outcomes: Vec<_> = standing.outcomes.iter().collect();
     outcomes.sort_by(|one, other| other.1.cmp(one.1));
     let rest: i64 = outcomes.iter().skip(shown).map(|(_, count)| **count).sum();
-    let mut parts: Vec<_> =
-        outcomes.into_iter().take(shown).map(|(outcome, count)| format!("{count} {}", outcome.replace('_', " "))).collect();
+    let mut parts: Vec<_> = outcomes
+        .into_iter()
+        .take(shown)
+        .map(|(outcome, count)| format!("{count} {}", outcome.replace('_', " ")))
+        .collect();
     if rest > 0 {
         parts.push(format!("{rest} other"));
     }

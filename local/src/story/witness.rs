@@ -94,8 +94,8 @@ struct LiveCall {
 
 impl Witness {
     async fn get<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let url = self.url.join(&format!("v1/Account/{}/Call/{path}", self.auth_id))?;
-        let request = self.http.get(url.clone()).basic_auth(&self.auth_id, Some(&self.auth_token));
+        let url = format!("{}/v1/Account/{}/Call/{path}", self.url.as_str().trim_end_matches('/'), self.auth_id);
+        let request = self.http.get(&url).basic_auth(&self.auth_id, Some(&self.auth_token));
         let response = request.send().await.with_context(|| format!("the carrier does not answer at {url}"))?;
         let status = response.status();
         let body = response.text().await?;
@@ -129,7 +129,13 @@ impl Witness {
                 // A call that ended in between is in neither list; it was live, and so it counts.
                 let Ok(call) = self.get::<LiveCall>(&format!("{uuid}/?status={status}")).await else { continue };
                 let created = Moment::read(&call.session_start)?;
-                dials.push(Dial { callee: digits(&call.to), created, ended: None, billed_seconds: 0, hangup_code: None });
+                dials.push(Dial {
+                    callee: digits(&call.to),
+                    created,
+                    ended: None,
+                    billed_seconds: 0,
+                    hangup_code: None,
+                });
             }
         }
         Ok(dials)
@@ -163,7 +169,8 @@ impl Moment {
 }
 
 /// Creates that should not have been: while an earlier call to the number may still have been live, inside the minimum gap, or beyond
-/// the cap of a rolling day. `business` tells the business time of an instant. Where the carrier tells only whole seconds, a create counts when every reading of them makes it one.
+/// the cap of a rolling day. `business` tells the business time of an instant. Where the carrier tells only whole seconds, a create
+/// counts when every reading of them makes it one.
 pub fn double_dials(dials: &[Dial], business: impl Fn(DateTime<Utc>) -> DateTime<Utc>) -> usize {
     let mut by_callee: BTreeMap<&str, Vec<&Dial>> = BTreeMap::new();
     for dial in dials {
@@ -192,20 +199,60 @@ fn digits(number: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::carrier::{Account, Carrier, CarrierOptions};
+    use serde_json::json;
 
     fn dial(callee: &str, from: &str, to: Option<&str>) -> Dial {
         let moment = |time: &str| Moment::read(&format!("2026-11-24 {time}+05:30")).unwrap();
-        Dial { callee: callee.to_owned(), created: moment(from), ended: to.map(moment), billed_seconds: 0, hangup_code: None }
+        Dial {
+            callee: callee.to_owned(),
+            created: moment(from),
+            ended: to.map(moment),
+            billed_seconds: 0,
+            hangup_code: None,
+        }
     }
 
     fn count(dials: &[Dial]) -> usize {
         double_dials(dials, |real| real)
     }
 
+    #[tokio::test]
+    async fn reads_the_whole_record_of_a_carrier() {
+        let account = Account::fresh();
+        let options = CarrierOptions { accounts: vec![account.clone()], ..CarrierOptions::default() };
+        let carrier = Carrier::start(options).await.unwrap();
+        let http = crate::parts::http_client().unwrap();
+        let create = carrier.url().join(&format!("v1/Account/{}/Call/", account.auth_id)).unwrap();
+        for n in 0..45 {
+            let body =
+                json!({"from": "918031234567", "to": format!("9197000001{n:02}"), "answer_url": "http://127.0.0.1:9/"});
+            let request = http.post(create.clone()).basic_auth(&account.auth_id, Some(&account.auth_token));
+            assert_eq!(request.json(&body).send().await.unwrap().status(), 201);
+        }
+        let witness =
+            Witness { url: carrier.url().clone(), auth_id: account.auth_id, auth_token: account.auth_token, http };
+        assert_eq!(witness.dials(|_, _| ()).await.unwrap().len(), 45, "live or ended");
+        while !carrier.is_idle() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let dials = witness.dials(|_, _| ()).await.unwrap();
+        assert_eq!((dials.len(), dials.iter().filter(|dial| dial.ended.is_none()).count()), (45, 0));
+        // Whoever was reached costs a minute, though the answer URL was not.
+        assert!(dials.iter().any(|dial| dial.billed_seconds == 60));
+        assert_eq!(count(&dials), 0);
+    }
+
     #[test]
     fn two_calls_at_once_are_double_whoever_made_them() {
-        assert_eq!(count(&[dial("1", "10:00:00.0", Some("10:00:01.0")), dial("2", "10:00:00.5", Some("10:00:01.0"))]), 0);
-        assert_eq!(count(&[dial("1", "10:00:00.0", Some("11:30:00.0")), dial("1", "11:00:00.5", Some("11:31:00.0"))]), 1);
+        assert_eq!(
+            count(&[dial("1", "10:00:00.0", Some("10:00:01.0")), dial("2", "10:00:00.5", Some("10:00:01.0"))]),
+            0
+        );
+        assert_eq!(
+            count(&[dial("1", "10:00:00.0", Some("11:30:00.0")), dial("1", "11:00:00.5", Some("11:31:00.0"))]),
+            1
+        );
         assert_eq!(count(&[dial("1", "10:00:00.0", None), dial("1", "15:00:00.0", Some("15:01:00.0"))]), 1);
     }
 

@@ -1,6 +1,8 @@
 //! What becomes of events while the database, or the queue too, is away.
 
 use super::*;
+use std::time::{Duration, Instant};
+use tests::{callbacks::recording_url, carrier::signed_callback, events::Answer, proxy::Trouble};
 
 #[tokio::test]
 async fn without_a_database_an_event_waits_on_the_queue_and_is_applied_once() -> Result<()> {
@@ -35,7 +37,7 @@ async fn a_message_stays_on_the_queue_while_the_database_is_away() -> Result<()>
     assert_eq!(campaign.carrier.hangup(&calls[0], &TALKED)?.send(&intake).await?.status, 202);
     let messages = stack.intake_queue.receive().await?;
     let batch = tests::queues::batch(&messages);
-    let answer = events::invoke_within(&intake, batch, std::time::Duration::from_secs(2)).await?;
+    let answer = events::invoke_within(&intake, batch, Duration::from_secs(2)).await?;
     assert_eq!(answer["batchItemFailures"], json!([{ "itemIdentifier": messages[0].message_id() }]));
     Ok(())
 }
@@ -85,31 +87,64 @@ async fn without_database_and_queue_the_carrier_is_told_to_come_again() -> Resul
     Ok(())
 }
 
+/// What the URL alone makes of an answered call.
+fn assert_connects(answer: &Answer, call: &Create, stack: &Stack) -> Result<()> {
+    let secrets = stack.keys.secrets()?;
+    let attempt = token_of(call, &secrets)?.attempt_id;
+    assert_eq!(
+        (answer.status, answer.headers["content-type"].as_str()),
+        (200, Some("application/xml")),
+        "{}",
+        answer.body
+    );
+    assert!(answer.body.contains(&format!("wss://voice.example.com/stream/{attempt}/")), "{}", answer.body);
+    assert!(answer.body.contains(&format!("callbackUrl=\"{}\"", recording_url(call, &secrets)?)), "{}", answer.body);
+    Ok(())
+}
+
+/// A quarter of a second is what database and queue may take together; the rest is for a machine that does other things, and is less than
+/// an event that is not a hint may take.
+const CONNECTED_WITHIN: Duration = Duration::from_millis(1_500);
+
+async fn connect(intake: &Intake, stack: &Stack, campaign: &Campaign, call: &Create) -> Result<()> {
+    let begun = Instant::now();
+    let answer = campaign.carrier.answer(call)?.send(intake).await?;
+    let took = begun.elapsed();
+    println!("connected after {took:?}");
+    assert_connects(&answer, call, stack)?;
+    assert!(took < CONNECTED_WITHIN, "{took:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn an_answered_callee_waits_for_no_database() -> Result<()> {
-    let (stack, campaign, calls) = calls(3).await?;
-    let limit = std::time::Duration::from_millis(1_000);
-    let known = stack.intake()?;
-    assert_eq!(campaign.carrier.ring(&calls[0])?.send(&known).await?.status, 200);
-    // Silent, for a process that knows the account and for one that does not; then gone.
-    stack.proxy.make(Trouble::Delay(std::time::Duration::from_secs(30)));
-    for (what, intake, call) in [("known", known, &calls[0]), ("unknown", stack.intake()?, &calls[1])] {
-        let begun = std::time::Instant::now();
-        let answer = campaign.carrier.answer(call)?.send(&intake).await?;
-        let took = begun.elapsed();
-        println!("{what}, silent database: {took:?}");
-        assert_connects(&answer, call, &stack)?;
-        assert!(took < limit, "{what}: {took:?}");
-    }
-    stack.postgrest.kill().await?;
+    let (stack, campaign, calls) = calls(1).await?;
+    let (known, call) = (stack.intake()?, &calls[0]);
+    connect(&known, &stack, &campaign, call).await?;
+    // A silent database, for a process that knows the account and for one that does not; then none at all.
+    stack.proxy.make(Trouble::Delay(Duration::from_secs(30)));
+    connect(&known, &stack, &campaign, call).await?;
+    connect(&stack.intake()?, &stack, &campaign, call).await?;
     stack.proxy.make(Trouble::None);
-    let begun = std::time::Instant::now();
-    assert_connects(&campaign.carrier.answer(&calls[2])?.send(&stack.intake()?).await?, &calls[2], &stack)?;
-    println!("no database: {:?}", begun.elapsed());
-    assert!(begun.elapsed() < limit);
+    stack.postgrest.kill().await?;
+    connect(&known, &stack, &campaign, call).await?;
+    connect(&stack.intake()?, &stack, &campaign, call).await
+}
+
+#[tokio::test]
+async fn an_answer_that_the_database_did_not_take_waits_on_the_queue() -> Result<()> {
+    let (stack, campaign, calls) = calls(1).await?;
+    let (intake, event) = (stack.intake()?, campaign.carrier.answer(&calls[0])?);
+    stack.postgrest.kill().await?;
+    // It is a hint: a process that has never used the queue may not get it there in time.
+    for _ in 0..50 {
+        assert_connects(&event.send(&intake).await?, &calls[0], &stack)?;
+        if stack.intake_queue.waiting().await? > 0 {
+            break;
+        }
+    }
     stack.postgrest.restart().await?;
-    assert_eq!(stack.intake_queue.deliver(&stack.intake()?).await?.failed, 0);
-    let answered = stack.value("select count(*) from public.call_logs where answered_at is not null").await?;
-    assert_eq!(answered, "3", "the answers waited on the queue");
+    assert_eq!(stack.intake_queue.deliver(&intake).await?.failed, 0);
+    assert_eq!(stack.value("select count(*) from public.call_logs where answered_at is not null").await?, "1");
     Ok(())
 }

@@ -1,6 +1,10 @@
 //! What nobody may have sent, what is not understood and what is too large.
 
 use super::*;
+use anyhow::Context;
+use shared::telephony::token::CallbackToken;
+use tests::{callbacks::callback_url, carrier::signed_callback};
+use uuid::Uuid;
 
 /// Sends what nobody may have made, and fails unless it is 403 and nothing whatever has changed.
 async fn assert_refused(

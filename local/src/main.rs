@@ -1,0 +1,88 @@
+//! What is done with the system by hand: filling a database, and making the files that are made from the schema.
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use local::{
+    parts::{
+        folder::{self, RunFolder},
+        install, postgres,
+        postgres::{Postgres, PostgresOptions, Role, Server},
+        progress::Progress,
+        supabase,
+    },
+    schema::{self, data},
+    stack::DATABASE,
+};
+use std::fs;
+
+/// Trunkline on this machine. `cargo demo` plays the story, `cargo up` starts the stack; these are the other things one does.
+#[derive(Debug, Parser)]
+#[command(name = "local", bin_name = "cargo run -p local --")]
+enum Arguments {
+    /// Fill a database with realistic data, the same for the same seed.
+    Seed(SeedArguments),
+    /// Make master_schema.sql, docs/schema.md and types.ts again from supabase/schemas.
+    Generate,
+}
+
+#[derive(Debug, clap::Args)]
+struct SeedArguments {
+    /// The database, as a superuser; what `cargo up` prints.
+    #[arg(long, value_name = "URL", env = "DATABASE_URL")]
+    database_url: String,
+    #[arg(long, default_value_t = 1)]
+    seed: i64,
+    #[arg(long, default_value_t = 10)]
+    organizations: i32,
+    #[arg(long, default_value_t = 1_000)]
+    leads: i32,
+    #[arg(long, default_value_t = 10_000)]
+    calls: i32,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    match Arguments::parse_from(local::arguments()) {
+        Arguments::Seed(arguments) => seed(&arguments).await,
+        Arguments::Generate => generate().await,
+    }
+}
+
+async fn seed(arguments: &SeedArguments) -> Result<()> {
+    let mut client = postgres::connect(&arguments.database_url).await?;
+    let began = std::time::Instant::now();
+    let amount = data::Amount {
+        seed: arguments.seed,
+        organizations: arguments.organizations,
+        leads: arguments.leads,
+        calls: arguments.calls,
+    };
+    data::generate(&mut client, amount).await?;
+    println!(
+        "{} organizations, {} leads, {} calls in {:.1} s",
+        amount.organizations,
+        amount.leads,
+        amount.calls,
+        began.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+async fn generate() -> Result<()> {
+    let workspace = folder::workspace()?;
+    let files = schema::files()?;
+    fs::write(workspace.join("supabase/master_schema.sql"), schema::master::render(&files))?;
+    let progress = Progress::visible();
+    let server = Server::find(&progress).await?;
+    let cli = install::supabase_cli(&progress).await?;
+    let run = RunFolder::create()?;
+    let logs = run.path().to_path_buf();
+    let postgres = Postgres::start(&server, &run, &logs, &PostgresOptions::default()).await?;
+    let owner = postgres.url(Role::Owner, DATABASE);
+    supabase::push_migrations(&cli, &owner, run.path(), &logs).await?;
+    let client = postgres.connect(Role::Owner, DATABASE).await?;
+    fs::write(workspace.join("docs/schema.md"), schema::docs::render(&client, &files).await?)?;
+    let types = schema::types::render(&cli, &owner, run.path()).await.context("types.ts")?;
+    fs::write(workspace.join("supabase/types.ts"), types)?;
+    postgres.stop().await
+}

@@ -1,0 +1,28 @@
+//! `supabase/types.ts`: the exposed schema in TypeScript, as Supabase's own CLI writes it.
+
+use anyhow::{Result, ensure};
+use std::{env, path::Path, process::Stdio};
+use tokio::process::Command;
+
+/// Asks the CLI for the types of the database at `url` (role `postgres`); it keeps its notes in `home`.
+pub async fn render(cli: &Path, url: &str, home: &Path) -> Result<String> {
+    let output = Command::new(cli)
+        .args(["gen", "types", "typescript", "--schema", "public"])
+        .arg(format!("--remote={url}"))
+        .current_dir(home)
+        .env_clear()
+        .envs([("HOME", home), ("XDG_CONFIG_HOME", home), ("SUPABASE_HOME", home)])
+        .env("PATH", env::var_os("PATH").unwrap_or_default())
+        .envs([("DO_NOT_TRACK", "1"), ("SUPABASE_TELEMETRY_DISABLED", "1"), ("CI", "1"), ("NO_COLOR", "1")])
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(
+        output.status.success() && text.contains("export type Database"),
+        "supabase gen types: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(text)
+}
