@@ -231,7 +231,7 @@ begin
     event.id, event.received_at, event.organization_id, event.source, event.source_id, event.dedupe_key, event.kind, event.attempt_id,
     request -> 'headers', request ->> 'body', request -> 'call', event.status, event.error, event.next_try_at
   );
-  return jsonb_build_object('result', event.status);
+  return jsonb_strip_nulls(jsonb_build_object('result', event.status, 'organization_id', event.organization_id));
 end
 $$;
 comment on function private.apply_event(jsonb, timestamptz) is
@@ -243,7 +243,7 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.apply_event(jsonb) is
   '{"v":1,"source","source_id","kind","attempt_id","dedupe_key","verified":true,"headers","body","call":{...}} -> '
-  '{"result":"applied|duplicate|ignored|orphan|failed"}.';
+  '{"result":"applied|duplicate|ignored|orphan|failed","organization_id"}.';
 
 
 -- sweep_events --------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ pub mod scene;
 pub mod stack;
 pub mod supervisor;
 pub mod tap;
+pub mod tenants;
 
 pub use database::{Database, Fingerprint};
 pub use proxy::Proxy;

@@ -15,6 +15,7 @@ use shared::{
     telephony::{CallbackEvent, token::CallbackToken},
 };
 use std::time::Duration;
+use uuid::Uuid;
 
 /// How long the database may be silent before an event goes to the buffer.
 const APPLY_LIMIT: Duration = Duration::from_secs(2);
@@ -44,6 +45,8 @@ pub enum Disposition {
 #[derive(Deserialize)]
 struct Answer {
     result: Disposition,
+    #[serde(default)]
+    organization_id: Option<Uuid>,
 }
 
 /// Whether the carrier's signature could be checked.
@@ -124,6 +127,10 @@ pub async fn verify(
 /// Stores and applies an event: one request.
 pub async fn apply(intake: &Intake, event: &Value, limit: Duration) -> Result<Disposition> {
     let answer: Answer = intake.supabase.call_within("apply_event", event, limit).await?;
+    if let Some(organization) = answer.organization_id {
+        tracing::Span::current().record("organization_id", tracing::field::display(organization));
+    }
+    tracing::debug!(kind = event["kind"].as_str(), result = ?answer.result, "event");
     Ok(answer.result)
 }
 

@@ -30,6 +30,8 @@ const OVERRIDES: &[(&str, &str, &str)] = &[
           where plan.slug = 'isolation-{side}')",
     ),
     ("subscriptions", "current_period_end", "now() + interval '1 month'"),
+    ("call_credits", "currency", "(array['INR', 'USD', 'EUR', 'GBP', 'JPY'])[{n} + 1]"),
+    ("credit_accounts", "currency", "(array['INR', 'USD', 'EUR', 'GBP', 'JPY'])[{n} + 1]"),
     ("usage_logs", "feature_key", "'ai_calls'"),
     ("usage_logs", "period_start", "date '2026-01-01' + {n} * 31"),
     ("usage_logs", "period_end", "date '2026-02-01' + {n} * 31"),
@@ -103,6 +105,11 @@ impl Table {
         self.columns.iter().filter(|column| !column.generated)
     }
 
+    /// Whether a column points at a tenant's row.
+    pub fn refers(&self, column: &str) -> bool {
+        self.keys.iter().any(|key| key.columns.len() > 1 && key.columns.iter().any(|known| known == column))
+    }
+
     /// Which rows belong to an organization.
     pub fn of(&self, side: Side) -> String {
         self.tenant.map_or_else(|| "true".to_owned(), |column| format!("{column} = '{}'", side.id))
@@ -162,7 +169,9 @@ impl Table {
             return Ok(format!("'{label}'"));
         }
         Ok(match column.type_name.as_str() {
-            "text" => format!("'isolation-{} {} {n} ' || substr(gen_random_uuid()::text, 1, 8)", side.name, column.name),
+            "text" => {
+                format!("'isolation-{} {} {n} ' || substr(gen_random_uuid()::text, 1, 8)", side.name, column.name)
+            }
             "uuid" => "gen_random_uuid()".to_owned(),
             "boolean" => "false".to_owned(),
             "smallint" | "integer" | "bigint" => (n + 1).to_string(),
@@ -240,8 +249,9 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     Ok(tables.into_values().collect())
 }
 
-/// Fills every tenant table for both organizations; the tables named in `rows` are there already.
-pub async fn fill(client: &Client, tables: &[Table], rows: &mut Rows) -> Result<()> {
+/// Fills every tenant table for both organizations; the tables named in `rows` are there already. Returns what it could not fill.
+pub async fn fill(client: &Client, tables: &[Table], rows: &mut Rows) -> Result<Vec<String>> {
+    let mut unfilled = Vec::new();
     let mut open: Vec<&Table> = tables
         .iter()
         .filter(|table| table.tenant.is_some() && !rows.contains_key(&(table.name.clone(), FIRST.name)))
@@ -254,16 +264,22 @@ pub async fn fill(client: &Client, tables: &[Table], rows: &mut Rows) -> Result<
         // Where tables refer to each other in a circle, the one that waits for the fewest goes first, without those keys.
         let next = (0..open.len()).min_by_key(|index| waits(open[*index])).unwrap_or_default();
         let table = open.remove(next);
-        for side in [FIRST, SECOND] {
-            for n in 0..ROWS {
-                let row = insert(client, table, side, n, rows)
-                    .await
-                    .with_context(|| format!("cannot fill public.{}: tell tenants/generate.rs how", table.name))?;
-                rows.entry((table.name.clone(), side.name)).or_default().push(row);
+        client.batch_execute("savepoint filling").await?;
+        for (side, n) in [FIRST, SECOND].into_iter().flat_map(|side| (0..ROWS).map(move |n| (side, n))) {
+            match insert(client, table, side, n, rows).await {
+                Ok(row) => rows.entry((table.name.clone(), side.name)).or_default().push(row),
+                Err(error) => {
+                    client.batch_execute("rollback to savepoint filling").await?;
+                    rows.retain(|(name, _), _| *name != table.name);
+                    unfilled
+                        .push(format!("cannot fill public.{}: tell tenants/generate.rs how: {error:#}", table.name));
+                    break;
+                }
             }
         }
+        client.batch_execute("release savepoint filling").await?;
     }
-    Ok(())
+    Ok(unfilled)
 }
 
 async fn insert(client: &Client, table: &Table, side: Side, n: usize, rows: &Rows) -> Result<Value> {

@@ -167,7 +167,15 @@ pub const FUNCTIONS: &[(&str, Right)] = &[
 
 /// What a member holds by default: the views and `lead.edit`. An admin holds all but `organization.manage`, an owner all.
 pub const MEMBER: &[&str] = &[
-    "lead.view", "lead.edit", "campaign.view", "call.view", "property.view", "store.view", "usage.view", "billing.view", "audit.view",
+    "lead.view",
+    "lead.edit",
+    "campaign.view",
+    "call.view",
+    "property.view",
+    "store.view",
+    "usage.view",
+    "billing.view",
+    "audit.view",
 ];
 
 /// The line of a table.

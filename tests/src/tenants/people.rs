@@ -68,7 +68,13 @@ fn persona(name: &'static str, number: usize, holds: Holds) -> Persona {
 /// Everybody to whom the first organization is closed.
 pub fn everybody() -> Vec<Persona> {
     let mut all = vec![
-        Persona { name: "anon", role: "anon", id: id(0), claims: json!({ "role": "anon" }).to_string(), holds: Holds::Outside },
+        Persona {
+            name: "anon",
+            role: "anon",
+            id: id(0),
+            claims: json!({ "role": "anon" }).to_string(),
+            holds: Holds::Outside,
+        },
         persona("a suspended user of it", 3, Holds::Outside),
         persona("an invited user of it", 4, Holds::Outside),
         persona("the other's owner", 5, Holds::All),
@@ -134,7 +140,10 @@ pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
     for side in [FIRST, SECOND] {
         for (table, column) in [("organizations", "id"), ("profiles", "organization_id")] {
             let made = client
-                .query(&format!("select to_jsonb(t) from public.{table} as t where {column} = '{}' order by id", side.id), &[])
+                .query(
+                    &format!("select to_jsonb(t) from public.{table} as t where {column} = '{}' order by id", side.id),
+                    &[],
+                )
                 .await?;
             rows.insert((table.to_owned(), side.name), made.iter().map(|row| row.get::<_, Value>(0)).collect());
         }
