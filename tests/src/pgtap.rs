@@ -13,16 +13,19 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 /// Where pgTAP's functions are; the files of tests have it on their search path.
 const SCHEMA: &str = "tap";
 
-/// Makes pgTAP available in the schema `tap`, in the transaction that the connection is in.
+/// Makes pgTAP available in the schema `tap`, in the transaction that the connection is in. Where it is there already, it stays.
 pub async fn install(client: &Client) -> Result<()> {
     client.batch_execute(&format!("create schema if not exists {SCHEMA}")).await?;
-    let available = first_column(client, "select 1 from pg_available_extensions where name = 'pgtap'").await?;
-    if available.is_empty() {
-        let sql = fs::read_to_string(plain_sql(client).await?)?;
-        client.batch_execute(&format!("set local search_path = {SCHEMA}")).await?;
-        client.batch_execute(&sql).await.context("pgTAP's plain SQL does not apply")?;
-    } else {
-        client.batch_execute(&format!("create extension if not exists pgtap with schema {SCHEMA}")).await?;
+    let present = format!("select 1 where to_regprocedure('{SCHEMA}.plan(integer)') is not null");
+    let available = "select 1 from pg_available_extensions where name = 'pgtap'";
+    if first_column(client, &present).await?.is_empty() {
+        if first_column(client, available).await?.is_empty() {
+            let sql = fs::read_to_string(plain_sql(client).await?)?;
+            client.batch_execute(&format!("set local search_path = {SCHEMA}")).await?;
+            client.batch_execute(&sql).await.context("pgTAP's plain SQL does not apply")?;
+        } else {
+            client.batch_execute(&format!("create extension if not exists pgtap with schema {SCHEMA}")).await?;
+        }
     }
     // Tests act as users too.
     client

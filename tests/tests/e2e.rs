@@ -100,7 +100,7 @@ async fn ask(up: &Value, method: &str, path: &str, token: &str, body: &str) -> R
         .await?;
     let allowed = answer.headers().get("access-control-allow-origin").and_then(|value| value.to_str().ok());
     assert_eq!(allowed, Some("*"), "a browser may read every answer: {method} {path}");
-    Ok((answer.status().as_u16(), answer.json().await?))
+    Ok((answer.status().as_u16(), serde_json::from_str(&answer.text().await?).unwrap_or_default()))
 }
 
 #[tokio::test]

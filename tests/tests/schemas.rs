@@ -36,7 +36,12 @@ async fn difference(from: &Database, to: &Database) -> Result<String> {
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "the comparison did not run: {text}{}", String::from_utf8_lossy(&output.stderr));
     let statements = |line: &&str| !line.trim().is_empty() && !line.starts_with(['│', '▲', '◇', '└', '┌', '●', '-']);
-    Ok(text.lines().filter(statements).filter(|line| !line.contains("No schema changes")).collect::<Vec<_>>().join("\n"))
+    Ok(text
+        .lines()
+        .filter(statements)
+        .filter(|line| !line.contains("No schema changes"))
+        .collect::<Vec<_>>()
+        .join("\n"))
 }
 
 #[tokio::test]
@@ -120,8 +125,11 @@ async fn a_database_of_the_first_migration_with_data_in_it_loses_nothing() -> Re
                                   where a.attrelid = format('before.%I', tablename)::regclass and a.attnum > 0 and t.typname = 'json')";
     let rows = admin.query(lost, &[]).await?;
     assert!(rows.len() > 20, "only {} tables were compared", rows.len());
-    let missing: Vec<String> =
-        rows.iter().filter(|row| row.get::<_, i64>(1) > 0).map(|row| format!("{}: {}", row.get::<_, String>(0), row.get::<_, i64>(1))).collect();
+    let missing: Vec<String> = rows
+        .iter()
+        .filter(|row| row.get::<_, i64>(1) > 0)
+        .map(|row| format!("{}: {}", row.get::<_, String>(0), row.get::<_, i64>(1)))
+        .collect();
     assert_eq!(missing, Vec::<String>::new());
     let calls = admin.query_one("select count(*) from before.public__call_logs", &[]).await?;
     assert_eq!(calls.get::<_, i64>(0), 200, "there was nothing to lose");

@@ -49,7 +49,12 @@ async fn every_test_of_the_database_passes() -> Result<()> {
         return judge(&postgres::connect(&url).await?, &files).await;
     }
     let database = Database::migrated(supervisor_binary!()).await?;
-    judge(&database.connect(Role::Owner).await?, &files).await
+    let client = database.connect(Role::Owner).await?;
+    // Once and for all files, since this database ends with the test.
+    client.batch_execute("begin").await?;
+    pgtap::install(&client).await?;
+    client.batch_execute("commit").await?;
+    judge(&client, &files).await
 }
 
 async fn run_text(client: &Client, folder: &Path, sql: &str) -> Result<tap::Report> {

@@ -55,7 +55,7 @@ pub async fn campaign(
     campaign: Uuid,
     kill_postgrest: bool,
     progress: &Progress,
-) -> Result<Standing> {
+) -> Result<()> {
     let database = stack.connect(Role::Admin).await?;
     let mut display = Display::new(progress);
     let mut last = Standing::default();
@@ -79,7 +79,7 @@ pub async fn campaign(
             last = standing;
         }
         outage = weather(stack, outage, &last, progress).await?;
-        let calm = matches!(outage, Outage::None);
+        let calm = !matches!(outage, Outage::Now(_));
         if calm && polled.elapsed() >= POLL {
             polled = Instant::now();
             trouble.note(cast.browser.get(&format!("functions/v1/call-dispatch/campaigns/{campaign}")).await)?;
@@ -99,7 +99,7 @@ pub async fn campaign(
         tokio::time::sleep(GLANCE.max(10 * looking)).await;
     }
     display.done(&last);
-    Ok(last)
+    Ok(())
 }
 
 /// Failures that may pass: what is tried again anyway is given up only when it has failed for a while.

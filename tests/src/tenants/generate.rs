@@ -32,6 +32,36 @@ const OVERRIDES: &[(&str, &str, &str)] = &[
     ("subscriptions", "current_period_end", "now() + interval '1 month'"),
     ("call_credits", "currency", "(array['INR', 'USD', 'EUR', 'GBP', 'JPY'])[{n} + 1]"),
     ("credit_accounts", "currency", "(array['INR', 'USD', 'EUR', 'GBP', 'JPY'])[{n} + 1]"),
+    ("stores", "domain", "'s{s}-{n}-' || substr(gen_random_uuid()::text, 1, 8) || '.example.com'"),
+    ("settings", "key", "'isolation_{s}_{n}_' || substr(gen_random_uuid()::text, 1, 8)"),
+    ("invitations", "email", "'isolation-{side}-{n}@example.org'"),
+    ("invitations", "accepted_by", "null"),
+    ("invitations", "token_sha256", "extensions.digest(gen_random_uuid()::text, 'sha256')"),
+    ("impersonation_sessions", "started_at", "now()"),
+    ("impersonation_sessions", "expires_at", "now() + interval '1 hour'"),
+    ("calls", "from_phone", "'+919000000000'"),
+    ("calls", "to_phone", "'+919000000001'"),
+    ("consents", "scope", "'sms'"),
+    ("consents", "source", "'form'"),
+    ("consents", "proof", "'{\"form\": 1}'"),
+    ("properties", "type", "'villa'"),
+    ("product_images", "url", "'https://example.com/isolation-{side}-{n}'"),
+    ("property_images", "url", "'https://example.com/isolation-{side}-{n}'"),
+    ("websocket_sessions", "kind", "'agent'"),
+    ("websocket_sessions", "user_id", "null"),
+    ("credit_transactions", "reverses_id", "null"),
+    ("credit_transactions", "description", "'isolation-{side}'"),
+    ("payment_methods", "gateway_payment_method_id", "'pm_isolation_{side}_{n}'"),
+    ("payments", "purpose", "'invoice'"),
+    ("payments", "gateway_payment_id", "'pay_isolation_{side}_{n}'"),
+    ("refunds", "gateway_refund_id", "'ref_isolation_{side}_{n}'"),
+    ("credit_notes", "status", "'issued'"),
+    ("credit_notes", "credit_note_number", "'CRN-202601-' || lpad((100 * {s} + {n})::text, 5, '0')"),
+    ("credit_notes", "credit_note_date", "current_date"),
+    ("credit_notes", "issued_at", "now()"),
+    ("credit_notes", "subtotal_minor", "1"),
+    ("credit_notes", "tax_minor", "0"),
+    ("credit_notes", "total_minor", "1"),
     ("usage_logs", "feature_key", "'ai_calls'"),
     ("usage_logs", "period_start", "date '2026-01-01' + {n} * 31"),
     ("usage_logs", "period_end", "date '2026-02-01' + {n} * 31"),
@@ -132,7 +162,7 @@ impl Table {
         let mut keys = self.keys.clone();
         keys.sort_by_key(|key| std::cmp::Reverse(key.columns.len()));
         for key in keys {
-            if key.columns.iter().any(|column| values.get(column).is_none() && special(column).is_some()) {
+            if key.columns.iter().any(|column| !values.contains_key(column) && special(column).is_some()) {
                 continue;
             }
             let Some(parents) = rows.get(&(key.parent.clone(), side.name)) else { continue };

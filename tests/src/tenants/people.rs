@@ -51,7 +51,7 @@ impl Persona {
             Right::Nobody => false,
             Right::Everyone => self.role == "authenticated",
             Right::Members => self.holds != Holds::Outside,
-            Right::With(permissions) => permissions.iter().all(|permission| holds(permission)),
+            Right::With(permissions) => permissions.iter().all(holds),
         }
     }
 }
@@ -108,7 +108,9 @@ pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
          insert into public.meters (key, name, unit, is_active) values ('isolation_hidden', 'Hidden', 'thing', false);
          insert into public.subscription_plans (slug, name, is_public)
          values ('isolation-first', 'First', false), ('isolation-second', 'Second', false);
-         insert into public.plan_prices (plan_id, version) select id, 1 from public.subscription_plans where slug ~ '^isolation-';
+         insert into public.plan_prices (plan_id, version, base_minor)
+         select id, 1, case slug when 'isolation-first' then 987654321 else 1 end
+         from public.subscription_plans where slug ~ '^isolation-';
          insert into public.plan_price_meters (plan_price_id, meter_key, limit_units)
          select price.id, 'ai_calls', case plan.slug when 'isolation-first' then 987654321 end
          from public.plan_prices as price join public.subscription_plans as plan on plan.id = price.plan_id
@@ -125,6 +127,7 @@ pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
         (8, Some(second), "member", "active", "'All'"),
         (9, Some(second), "member", "active", "'None'"),
         (10, None, "member", "active", "null"),
+        (12, Some(first), "member", "active", "null"),
     ];
     for (number, organization, system_role, status, role) in people {
         let id = id(number);
