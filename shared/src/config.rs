@@ -86,17 +86,15 @@ impl Config {
 
     /// The URL of a queue by its name, as `dial`.
     pub fn queue_url(&self, name: &str) -> Result<&str> {
-        self.queues.get(name).map(String::as_str).ok_or_else(|| {
-            Error::internal(format!("{}_QUEUE_URL is not set", name.to_ascii_uppercase()))
-        })
+        self.queues
+            .get(name)
+            .map(String::as_str)
+            .ok_or_else(|| Error::internal(format!("{}_QUEUE_URL is not set", name.to_ascii_uppercase())))
     }
 
     /// The websocket origin of a voice agent; the `default` one when the agent has none of its own.
     pub fn agent_origin(&self, agent_id: &str) -> Option<&str> {
-        self.agent_origins
-            .get(agent_id)
-            .or_else(|| self.agent_origins.get("default"))
-            .map(String::as_str)
+        self.agent_origins.get(agent_id).or_else(|| self.agent_origins.get("default")).map(String::as_str)
     }
 
     /// Whether this is a stack on one machine: only there may a carrier's API be plain HTTP on loopback.

@@ -43,19 +43,8 @@ struct Wire {
 
 impl Error {
     /// An error with this status, code and message.
-    pub fn new(
-        status: StatusCode,
-        code: impl Into<String>,
-        message: impl Into<String>,
-    ) -> Self {
-        Self {
-            status,
-            code: code.into(),
-            message: message.into(),
-            field: None,
-            hint: None,
-            retry_after_seconds: None,
-        }
+    pub fn new(status: StatusCode, code: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { status, code: code.into(), message: message.into(), field: None, hint: None, retry_after_seconds: None }
     }
 
     /// 400: the request is malformed at `field`.
@@ -70,11 +59,7 @@ impl Error {
 
     /// 403: the signature does not match. Says nothing of why.
     pub fn bad_signature() -> Self {
-        Self::new(
-            StatusCode::FORBIDDEN,
-            "bad_signature",
-            "the request's signature does not match",
-        )
+        Self::new(StatusCode::FORBIDDEN, "bad_signature", "the request's signature does not match")
     }
 
     /// 404: there is no such thing, or it is not the caller's.
@@ -84,39 +69,23 @@ impl Error {
 
     /// 405: the path exists, the method does not.
     pub fn method_not_allowed(method: &http::Method) -> Self {
-        Self::new(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "method_not_allowed",
-            format!("{method} is not offered here"),
-        )
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", format!("{method} is not offered here"))
     }
 
     /// 413: the body is over `limit` bytes.
     pub fn too_large(limit: usize) -> Self {
-        Self::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "body_too_large",
-            format!("the body may have at most {limit} bytes"),
-        )
-        .at("body")
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", format!("the body may have at most {limit} bytes"))
+            .at("body")
     }
 
     /// 500: a fault of ours. The message is for the log; the caller is told only the code.
     pub fn internal(message: impl Into<String>) -> Self {
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "internal_error",
-            message,
-        )
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
     }
 
     /// 503: the database or another part is away; the same request may succeed later.
     pub fn unavailable(message: impl Into<String>) -> Self {
-        let mut error = Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "database_unavailable",
-            message,
-        );
+        let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "database_unavailable", message);
         error.retry_after_seconds = Some(5);
         error
     }
@@ -157,30 +126,24 @@ impl Error {
             return error;
         }
         let code = match (status, code.as_str()) {
-            (StatusCode::UNAUTHORIZED, c) if c.is_empty() || c.starts_with("PGRST3") => {
-                "invalid_token".to_owned()
-            }
-            (StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED, "42501") => {
-                "permission_denied".to_owned()
-            }
+            (StatusCode::UNAUTHORIZED, c) if c.is_empty() || c.starts_with("PGRST3") => "invalid_token".to_owned(),
+            (StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED, "42501") => "permission_denied".to_owned(),
             (_, "22P02") => "malformed_request".to_owned(),
             (_, "PGRST116") => "not_found".to_owned(),
             (_, "") => "database_error".to_owned(),
             (_, other) => other.to_owned(),
         };
         let field = match &wire.details {
-            Some(Value::String(text)) => serde_json::from_str::<Value>(text)
-                .ok()
-                .and_then(|v| v.get("field")?.as_str().map(str::to_owned)),
+            Some(Value::String(text)) => {
+                serde_json::from_str::<Value>(text).ok().and_then(|v| v.get("field")?.as_str().map(str::to_owned))
+            }
             Some(Value::Object(map)) => map.get("field").and_then(Value::as_str).map(str::to_owned),
             _ => None,
         };
         Self {
             status,
             code,
-            message: wire
-                .message
-                .unwrap_or_else(|| "the database refused the request".to_owned()),
+            message: wire.message.unwrap_or_else(|| "the database refused the request".to_owned()),
             field,
             hint: wire.hint,
             retry_after_seconds: retry_after,

@@ -66,9 +66,7 @@ impl Request {
             .and_then(|value| value.strip_prefix("Bearer ").or_else(|| value.strip_prefix("bearer ")))
             .map(str::trim)
             .filter(|token| !token.is_empty() && !token.starts_with("sb_"))
-            .ok_or_else(|| {
-                Error::unauthorized("sign in first: this route needs a user's JWT").at("authorization")
-            })
+            .ok_or_else(|| Error::unauthorized("sign in first: this route needs a user's JWT").at("authorization"))
     }
 
     /// Refuses a body over `limit` bytes with 413.
@@ -95,7 +93,8 @@ pub fn json(value: &impl Serialize) -> Result<Response> {
 
 /// A JSON body under `status`.
 pub fn json_with(status: StatusCode, value: &impl Serialize) -> Result<Response> {
-    let body = serde_json::to_string(value).map_err(|error| Error::internal(format!("the answer is no JSON: {error}")))?;
+    let body =
+        serde_json::to_string(value).map_err(|error| Error::internal(format!("the answer is no JSON: {error}")))?;
     text(status, "application/json; charset=utf-8", body)
 }
 
@@ -169,9 +168,7 @@ pub fn storable_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
         "x-shopify-webhook-id",
         "x-shopify-topic",
     ];
-    KEPT.iter()
-        .filter_map(|name| Some(((*name).to_owned(), headers.get(*name)?.to_str().ok()?.to_owned())))
-        .collect()
+    KEPT.iter().filter_map(|name| Some(((*name).to_owned(), headers.get(*name)?.to_str().ok()?.to_owned()))).collect()
 }
 
 #[cfg(test)]
@@ -183,10 +180,7 @@ mod tests {
             method: Method::POST,
             path: path.to_owned(),
             query: String::new(),
-            headers: headers
-                .iter()
-                .map(|(k, v)| (http::HeaderName::from_static(k), v.parse().unwrap()))
-                .collect(),
+            headers: headers.iter().map(|(k, v)| (http::HeaderName::from_static(k), v.parse().unwrap())).collect(),
             body: Bytes::copy_from_slice(body),
         }
     }

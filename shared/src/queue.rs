@@ -99,9 +99,7 @@ impl Queues {
     async fn client(&self) -> &Client {
         self.client
             .get_or_init(|| async {
-                let http = Builder::new()
-                    .tls_provider(tls::Provider::Rustls(CryptoMode::Ring))
-                    .build_https();
+                let http = Builder::new().tls_provider(tls::Provider::Rustls(CryptoMode::Ring)).build_https();
                 let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
                     .http_client(http)
                     .timeout_config(

@@ -49,10 +49,7 @@ impl Sealer {
     /// Opens what [`Sealer::seal`] made for the same `aad`; error 500 for anything else.
     pub fn open(&self, sealed: &str, aad: &str) -> Result<String> {
         let unreadable = || Error::internal("a sealed secret cannot be opened: wrong key, wrong row or not sealed");
-        let (id, encoded) = sealed
-            .strip_prefix("v1.")
-            .and_then(|rest| rest.split_once('.'))
-            .ok_or_else(unreadable)?;
+        let (id, encoded) = sealed.strip_prefix("v1.").and_then(|rest| rest.split_once('.')).ok_or_else(unreadable)?;
         let id: u8 = id.parse().map_err(|_| unreadable())?;
         let (_, cipher) = self.ciphers.iter().find(|(key_id, _)| *key_id == id).ok_or_else(unreadable)?;
         let bytes = URL_SAFE_NO_PAD.decode(encoded).map_err(|_| unreadable())?;

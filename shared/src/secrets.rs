@@ -75,10 +75,7 @@ impl SecretStore {
 
     /// Always gives `secrets`: for a function called in process.
     pub fn fixed(secrets: Secrets) -> Self {
-        Self {
-            source: Source::Fixed,
-            cached: Arc::new(Mutex::new(Some((Instant::now(), Arc::new(secrets))))),
-        }
+        Self { source: Source::Fixed, cached: Arc::new(Mutex::new(Some((Instant::now(), Arc::new(secrets))))) }
     }
 
     /// The secret, at most five minutes old. When it cannot be fetched again, the one at hand serves on: losing Secrets Manager
@@ -116,8 +113,8 @@ async fn fetch(http: &reqwest::Client, arn: &str) -> Result<Secrets> {
         secret_string: String,
     }
     let region = env::var("AWS_REGION").unwrap_or_else(|_| "us-east-1".to_owned());
-    let endpoint = env::var("AWS_ENDPOINT_URL")
-        .unwrap_or_else(|_| format!("https://secretsmanager.{region}.amazonaws.com"));
+    let endpoint =
+        env::var("AWS_ENDPOINT_URL").unwrap_or_else(|_| format!("https://secretsmanager.{region}.amazonaws.com"));
     let endpoint = format!("{}/", endpoint.trim_end_matches('/'));
     let body = serde_json::json!({ "SecretId": arn }).to_string();
     let request = http

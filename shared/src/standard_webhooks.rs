@@ -28,12 +28,7 @@ pub enum Refusal {
 /// Verifies a delivery against every currently valid secret (`whsec_` + base64), at `now` in unix seconds.
 ///
 /// Returns the message's id, its idempotency key.
-pub fn verify<'h>(
-    secrets: &[String],
-    headers: &'h HeaderMap,
-    body: &[u8],
-    now: i64,
-) -> Result<&'h str, Refusal> {
+pub fn verify<'h>(secrets: &[String], headers: &'h HeaderMap, body: &[u8], now: i64) -> Result<&'h str, Refusal> {
     let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok()).ok_or(Refusal::MissingHeader);
     let id = header("webhook-id")?;
     let timestamp = header("webhook-timestamp")?;

@@ -53,12 +53,7 @@ impl Supabase {
     /// A client for the project that `config` names, sending through `http`.
     pub fn new(config: &Config, http: reqwest::Client, secrets: SecretStore) -> Self {
         let url = format!("{}/rest/v1", config.supabase_url.as_str().trim_end_matches('/'));
-        Self {
-            http,
-            rest: Postgrest::new(url),
-            publishable_key: config.publishable_key.clone(),
-            secrets,
-        }
+        Self { http, rest: Postgrest::new(url), publishable_key: config.publishable_key.clone(), secrets }
     }
 
     /// Starts a query on a table or view.
@@ -130,10 +125,8 @@ impl Supabase {
     }
 
     async fn send<T: DeserializeOwned>(&self, query: Query, who: As<'_>, limit: Option<Duration>) -> Result<T> {
-        let built = query
-            .build()
-            .build()
-            .map_err(|error| Error::internal(format!("the query cannot be built: {error}")))?;
+        let built =
+            query.build().build().map_err(|error| Error::internal(format!("the query cannot be built: {error}")))?;
         let method = reqwest::Method::from_bytes(built.method().as_str().as_bytes())
             .map_err(|error| Error::internal(error.to_string()))?;
         let mut request = self.http.request(method, built.url().as_str());
@@ -152,10 +145,7 @@ impl Supabase {
         }
         let answer = request.send().await.map_err(away)?;
         let status = answer.status();
-        let retry_after = answer
-            .headers()
-            .get("retry-after")
-            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
         let body = answer.bytes().await.map_err(away)?;
         if !status.is_success() {
             return Err(Error::from_postgrest(status, &body, retry_after));

@@ -1,7 +1,8 @@
 //! What can start a function, told apart in one place: an HTTP request, a batch of SQS messages, or a schedule.
 
 use crate::{
-    Error, Result, config::Config,
+    Error, Result,
+    config::Config,
     http::{self as web, Request, Response},
     telemetry,
 };
@@ -114,16 +115,9 @@ pub fn read(payload: Value) -> Result<Trigger> {
 }
 
 fn message(record: aws_lambda_events::sqs::SqsMessage) -> Message {
-    let receive_count = record
-        .attributes
-        .get("ApproximateReceiveCount")
-        .and_then(|count| count.parse().ok())
-        .unwrap_or(1);
-    Message {
-        id: record.message_id.unwrap_or_default(),
-        body: record.body.unwrap_or_default(),
-        receive_count,
-    }
+    let receive_count =
+        record.attributes.get("ApproximateReceiveCount").and_then(|count| count.parse().ok()).unwrap_or(1);
+    Message { id: record.message_id.unwrap_or_default(), body: record.body.unwrap_or_default(), receive_count }
 }
 
 /// Handles one event from start to answer.
@@ -193,10 +187,7 @@ pub async fn run<F: Function>(build: impl FnOnce(Config) -> Result<F>) -> Result
                 organization_id = tracing::field::Empty,
                 attempt_id = tracing::field::Empty,
             );
-            handle(&*function, event.payload, &invocation)
-                .instrument(span)
-                .await
-                .map_err(lambda_runtime::Error::from)
+            handle(&*function, event.payload, &invocation).instrument(span).await.map_err(lambda_runtime::Error::from)
         })
     }))
     .await

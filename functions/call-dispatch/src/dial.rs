@@ -10,7 +10,10 @@ use shared::{
     secrets::Secrets,
     telephony::{
         CallbackEvent, DialOutcome, Outcome,
-        plivo::{self, api::{Account, Create}},
+        plivo::{
+            self,
+            api::{Account, Create},
+        },
         token::CallbackToken,
     },
     trigger::{Invocation, Message},
@@ -73,7 +76,9 @@ pub async fn batch(dispatch: &Dispatch, batch: Vec<Message>, invocation: &Invoca
         Ok(begun) => begun,
         Err(error) => {
             tracing::error!(error = %error, "the batch could not be begun; it comes again");
-            again.extend(batch.into_iter().map(|message| message.id).filter(|id| !again.contains(id)).collect::<Vec<_>>());
+            again.extend(
+                batch.into_iter().map(|message| message.id).filter(|id| !again.contains(id)).collect::<Vec<_>>(),
+            );
             return again;
         }
     };
@@ -158,7 +163,14 @@ async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<(Account, Create)> 
     if dial.provider != plivo::NAME {
         return Err(Error::internal(format!("there is no adapter for {}", dial.provider)));
     }
-    let account = account(dispatch, &secrets, &dial.carrier_account_id, &dial.account_sid, &dial.auth_token_sealed, &dial.api_base)?;
+    let account = account(
+        dispatch,
+        &secrets,
+        &dial.carrier_account_id,
+        &dial.account_sid,
+        &dial.auth_token_sealed,
+        &dial.api_base,
+    )?;
     let token = CallbackToken {
         attempt_id: dial.attempt_id,
         carrier_account_id: dial.carrier_account_id,
@@ -171,7 +183,11 @@ async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<(Account, Create)> 
             .encode(&secrets.callback_keys, plivo::NAME, event)
             .ok_or_else(|| Error::internal("the stack's secret has no callback key"))?;
         let origin = &dispatch.config.public_origin;
-        Ok::<_, Error>(format!("{origin}/functions/v1/webhook-intake/{}/{}/{token}{RETRIES}", plivo::NAME, event.as_str()))
+        Ok::<_, Error>(format!(
+            "{origin}/functions/v1/webhook-intake/{}/{}/{token}{RETRIES}",
+            plivo::NAME,
+            event.as_str()
+        ))
     };
     let create = Create {
         from: dial.from.clone(),
@@ -207,8 +223,7 @@ pub fn account(
 /// or the reconciler asks.
 async fn record(dispatch: &Dispatch, outcomes: &[Outcomes], invocation: &Invocation) {
     let request = json!({ "v": 1, "results": outcomes });
-    let recorded: Result<Value> =
-        dispatch.supabase.call_until("record_dials", &request, invocation.wait_until()).await;
+    let recorded: Result<Value> = dispatch.supabase.call_until("record_dials", &request, invocation.wait_until()).await;
     if let Err(error) = recorded {
         tracing::error!(error = %error, dials = outcomes.len(), "outcomes could not be recorded");
     }
@@ -224,7 +239,8 @@ mod tests {
 
     #[test]
     fn a_message_that_is_none_of_ours_is_left_for_the_dead_letters() {
-        let good = json!({"v": 1, "kind": "dial", "organization_id": "o", "id": Uuid::from_u128(1), "not_after": null}).to_string();
+        let good = json!({"v": 1, "kind": "dial", "organization_id": "o", "id": Uuid::from_u128(1), "not_after": null})
+            .to_string();
         let later = good.replace("\"v\":1", "\"v\":2");
         let other = good.replace("dial", "event");
         let batch = [message("a", &good), message("b", "{"), message("c", &later), message("d", &other)];

@@ -44,8 +44,7 @@ struct Silent {
 /// Asks for what fell silent: one request to the database, one or two to the carrier an attempt. Returns how many were asked for and
 /// how many had news.
 pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> {
-    let claimed: Claimed =
-        dispatch.supabase.call("reconcile_calls", &json!({ "v": 1, "limit": LIMIT })).await?;
+    let claimed: Claimed = dispatch.supabase.call("reconcile_calls", &json!({ "v": 1, "limit": LIMIT })).await?;
     let mut news = Vec::new();
     for silent in &claimed.attempts {
         // What is left over is claimed again when its lease runs out.
@@ -55,7 +54,9 @@ pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> 
         match ask(dispatch, silent).await {
             Ok(Some(call)) => news.push(message(silent, call)?),
             Ok(None) => {}
-            Err(error) => tracing::warn!(attempt_id = %silent.attempt_id, error = %error, "the carrier could not be asked"),
+            Err(error) => {
+                tracing::warn!(attempt_id = %silent.attempt_id, error = %error, "the carrier could not be asked")
+            }
         }
     }
     if !news.is_empty() {

@@ -53,23 +53,14 @@ pub fn html(invoice: &Invoice) -> String {
     page.push_str("</tbody>\n<tfoot>\n");
     page.push_str(&total("Subtotal", summary.subtotal_minor, currency, ""));
     for tax in &invoice.taxes {
-        let label = format!(
-            "{} {} on {}",
-            escape(&tax.name),
-            money::rate(tax.rate_bp),
-            price(tax.taxable_minor, currency)
-        );
+        let label =
+            format!("{} {} on {}", escape(&tax.name), money::rate(tax.rate_bp), price(tax.taxable_minor, currency));
         page.push_str(&total(&label, tax.amount_minor, currency, ""));
     }
     page.push_str(&total("Total", summary.total_minor, currency, " class=\"total\""));
     if summary.amount_paid_minor > 0 {
         page.push_str(&total("Paid", -summary.amount_paid_minor, currency, ""));
-        page.push_str(&total(
-            "Due",
-            summary.total_minor - summary.amount_paid_minor,
-            currency,
-            " class=\"total\"",
-        ));
+        page.push_str(&total("Due", summary.total_minor - summary.amount_paid_minor, currency, " class=\"total\""));
     }
     let _ = write!(
         page,
@@ -130,7 +121,10 @@ fn party(role: &str, party: &Party) -> String {
         .filter(|row| !row.trim().is_empty())
         .map(|row| format!("<br>{}", escape(row)))
         .collect::<String>();
-    format!("<section>\n<h2>{role}</h2>\n<address><strong>{}</strong>{rows}</address>\n</section>\n", escape(&party.name))
+    format!(
+        "<section>\n<h2>{role}</h2>\n<address><strong>{}</strong>{rows}</address>\n</section>\n",
+        escape(&party.name)
+    )
 }
 
 /// India's invoices name the state in which the service is received.
@@ -271,6 +265,9 @@ mod tests {
     fn the_json_keeps_the_issuer_s_name() {
         let json = serde_json::to_value(invoice("Acme")).unwrap();
         assert_eq!(json["issuer"]["name"], "Issuer");
-        assert_eq!((&json["invoice_number"], &json["lines"][2]["amount_minor"]), (&json!("INV-202602-00042"), &json!(74_100)));
+        assert_eq!(
+            (&json["invoice_number"], &json["lines"][2]["amount_minor"]),
+            (&json!("INV-202602-00042"), &json!(74_100))
+        );
     }
 }

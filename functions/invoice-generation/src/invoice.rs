@@ -133,7 +133,8 @@ enum Form {
 
 /// `GET invoices`: the newest first. Without `billing.view` there are none.
 pub async fn list(supabase: &Supabase, request: &Request) -> Result<Response> {
-    let query = supabase.from("invoices").select(SUMMARY).order("period_start.desc,invoice_number.desc").limit(LIST_LIMIT);
+    let query =
+        supabase.from("invoices").select(SUMMARY).order("period_start.desc,invoice_number.desc").limit(LIST_LIMIT);
     let invoices: Vec<Summary> = supabase.query_as(request.user_jwt()?, query).await?;
     web::json(&json!({ "invoices": invoices }))
 }
@@ -159,7 +160,9 @@ pub async fn show(supabase: &Supabase, request: &Request, name: &str) -> Result<
         // The page needs its own style and nothing else.
         headers.insert(
             header::CONTENT_SECURITY_POLICY,
-            HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"),
+            HeaderValue::from_static(
+                "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
+            ),
         );
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     }
@@ -201,7 +204,8 @@ mod tests {
 
     #[test]
     fn what_names_no_invoice_is_404() {
-        for name in ["1", "x.html", "0199a000-0000-7000-8000-000000000001.exe", "0199a000-0000-7000-8000-00000000000g"] {
+        for name in ["1", "x.html", "0199a000-0000-7000-8000-000000000001.exe", "0199a000-0000-7000-8000-00000000000g"]
+        {
             assert_eq!(parse(name, None).unwrap_err().status, StatusCode::NOT_FOUND, "{name}");
         }
     }

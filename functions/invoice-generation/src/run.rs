@@ -21,8 +21,7 @@ pub async fn close_periods(supabase: &Supabase, invocation: &Invocation) -> Resu
     let deadline = invocation.wait_until();
     let (mut periods, mut invoices) = (0, 0);
     loop {
-        let batch: Closed =
-            supabase.call_until("close_periods", &json!({ "v": 1, "limit": BATCH }), deadline).await?;
+        let batch: Closed = supabase.call_until("close_periods", &json!({ "v": 1, "limit": BATCH }), deadline).await?;
         periods += batch.closed;
         invoices += batch.invoices.len();
         if !batch.more || Instant::now() >= deadline {

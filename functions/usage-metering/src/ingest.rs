@@ -85,14 +85,16 @@ fn api_key(request: &Request) -> Result<ApiKey<'_>> {
             return Err(Error::unauthorized("this route needs an organization's API key").at("authorization"));
         }
     };
-    let is_key = key.len() == KEY_LENGTH
-        && key.is_ascii()
-        && key.starts_with("tlk_")
-        && key.as_bytes()[PREFIX_LENGTH] == b'_';
+    let is_key =
+        key.len() == KEY_LENGTH && key.is_ascii() && key.starts_with("tlk_") && key.as_bytes()[PREFIX_LENGTH] == b'_';
     if !is_key {
-        return Err(Error::new(StatusCode::UNAUTHORIZED, "invalid_api_key", "this is not an API key of an organization")
-            .at(field)
-            .hint("A key starts with tlk_ and is shown once, when it is made."));
+        return Err(Error::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_api_key",
+            "this is not an API key of an organization",
+        )
+        .at(field)
+        .hint("A key starts with tlk_ and is shown once, when it is made."));
     }
     Ok(ApiKey { prefix: &key[..PREFIX_LENGTH], sha256: hex::encode(Sha256::digest(key)) })
 }
@@ -204,7 +206,8 @@ mod tests {
 
     #[test]
     fn one_event_and_a_batch_are_told_apart() {
-        let one = json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "data": {"quantity": 3}});
+        let one =
+            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "data": {"quantity": 3}});
         let (events_of_one, is_batch) = events(one.clone()).unwrap();
         assert!(!is_batch);
         assert_eq!(
@@ -240,6 +243,9 @@ mod tests {
         let conflict = outcome(Status::Conflict, Some("idempotency_conflict")).unwrap_err();
         assert_eq!((conflict.status, conflict.code.as_str()), (StatusCode::CONFLICT, "idempotency_conflict"));
         let rejected = outcome(Status::Rejected, Some("invalid_quantity")).unwrap_err();
-        assert_eq!((rejected.status, rejected.field.as_deref()), (StatusCode::UNPROCESSABLE_ENTITY, Some("data.quantity")));
+        assert_eq!(
+            (rejected.status, rejected.field.as_deref()),
+            (StatusCode::UNPROCESSABLE_ENTITY, Some("data.quantity"))
+        );
     }
 }

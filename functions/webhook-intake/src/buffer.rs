@@ -14,17 +14,18 @@ use shared::{
     queue::{IntakeMessage, VERSION},
     trigger::{Invocation, Message},
 };
-use std::{collections::BTreeMap, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 /// How long one event may take when drained.
 const APPLY_LIMIT: Duration = Duration::from_secs(5);
 
 /// A callback as it arrived, as a message's body.
 pub fn keep(request: &Request, verdict: Verdict) -> Result<String> {
-    let headers = SIGNED_HEADERS
-        .iter()
-        .filter_map(|name| Some(((*name).to_owned(), request.header(name)?.to_owned())))
-        .collect();
+    let headers =
+        SIGNED_HEADERS.iter().filter_map(|name| Some(((*name).to_owned(), request.header(name)?.to_owned()))).collect();
     IntakeMessage::Request {
         v: VERSION,
         verified: verdict == Verdict::Signed,
@@ -130,7 +131,8 @@ mod tests {
         };
         let text = keep(&request, Verdict::Unchecked).unwrap();
         assert!(!text.contains("secret"));
-        let IntakeMessage::Request { verified, path, query, headers, body, .. } = serde_json::from_str(&text).unwrap() else {
+        let IntakeMessage::Request { verified, path, query, headers, body, .. } = serde_json::from_str(&text).unwrap()
+        else {
             panic!("another kind");
         };
         assert!(!verified);

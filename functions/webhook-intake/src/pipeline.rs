@@ -1,9 +1,6 @@
 //! From a request to an applied event: verify, then one database call, else the buffer, else 503.
 
-use crate::{
-    Intake, buffer,
-    sources::carriers::Callback,
-};
+use crate::{Intake, buffer, sources::carriers::Callback};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -150,12 +147,13 @@ async fn offer(intake: &Intake, callback: &Callback, token: &CallbackToken, requ
 
 /// Puts the raw request on the buffer. Error 503 when the queue refuses too.
 async fn keep(intake: &Intake, token: &CallbackToken, request: &Request, verdict: Verdict) -> Result<()> {
-    let message = Outgoing {
-        group: token.carrier_account_id.to_string(),
-        body: buffer::keep(request, verdict)?,
-    };
+    let message = Outgoing { group: token.carrier_account_id.to_string(), body: buffer::keep(request, verdict)? };
     let refused = intake.queues.send(&intake.config, "intake", &[message]).await?;
-    if refused.is_empty() { Ok(()) } else { Err(Error::unavailable("neither the database nor the buffer takes the event")) }
+    if refused.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::unavailable("neither the database nor the buffer takes the event"))
+    }
 }
 
 fn reply(applied: Disposition) -> Result<Response> {

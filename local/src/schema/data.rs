@@ -20,7 +20,10 @@ pub struct Amount {
 
 /// Fills a database over a connection of its superuser, in one transaction, and gathers statistics.
 pub async fn generate(client: &mut Client, amount: Amount) -> Result<()> {
-    ensure!(amount.organizations > 0 && amount.leads > 0 && amount.calls >= 0, "there must be an organization and a lead at least");
+    ensure!(
+        amount.organizations > 0 && amount.leads > 0 && amount.calls >= 0,
+        "there must be an organization and a lead at least"
+    );
     let transaction = client.transaction().await?;
     transaction.batch_execute(SQL).await.context("local/sql/generate_data.sql does not apply")?;
     transaction

@@ -58,7 +58,9 @@ fn diagram(page: &mut String, tables: &[(String, &Table)]) -> Result<()> {
     page.push_str("```mermaid\nerDiagram\n");
     for (name, table) in tables {
         writeln!(page, "    {name} {{")?;
-        for column in table.columns.iter().filter(|column| column.key || column.name.ends_with("_id") || column.name == "status") {
+        for column in
+            table.columns.iter().filter(|column| column.key || column.name.ends_with("_id") || column.name == "status")
+        {
             let kind = column.kind.split(['(', ' ', '[']).next().unwrap_or("text");
             writeln!(page, "        {kind} {}{}", column.name, if column.key { " PK" } else { "" })?;
         }
@@ -136,9 +138,11 @@ async fn read_tables(client: &Client) -> Result<BTreeMap<String, Table>> {
         )
         .await?;
     for row in rows {
-        let table: &mut Table = tables
-            .entry(row.get(0))
-            .or_insert_with(|| Table { comment: row.get(1), columns: Vec::new(), references: Vec::new() });
+        let table: &mut Table = tables.entry(row.get(0)).or_insert_with(|| Table {
+            comment: row.get(1),
+            columns: Vec::new(),
+            references: Vec::new(),
+        });
         table.columns.push(Column {
             name: row.get(2),
             kind: row.get(3),

@@ -8,7 +8,8 @@ const TAG: &str = "$trunkline_master$";
 /// Writes the file. Pasted twice it does nothing the second time; on a project that has other tables of these names it refuses, names
 /// them, and changes nothing; on a database that a migration made, it refuses too.
 pub fn render(files: &[SchemaFile]) -> String {
-    let tables: Vec<String> = files.iter().flat_map(|file| tables_of(&file.sql)).filter(|name| name.starts_with("public.")).collect();
+    let tables: Vec<String> =
+        files.iter().flat_map(|file| tables_of(&file.sql)).filter(|name| name.starts_with("public.")).collect();
     let names = tables.iter().map(|name| format!("'{}'", name.trim_start_matches("public."))).collect::<Vec<_>>();
     let names = wrapped(&names);
     let schema: String = files.iter().map(|file| format!("-- {}\n\n{}\n", file.name, file.sql.trim_end())).collect();

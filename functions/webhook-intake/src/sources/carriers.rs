@@ -52,7 +52,13 @@ impl Callback {
     }
 
     /// The `apply_event` request of a verified callback. What names no call has `call: null` and is kept as ignored.
-    pub fn event_of(&self, token: &CallbackToken, headers: &HeaderMap, form: &[(String, String)], body: &[u8]) -> Value {
+    pub fn event_of(
+        &self,
+        token: &CallbackToken,
+        headers: &HeaderMap,
+        form: &[(String, String)],
+        body: &[u8],
+    ) -> Value {
         let parsed = plivo::callback::parse(self.event, form);
         let dedupe_key = match &parsed {
             Some(callback) => callback.dedupe_key.clone(),
@@ -95,19 +101,17 @@ impl Callback {
             .record
             .then(|| token.encode(&secrets.callback_keys, self.carrier, CallbackEvent::Recording))
             .flatten()
-            .map(|token| format!("{}/functions/v1/webhook-intake/{}/recording/{token}", config.public_origin, self.carrier));
+            .map(|token| {
+                format!("{}/functions/v1/webhook-intake/{}/recording/{token}", config.public_origin, self.carrier)
+            });
         let url = format!("{}/stream/{}/{}", agent.trim_end_matches('/'), token.attempt_id, self.token);
         plivo::answer::connect(&Stream { url: &url, recording_callback: recording.as_deref() })
     }
 }
 
 /// Headers that a verification needs again when a buffered request is drained.
-pub const SIGNED_HEADERS: [&str; 4] = [
-    "content-type",
-    "x-plivo-signature-v3",
-    "x-plivo-signature-ma-v3",
-    "x-plivo-signature-v3-nonce",
-];
+pub const SIGNED_HEADERS: [&str; 4] =
+    ["content-type", "x-plivo-signature-v3", "x-plivo-signature-ma-v3", "x-plivo-signature-v3-nonce"];
 
 /// Only POST carries the parameters in the signed body.
 pub const METHOD: Method = Method::POST;

@@ -86,10 +86,7 @@ impl Account {
             }
         };
         let status = answer.status();
-        let retry_after = answer
-            .headers()
-            .get("retry-after")
-            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
         let Ok(body) = answer.bytes().await else {
             return if status.is_client_error() {
                 refusal(status, "", retry_after)
@@ -117,7 +114,12 @@ impl Account {
     ) -> Result<Lookup, String> {
         let digits = |number: &str| number.trim_start_matches('+').to_owned();
         let Some(call_id) = call_id else {
-            let query = [("from_number", digits(from)), ("to_number", digits(to)), ("limit", "1".to_owned()), ("offset", "0".to_owned())];
+            let query = [
+                ("from_number", digits(from)),
+                ("to_number", digits(to)),
+                ("limit", "1".to_owned()),
+                ("offset", "0".to_owned()),
+            ];
             let Some(list) = self.get::<List>(http, "", &query).await? else { return Ok(Lookup::NotFound) };
             return Ok(match list.objects.into_iter().next() {
                 None => Lookup::NotFound,
@@ -302,7 +304,10 @@ mod tests {
         assert!(matches!(of(429, ""), DialOutcome::Deferred { retry_after_seconds: 5, .. }));
         assert!(matches!(of(403, r#"{"error":"Concurrency Limit Breached"}"#), DialOutcome::Deferred { .. }));
         assert!(matches!(of(403, "barred"), DialOutcome::Refused { reason: Outcome::Config, .. }));
-        assert!(matches!(of(400, r#"{"error":"to number is invalid"}"#), DialOutcome::Refused { reason: Outcome::InvalidNumber, .. }));
+        assert!(matches!(
+            of(400, r#"{"error":"to number is invalid"}"#),
+            DialOutcome::Refused { reason: Outcome::InvalidNumber, .. }
+        ));
         assert!(matches!(of(401, ""), DialOutcome::Refused { .. }));
         for status in [500, 502, 503, 504, 302, 418] {
             assert!(matches!(of(status, ""), DialOutcome::Unknown { .. }), "{status}");

@@ -136,11 +136,9 @@ mod tests {
 
     #[test]
     fn a_hangup_sent_to_the_answer_url_is_a_hangup() {
-        let callback = parse(
-            CallbackEvent::Answer,
-            &form(&[("CallUUID", "u1"), ("CallStatus", "busy"), ("Event", "Hangup")]),
-        )
-        .unwrap();
+        let callback =
+            parse(CallbackEvent::Answer, &form(&[("CallUUID", "u1"), ("CallStatus", "busy"), ("Event", "Hangup")]))
+                .unwrap();
         assert_eq!(callback.report.outcome, Some(Outcome::Busy));
         assert_eq!(callback.dedupe_key, "u1|hangup|busy");
     }
@@ -172,7 +170,12 @@ mod tests {
     fn a_recording_without_a_length_keeps_its_url() {
         let callback = parse(
             CallbackEvent::Recording,
-            &form(&[("CallUUID", "u1"), ("RecordUrl", "https://media.plivo.com/x.mp3"), ("RecordingID", "r1"), ("RecordingDuration", "-1")]),
+            &form(&[
+                ("CallUUID", "u1"),
+                ("RecordUrl", "https://media.plivo.com/x.mp3"),
+                ("RecordingID", "r1"),
+                ("RecordingDuration", "-1"),
+            ]),
         )
         .unwrap();
         assert_eq!(callback.dedupe_key, "u1|recording|r1");

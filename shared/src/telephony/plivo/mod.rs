@@ -2,8 +2,8 @@
 //!
 //! Where Plivo's prose and its official SDKs disagree, the SDKs are followed (plivo-python 4.63, plivo-node 4.79).
 
-pub mod api;
 pub mod answer;
+pub mod api;
 pub mod callback;
 pub mod signature;
 

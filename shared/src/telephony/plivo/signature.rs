@@ -14,13 +14,7 @@ const NONCE: &str = "x-plivo-signature-v3-nonce";
 ///
 /// Either the account's (or subaccount's) own signature or the main account's will do, made with any of the tokens that are valid
 /// now; each header is a comma list while a token rotates. The deprecated V2, which covers neither query nor body, is never accepted.
-pub fn verify(
-    tokens: &[String],
-    method: &Method,
-    url: &str,
-    form: &[(String, String)],
-    headers: &HeaderMap,
-) -> bool {
+pub fn verify(tokens: &[String], method: &Method, url: &str, form: &[(String, String)], headers: &HeaderMap) -> bool {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let nonce = header(NONCE);
     if nonce.is_empty() {
