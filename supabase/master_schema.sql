@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '6ee8ce009c95';
+  version   constant text := 'a83a343b91e5';
   installed text;
   clash     text;
 begin
@@ -546,6 +546,9 @@ begin
     from generate_series(0, months_ahead) as ahead
   loop
     child := format('private.%I', parent_name || to_char(first_day, '"_"YYYYMM'));
+    continue when to_regclass(child) is not null;
+    -- Two who want the same month at once: the second finds it made.
+    perform pg_advisory_xact_lock(hashtextextended('trunkline.ensure_partitions', 0));
     continue when to_regclass(child) is not null;
     lower_bound := first_day at time zone 'UTC';
     upper_bound := (first_day + interval '1 month') at time zone 'UTC';
@@ -8758,6 +8761,12 @@ begin
       private.clamp_time(call ->> 'ended_at', attempt.created_at, latest), updated.ringing_at, updated.answered_at
     );
     updated.ended_at := coalesce(updated.ended_at, latest);
+    -- The answer event is a hint that may be lost; the seconds of talk tell when it was.
+    if updated.answered_at is null and updated.duration > 0 then
+      updated.answered_at := greatest(
+        updated.ended_at - make_interval(secs => updated.duration), attempt.created_at, updated.submitted_at, updated.ringing_at
+      );
+    end if;
     if updated.duration is null and updated.answered_at is not null then
       updated.duration := floor(extract(epoch from updated.ended_at - updated.answered_at));
     end if;

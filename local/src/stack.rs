@@ -354,7 +354,7 @@ fn queue_variable(logical_id: &str) -> String {
     name + "_URL"
 }
 
-/// A folder for this run's logs, where they can be read after it; the oldest runs' go.
+/// A folder for this run's logs, where they can be read after it; the oldest ended runs' go.
 fn new_log_folder() -> Result<PathBuf> {
     let name = format!("{}-{}", chrono::Local::now().format("%Y%m%d-%H%M%S"), std::process::id());
     let all = folder::parts()?.join("logs");
@@ -368,10 +368,16 @@ fn new_log_folder() -> Result<PathBuf> {
     let mut earlier: Vec<PathBuf> = fs::read_dir(&all)?.flatten().map(|entry| entry.path()).collect();
     earlier.sort();
     let surplus = earlier.len().saturating_sub(LOGS_KEPT);
-    for old in earlier.into_iter().take(surplus) {
+    for old in earlier.into_iter().filter(|folder| !is_of_a_live_run(folder)).take(surplus) {
         let _others = fs::remove_dir_all(old);
     }
     Ok(folder)
+}
+
+/// Whether the process that a log folder is named after still runs. Where that cannot be told, it does not.
+fn is_of_a_live_run(folder: &Path) -> bool {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    name.rsplit('-').next().is_some_and(|process| Path::new("/proc").join(process).is_dir())
 }
 
 #[cfg(test)]

@@ -186,6 +186,9 @@ begin
   loop
     child := format('private.%I', parent_name || to_char(first_day, '"_"YYYYMM'));
     continue when to_regclass(child) is not null;
+    -- Two who want the same month at once: the second finds it made.
+    perform pg_advisory_xact_lock(hashtextextended('trunkline.ensure_partitions', 0));
+    continue when to_regclass(child) is not null;
     lower_bound := first_day at time zone 'UTC';
     upper_bound := (first_day + interval '1 month') at time zone 'UTC';
     -- Made apart and attached, so that writers of other months wait as little as possible.

@@ -151,6 +151,12 @@ begin
       private.clamp_time(call ->> 'ended_at', attempt.created_at, latest), updated.ringing_at, updated.answered_at
     );
     updated.ended_at := coalesce(updated.ended_at, latest);
+    -- The answer event is a hint that may be lost; the seconds of talk tell when it was.
+    if updated.answered_at is null and updated.duration > 0 then
+      updated.answered_at := greatest(
+        updated.ended_at - make_interval(secs => updated.duration), attempt.created_at, updated.submitted_at, updated.ringing_at
+      );
+    end if;
     if updated.duration is null and updated.answered_at is not null then
       updated.duration := floor(extract(epoch from updated.ended_at - updated.answered_at));
     end if;

@@ -203,7 +203,7 @@ select is(
 
 -- The end first, everything else after it.
 select is(pg_temp.event(2, 'hangup', '{"provider_call_id": "call-2", "status": "ended", "outcome": "answered", "bill_duration_seconds": 30, "duration_seconds": 12}'), 'applied', 'The end may come first');
-select is(pg_temp.event(2, 'answer', '{"provider_call_id": "call-2", "status": "in_progress"}'), 'applied', 'the answer then tells a time');
+select is(pg_temp.event(2, 'answer', '{"provider_call_id": "call-2", "status": "in_progress"}'), 'ignored', 'the answer then tells nothing: the seconds of talk told when it was');
 select is(pg_temp.event(2, 'ring', '{"provider_call_id": "call-2", "status": "ringing"}'), 'applied', 'and the ring another');
 select is(pg_temp.call(2), 'ended answered sid=call-2 bill=30', 'The end stays the end');
 select ok(

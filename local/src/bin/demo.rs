@@ -141,7 +141,8 @@ impl Arguments {
 fn tell(played: &Played, arguments: &Arguments) -> Result<()> {
     let report = &played.report;
     let numbers = serde_json::to_string(&report.numbers)?;
-    fs::write(report.log_dir.join("table.txt"), story::render(report, false))
+    fs::create_dir_all(&report.log_dir)
+        .and_then(|()| fs::write(report.log_dir.join("table.txt"), story::render(report, false)))
         .and_then(|()| fs::write(report.log_dir.join("table.json"), &numbers))
         .with_context(|| format!("cannot write to {}", report.log_dir.display()))?;
     let mut out = std::io::stdout().lock();

@@ -51,7 +51,10 @@ pub async fn close(stack: &Stack, cast: &Cast, step: &Step) -> Result<Billed> {
     let path = format!("functions/v1/invoice-generation/invoices/{id}");
     let shown = cast.browser.get(&path).await?;
     let page = stack.log_dir.join("invoice.html");
-    fs::write(&page, cast.browser.page(&format!("{path}.html")).await?)
+    let html = cast.browser.page(&format!("{path}.html")).await?;
+    // The folder of a long run may have been cleared away as an old one.
+    fs::create_dir_all(&stack.log_dir)
+        .and_then(|()| fs::write(&page, html))
         .with_context(|| format!("cannot write {}", page.display()))?;
     let shown = shown.get("invoice").cloned().unwrap_or(shown);
     if shown["id"].as_str() != Some(id) {
