@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_field_raised_in_sql_reaches_the_caller() {
-        let body = br#"{"code":"campaign_state","message":"it runs already","details":"{\"field\":\"campaign_id\"}","hint":null}"#;
+        let body = br#"{"code":"invalid_transition","message":"it runs already","details":"{\"field\":\"campaign_id\"}","hint":null}"#;
         let error = Error::from_postgrest(StatusCode::CONFLICT, body, None);
         assert_eq!(error.status, StatusCode::CONFLICT);
         assert_eq!(error.body()["details"]["field"], "campaign_id");
