@@ -6,9 +6,7 @@ set local statement_timeout = '1min';
 
 -- No client names a policy.
 -- squawk-ignore renaming-object
-alter policy "Who manages members sees the invitations, and the invited their" on public.invitations
-  rename to "Who manages members sees the invitations, the invited their own";
+alter policy "Who manages members sees the invitations, and the invited their" on public.invitations rename to "Who manages members sees the invitations, the invited their own";
 -- No client names a policy.
 -- squawk-ignore renaming-object
-alter policy "The organization sees who acted in it, and staff their own sess" on public.impersonation_sessions
-  rename to "The organization sees who acted in it, staff their own sessions";
+alter policy "The organization sees who acted in it, and staff their own sess" on public.impersonation_sessions rename to "The organization sees who acted in it, staff their own sessions";
