@@ -37,10 +37,11 @@ pub async fn install(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// pgTAP without its extension, for a server that does not ship it: from Debian's package, unpacked and not installed.
+/// pgTAP without its extension, for a server that does not ship it: of another server of the machine, else from Debian's package,
+/// unpacked and not installed.
 async fn plain_sql(client: &Client) -> Result<PathBuf> {
     let parts = folder::parts()?.join("pgtap");
-    if let Some(sql) = find_sql(&parts) {
+    if let Some(sql) = find_sql(Path::new("/usr/share/postgresql")).or_else(|| find_sql(&parts)) {
         return Ok(sql);
     }
     let version = first_column(client, "show server_version").await?.into_iter().next().unwrap_or_default();
@@ -84,6 +85,41 @@ fn find_sql(folder: &Path) -> Option<PathBuf> {
     }
     found.sort();
     found.pop()
+}
+
+/// The project's own files of tests, in order.
+pub fn files() -> Result<Vec<PathBuf>> {
+    let folder = folder::workspace()?.join("supabase/tests");
+    let mut files: Vec<PathBuf> = fs::read_dir(&folder)
+        .with_context(|| folder.display().to_string())?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.to_string_lossy().ends_with(".test.sql"))
+        .collect();
+    files.sort();
+    ensure!(!files.is_empty(), "there is no test in {}", folder.display());
+    Ok(files)
+}
+
+/// Runs files and says how each did; fails unless all passed.
+pub async fn judge(client: &Client, files: &[PathBuf]) -> Result<()> {
+    let mut failed = 0;
+    for file in files {
+        let report = run_file(client, file).await?;
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        println!("{} {name}: {report}", if report.passed() { "passed" } else { "FAILED" });
+        failed += usize::from(!report.passed());
+    }
+    ensure!(failed == 0, "{failed} of {} files failed; see above", files.len());
+    Ok(())
+}
+
+/// Has pgTAP for many files, in a database that ends with the test.
+pub async fn install_for_good(client: &Client) -> Result<()> {
+    client.batch_execute("begin").await?;
+    install(client).await?;
+    client.batch_execute("commit").await?;
+    Ok(())
 }
 
 /// Runs one file in a transaction that is rolled back, pgTAP included: it leaves the database as it was.

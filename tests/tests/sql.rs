@@ -2,9 +2,9 @@
 //!
 //! With `DATABASE_URL` set, the tests judge that database instead of a fresh one, and leave it as it was.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use local::parts::{
-    folder::{self, RunFolder},
+    folder::RunFolder,
     postgres::{self, Role},
     supabase,
 };
@@ -12,49 +12,72 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
 };
-use tests::{Database, Fingerprint, advisor, pgtap, supervisor_binary, tap};
+use tests::{Database, Fingerprint, advisor, pgtap, required, supervisor_binary, tap};
+use tokio::process::Command;
 use tokio_postgres::Client;
-
-/// Files of a folder of `supabase/` that end so, in order.
-fn sources(folder: &str, end: &str) -> Result<Vec<PathBuf>> {
-    let folder = folder::workspace()?.join("supabase").join(folder);
-    let mut files: Vec<PathBuf> = fs::read_dir(&folder)
-        .with_context(|| folder.display().to_string())?
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.to_string_lossy().ends_with(end))
-        .collect();
-    files.sort();
-    ensure!(!files.is_empty(), "there is no *{end} in {}", folder.display());
-    Ok(files)
-}
-
-async fn judge(client: &Client, files: &[PathBuf]) -> Result<()> {
-    let mut failed = 0;
-    for file in files {
-        let report = pgtap::run_file(client, file).await?;
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        println!("{} {name}: {report}", if report.passed() { "passed" } else { "FAILED" });
-        failed += usize::from(!report.passed());
-    }
-    ensure!(failed == 0, "{failed} of {} files failed; see above", files.len());
-    Ok(())
-}
 
 #[tokio::test]
 async fn every_test_of_the_database_passes() -> Result<()> {
-    let files = sources("tests", ".test.sql")?;
+    let files = pgtap::files()?;
     if let Ok(url) = env::var("DATABASE_URL") {
         println!("judging the database that DATABASE_URL names");
-        return judge(&postgres::connect(&url).await?, &files).await;
+        return pgtap::judge(&postgres::connect(&url).await?, &files).await;
     }
     let database = Database::migrated(supervisor_binary!()).await?;
     let client = database.connect(Role::Owner).await?;
-    // Once and for all files, since this database ends with the test.
-    client.batch_execute("begin").await?;
-    pgtap::install(&client).await?;
-    client.batch_execute("commit").await?;
-    judge(&client, &files).await
+    pgtap::install_for_good(&client).await?;
+    pgtap::judge(&client, &files).await
+}
+
+/// What `supabase test db` does, which itself wants Docker: pgTAP in the schema `extensions`, and `pg_prove` over the folder.
+#[tokio::test]
+async fn the_tests_of_the_database_run_as_supabase_runs_them() -> Result<()> {
+    let found = Command::new("pg_prove").arg("--version").output().await;
+    if found.is_err() || Command::new("psql").arg("--version").output().await.is_err() {
+        return required::missing("pg_prove", "Install libtap-parser-sourcehandler-pgtap-perl and postgresql-client.");
+    }
+    let database = Database::migrated(supervisor_binary!()).await?;
+    let client = database.connect(Role::Owner).await?;
+    if client.query_opt("select from pg_available_extensions where name = 'pgtap'", &[]).await?.is_none() {
+        return required::missing("pgTAP", "Install postgresql-15-pgtap for the server that the tests use.");
+    }
+    client.batch_execute("create extension if not exists pgtap with schema extensions").await?;
+    let prove = async |files: &[PathBuf]| -> Result<(bool, String)> {
+        let output = Command::new("pg_prove")
+            .args(["--dbname", database.url(Role::Owner)])
+            .args(files)
+            .env("PGOPTIONS", "-c client_min_messages=warning")
+            .kill_on_drop(true)
+            .output()
+            .await?;
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        Ok((output.status.success(), said))
+    };
+    let before = Fingerprint::of(&client).await?;
+    let (passed, said) = prove(&pgtap::files()?).await?;
+    assert!(passed && said.contains("Result: PASS"), "{said}");
+    before.assert_same(&Fingerprint::of(&client).await?);
+
+    let file = database.attached.folder.join("wrong.test.sql");
+    fs::write(&file, "begin; select plan(1); select is(3, 4, 'adds up'); select * from finish(); rollback;")?;
+    let (passed, said) = prove(&[file]).await?;
+    assert!(!passed && said.contains("adds up"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn every_test_of_the_database_plans_finishes_and_leaves_nothing() -> Result<()> {
+    for file in pgtap::files()? {
+        let sql = fs::read_to_string(&file)?.to_ascii_lowercase();
+        let statements: Vec<&str> =
+            sql.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("--")).collect();
+        let ends = (statements.first().copied(), statements.last().copied());
+        assert_eq!(ends, (Some("begin;"), Some("rollback;")), "{}", file.display());
+        for part in ["select plan(", "from finish();"] {
+            assert!(sql.contains(part), "{}: {part}", file.display());
+        }
+    }
+    Ok(())
 }
 
 async fn run_text(client: &Client, folder: &Path, sql: &str) -> Result<tap::Report> {
