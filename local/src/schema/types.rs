@@ -20,7 +20,7 @@ pub async fn render(cli: &Path, url: &str, home: &Path) -> Result<String> {
         .kill_on_drop(true)
         .output()
         .await?;
-    let text = String::from_utf8(output.stdout)?;
+    let text = String::from_utf8(output.stdout)?.trim_start().to_owned();
     ensure!(
         output.status.success() && text.starts_with("export type") && text.contains("export type Database"),
         "supabase gen types: {}{}",
