@@ -10,14 +10,16 @@ use serde_json::json;
 use std::fs;
 use tokio::process::Command;
 
-/// Compiles the program in `tests/clients` against these types; what the compiler said.
+const PROGRAM: &str = "tests/clients/types.ts";
+
+/// Compiles the program against these types; what the compiler said.
 async fn compile(types: &str) -> Result<String> {
     folder::require_program("node", "to run TypeScript's compiler")?;
     let folder = RunFolder::create()?;
     let place = |name: &str| folder.path().join(name);
     // A package is looked for beside the program that wants it.
     std::os::unix::fs::symlink(install::supabase_js(&Progress::hidden()).await?, place("node_modules"))?;
-    fs::copy(folder::workspace()?.join("tests/clients/types.ts"), place("program.ts"))?;
+    fs::copy(folder::workspace()?.join(PROGRAM), place("program.ts"))?;
     fs::write(place("types.ts"), types)?;
     let options = json!({
         "compilerOptions": {
@@ -43,16 +45,24 @@ async fn compile(types: &str) -> Result<String> {
 async fn a_web_app_compiles_against_the_types_and_its_mistakes_do_not() -> Result<()> {
     let types = fs::read_to_string(folder::workspace()?.join("supabase/types.ts"))?;
     assert_eq!(compile(&types).await?, "");
-    for (right, wrong) in [
-        ("\"score\": number", "\"score\": string"),
-        ("\"name\": string,\"notes\"", "\"name\"?: string | null,\"notes\""),
-        ("\"create_campaign\":", "\"make_campaign\":"),
-        ("{ \"permission\": string }; Returns: boolean", "{ \"permission\": string }; Returns: string"),
-        ("referencedRelation: \"pipeline_stages\"", "referencedRelation: \"pipelines\""),
-        ("export type Json", "a remark\nexport type Json"),
-    ] {
-        assert!(types.contains(right), "{right} is not in the types");
-        assert_ne!(compile(&types.replace(right, wrong)).await?, "", "{wrong} compiles");
+
+    // Each wrong type, and the line of the program that must not compile for it.
+    let changes = [
+        ("\"score\": number", "\"score\": string", "exact<number>()(lead.score)"),
+        ("\"name\": string,\"notes\"", "\"name\"?: string | null,\"notes\"", "exact<string>()(lead.name)"),
+        ("\"create_campaign\":", "\"make_campaign\":", "rpc('create_campaign', { name"),
+        ("\"permission\": string }; Returns: boolean", "\"permission\": string }; Returns: string", "(allowed.data)"),
+        ("referencedRelation: \"pipeline_stages\"", "referencedRelation: \"pipelines\"", "(lead.stage)"),
+    ];
+    let mut wrong = types;
+    for (from, to, _) in changes {
+        assert!(wrong.contains(from), "{from} is not in the types");
+        wrong = wrong.replace(from, to);
+    }
+    let (said, program) = (compile(&wrong).await?, fs::read_to_string(folder::workspace()?.join(PROGRAM))?);
+    for (_, to, place) in changes {
+        let line = program.lines().position(|line| line.contains(place)).map_or(0, |index| index + 1);
+        assert!(line > 0 && said.contains(&format!("program.ts({line},")), "{to} compiles at line {line}: {said}");
     }
     Ok(())
 }
