@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '91de9825e1fb';
+  version   constant text := '8292bbaa3472';
   installed text;
   clash     text;
 begin
@@ -1797,8 +1797,8 @@ grant select (
 ) on public.invitations to authenticated, service_role;
 alter table public.invitations enable row level security;
 alter table public.invitations force row level security;
-drop policy if exists "Who manages members sees the invitations, the invited their own" on public.invitations;
-create policy "Who manages members sees the invitations, the invited their own" on public.invitations
+drop policy if exists "Who manages members sees the invitations, and the invited their own" on public.invitations;
+create policy "Who manages members sees the invitations, and the invited their own" on public.invitations
   for select to authenticated
   using (organization_id = (select private.org_with('member.manage')) or email = (select private.auth_email()));
 comment on table public.invitations is
@@ -8288,7 +8288,7 @@ revoke all on public.impersonation_sessions from anon, authenticated, service_ro
 grant select on public.impersonation_sessions to authenticated, service_role;
 alter table public.impersonation_sessions enable row level security;
 alter table public.impersonation_sessions force row level security;
-create policy "The organization sees who acted in it, staff their own sessions" on public.impersonation_sessions
+create policy "The organization sees who acted in it, and staff their own sessions" on public.impersonation_sessions
   for select to authenticated
   using (organization_id = (select private.org_with('audit.view')) or admin_id = (select auth.uid()));
 comment on table public.impersonation_sessions is

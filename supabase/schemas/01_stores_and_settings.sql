@@ -1436,8 +1436,8 @@ grant select (
 ) on public.invitations to authenticated, service_role;
 alter table public.invitations enable row level security;
 alter table public.invitations force row level security;
-drop policy if exists "Who manages members sees the invitations, the invited their own" on public.invitations;
-create policy "Who manages members sees the invitations, the invited their own" on public.invitations
+drop policy if exists "Who manages members sees the invitations, and the invited their own" on public.invitations;
+create policy "Who manages members sees the invitations, and the invited their own" on public.invitations
   for select to authenticated
   using (organization_id = (select private.org_with('member.manage')) or email = (select private.auth_email()));
 comment on table public.invitations is

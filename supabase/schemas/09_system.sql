@@ -403,7 +403,7 @@ revoke all on public.impersonation_sessions from anon, authenticated, service_ro
 grant select on public.impersonation_sessions to authenticated, service_role;
 alter table public.impersonation_sessions enable row level security;
 alter table public.impersonation_sessions force row level security;
-create policy "The organization sees who acted in it, staff their own sessions" on public.impersonation_sessions
+create policy "The organization sees who acted in it, and staff their own sessions" on public.impersonation_sessions
   for select to authenticated
   using (organization_id = (select private.org_with('audit.view')) or admin_id = (select auth.uid()));
 comment on table public.impersonation_sessions is

@@ -21,7 +21,7 @@ const LANDED: &[(&str, &str, &str)] = &[
     ("20261122000000_initial.sql", "require-statement-timeout", "it makes all that it touches: nobody waits for it"),
     ("20261122010000_seed_systems.sql", "require-lock-timeout", "it was written before the first release: no installation was in use"),
     ("20261122010000_seed_systems.sql", "require-statement-timeout", "as above"),
-    ("20261122010000_seed_systems.sql", "identifier-too-long", "20261124000300 gives the two policies names that fit"),
+    ("20261122010000_seed_systems.sql", "identifier-too-long", "two names of policies, which are cut: 20261124000400 gives them names that fit"),
     ("20261122010000_seed_systems.sql", "constraint-missing-not-valid", "the tables were empty: a scan of nothing"),
     ("20261122010000_seed_systems.sql", "adding-foreign-key-constraint", "the column was made in the same statement: nothing refers yet"),
     ("20261122010000_seed_systems.sql", "disallowed-unique-constraint", "stages are few: a pipeline has a handful"),
