@@ -1,0 +1,151 @@
+//! Experiments 3, 4 and 5: a campaign is complete exactly once, a cancelled one never, and each call is counted once.
+
+use crate::world::{World, count, gives, meet, refused};
+use anyhow::Result;
+use futures::future::try_join_all;
+
+async fn two_last_leads() -> Result<World> {
+    World::with("select scene.subscribe(1, 'plenty'); select scene.campaign(1, 1, 2); select scene.dial(1, 2)").await
+}
+
+/// Complete, and told once, in the outbox and on record.
+async fn assert_complete(world: &World, state: &str) -> Result<()> {
+    assert_eq!(world.is("select scene.campaign_of(1)").await?, state);
+    assert_eq!(world.is("select scene.told('campaign.completed')").await?, "1");
+    assert_eq!(world.is("select count(*) from public.audit_logs where action = 'campaign.completed'").await?, "1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f03_two_last_leads_that_end_at_once_complete_their_campaign_once() -> Result<()> {
+    let world = two_last_leads().await?;
+    let answers = world.meet("select scene.hang_up(1)", "select scene.hang_up(2, 'invalid_number')").await?;
+    assert_eq!(answers, (gives("applied"), gives("applied")));
+    assert_complete(&world, "completed, 0 open, 2 calls, 1 answered").await
+}
+
+#[tokio::test]
+async fn f03_a_last_lead_that_ends_and_one_that_a_release_gives_up_complete_their_campaign_once() -> Result<()> {
+    for hang_up_first in [true, false] {
+        let world = World::with("select scene.subscribe(1, 'plenty'); select scene.campaign(1, 1, 2)").await?;
+        world.is("update public.call_queue as queue set next_retry_at = 'infinity' from public.leads as lead where lead.id = queue.lead_id and lead.phone = scene.phone(2)").await?;
+        world.is("select scene.dial(1)").await?;
+        world.is("update public.leads set archived_at = private.clock_now() where phone = scene.phone(2)").await?;
+        let (end, release) = ("select scene.hang_up(1)", "select scene.release()");
+        let answers = if hang_up_first { world.meet(end, release).await? } else { world.meet(release, end).await? };
+        assert!(answers.0.is_ok() && answers.1.is_ok(), "{answers:?}");
+        assert_complete(&world, "completed, 0 open, 1 calls, 1 answered").await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn f03_a_last_lead_that_ends_and_one_whose_gate_is_shut_complete_their_campaign_once() -> Result<()> {
+    let world =
+        World::with("select scene.subscribe(1, 'plenty'); select scene.campaign(1, 1, 2); select scene.release()")
+            .await?;
+    world.is("select scene.begin_dials(1, 1)").await?;
+    world.is("update public.leads set do_not_call = true where phone = scene.phone(2)").await?;
+    let answers = world.meet("select scene.begin_dials(2, 2)", "select scene.hang_up(1)").await?;
+    assert_eq!(answers, (gives("opted_out"), gives("applied")));
+    assert_complete(&world, "completed, 0 open, 1 calls, 1 answered").await
+}
+
+#[tokio::test]
+async fn f03_forty_times_two_last_leads_complete_forty_campaigns() -> Result<()> {
+    let world = World::with("select scene.subscribe(1, 'plenty')").await?;
+    world.is("select scene.campaign(1, n, 100 + n) from generate_series(1, 40) as n").await?;
+    world.is("select scene.dial(variadic array(select n + m from generate_series(1, 40) as n, unnest(array[0, 100]) as m))").await?;
+    let sessions = [world.session().await?, world.session().await?];
+    for number in 1..=40 {
+        let ends = sessions
+            .iter()
+            .zip([number, 100 + number])
+            .map(|(session, lead)| async move { session.done(&format!("select scene.hang_up({lead})")).await });
+        assert_eq!(try_join_all(ends).await?, ["applied", "applied"]);
+    }
+    assert_eq!(world.is("select string_agg(distinct status || ' ' || open_leads || ' ' || total_calls, ', ') from public.campaigns").await?, "completed 0 2");
+    assert_eq!(world.is("select scene.told('campaign.completed')").await?, "40");
+    Ok(())
+}
+
+const CANCEL: &str = "select public.cancel_campaign((select id from public.campaigns)) ->> 'status'";
+
+#[tokio::test]
+async fn f04_a_campaign_whose_last_call_ends_while_it_is_cancelled_does_not_pass_through_completed() -> Result<()> {
+    let world = two_last_leads().await?;
+    world.is("select scene.hang_up(2)").await?;
+    let (owner, carrier) = (world.session_of_owner(1).await?, world.session().await?);
+    let answers = meet(&owner, CANCEL, &carrier, "select scene.hang_up(1, 'busy')").await?;
+    assert_eq!(answers, (gives("cancelled"), gives("applied")));
+    assert_eq!(world.is("select scene.campaign_of(1)").await?, "cancelled, 0 open, 2 calls, 1 answered");
+    assert_eq!(world.is("select scene.waits(1)").await?, "failed 1, skipped campaign_cancelled");
+    assert_eq!(world.is("select scene.told('campaign.completed')").await?, "0");
+    assert_eq!(world.is("select count(*) from public.campaigns where completed_at is null").await?, "1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f04_a_campaign_that_completes_while_somebody_cancels_it_is_complete() -> Result<()> {
+    let world = two_last_leads().await?;
+    world.is("select scene.hang_up(2)").await?;
+    let (owner, carrier) = (world.session_of_owner(1).await?, world.session().await?);
+    let answers = meet(&carrier, "select scene.hang_up(1)", &owner, CANCEL).await?;
+    assert_eq!(answers, (gives("applied"), refused("invalid_transition")));
+    assert_complete(&world, "completed, 0 open, 2 calls, 2 answered").await
+}
+
+#[tokio::test]
+async fn f04_a_cancellation_and_a_release_at_once_leave_nobody_waiting_to_be_called() -> Result<()> {
+    for cancel_first in [true, false] {
+        let world = World::with("select scene.subscribe(1, 'plenty'); select scene.campaign(1, 1, 2)").await?;
+        let (owner, dispatcher) = (world.session_of_owner(1).await?, world.session().await?);
+        let release = "select scene.release()";
+        let (cancelled, released) = if cancel_first {
+            meet(&owner, CANCEL, &dispatcher, release).await?
+        } else {
+            let (released, cancelled) = meet(&dispatcher, release, &owner, CANCEL).await?;
+            (cancelled, released)
+        };
+        assert_eq!(cancelled, gives("cancelled"));
+        assert_eq!(released, gives(if cancel_first { "none" } else { "1 2" }));
+        if !cancel_first {
+            assert_eq!(world.is("select scene.begin_dials(1, 1, 2)").await?, "campaign_cancelled campaign_cancelled");
+        }
+        assert_eq!(world.is("select scene.campaign_of(1)").await?, "cancelled, 0 open, 0 calls, 0 answered");
+        assert_eq!(world.is("select scene.waits(1)").await?, "failed 0, skipped campaign_cancelled");
+        assert_eq!(world.is("select scene.told('campaign.completed')").await?, "0");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn f05_a_call_whose_end_many_tell_at_once_is_counted_once() -> Result<()> {
+    let world = two_last_leads().await?;
+    // The same delivery, other deliveries, the carrier's own record: all at once.
+    let told = world.crowd((0..12).map(|n| {
+        let key = if n % 2 == 0 { "'the-end'".to_owned() } else { format!("'end-{n}'") };
+        format!("select scene.hang_up(1, key => {key})")
+    }));
+    let told = told.await?;
+    assert_eq!(count(&told, "applied"), 1, "{told:?}");
+    assert_eq!(count(&told, "applied") + count(&told, "duplicate") + count(&told, "ignored"), 12, "{told:?}");
+    assert_eq!(world.is("select scene.campaign_of(1)").await?, "running, 1 open, 1 calls, 1 answered");
+    assert_eq!(world.is("select scene.usage(1)").await?, "ai_calls 1+1, call_seconds 30+0");
+    assert_eq!(world.is("select scene.told('call.ended')").await?, "1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f05_calls_that_end_at_once_are_all_counted() -> Result<()> {
+    let world = World::with(
+        "select scene.subscribe(1, 'plenty'); select scene.campaign(1, variadic array(select generate_series(1, 16)))",
+    )
+    .await?;
+    world.is("select scene.dial(variadic array(select generate_series(1, 16)))").await?;
+    let told = world.crowd((1..=16).map(|number| format!("select scene.hang_up({number})"))).await?;
+    assert_eq!(count(&told, "applied"), 16, "{told:?}");
+    assert_complete(&world, "completed, 0 open, 16 calls, 16 answered").await?;
+    assert_eq!(world.is("select scene.usage(1)").await?, "ai_calls 16+0, call_seconds 480+0");
+    Ok(())
+}
