@@ -116,6 +116,9 @@ async fn f20_the_last_unit_of_a_quota_is_held_once() -> Result<()> {
     assert_eq!(world.is(&hold(4)).await?, "t");
     assert_eq!(world.meet(&hold(1), &hold(1)).await?, (gives("t"), gives("f")));
     assert_eq!(world.is("select scene.usage(1)").await?, "ai_calls 0+5");
+    world.is("select private.release_usage(scene.id('8000', 1), 'ai_calls', 5, private.clock_now())").await?;
+    let held = world.crowd((0..16).map(|_| hold(1))).await?;
+    assert_eq!((count(&held, "t"), count(&held, "f")), (5, 11), "{held:?}");
     Ok(())
 }
 
@@ -232,11 +235,16 @@ async fn f22_what_comes_while_its_period_is_being_closed_is_billed_in_the_next_o
 
 #[tokio::test]
 async fn f23_the_same_payment_told_twice_at_once_is_applied_once() -> Result<()> {
-    let world = World::with("select scene.draft(1); select scene.open(1)").await?;
-    let captured = "select scene.pay('pay_1', 'captured')";
-    assert_eq!(world.meet(captured, captured).await?, (gives("applied"), gives("duplicate")));
-    assert_eq!(world.is("select scene.invoice(1)").await?, "paid, 1000 paid");
-    assert_eq!(world.is("select scene.told('invoice.paid')").await?, "1");
+    // Whether it was known before or not.
+    for before in ["select 1", "select scene.pay('pay_1', 'authorized')"] {
+        let world = World::with("select scene.draft(1); select scene.open(1)").await?;
+        world.is(before).await?;
+        let captured = "select scene.pay('pay_1', 'captured')";
+        assert_eq!(world.meet(captured, captured).await?, (gives("applied"), gives("duplicate")), "{before}");
+        assert_eq!(world.is("select scene.invoice(1)").await?, "paid, 1000 paid");
+        assert_eq!(world.is("select scene.told('invoice.paid')").await?, "1");
+        assert_eq!(world.is("select count(*) from public.audit_logs where action = 'payment.captured'").await?, "1");
+    }
     Ok(())
 }
 

@@ -120,6 +120,17 @@ async fn f04_a_cancellation_and_a_release_at_once_leave_nobody_waiting_to_be_cal
 }
 
 #[tokio::test]
+async fn f05_a_call_whose_end_two_tell_at_once_is_counted_once() -> Result<()> {
+    let world = two_last_leads().await?;
+    let answers =
+        world.meet("select scene.hang_up(1, key => 'one')", "select scene.hang_up(1, key => 'other')").await?;
+    assert_eq!(answers, (gives("applied"), gives("ignored")));
+    assert_eq!(world.is("select scene.campaign_of(1)").await?, "running, 1 open, 1 calls, 1 answered");
+    assert_eq!(world.is("select scene.usage(1)").await?, "ai_calls 1+1, call_seconds 30+0");
+    Ok(())
+}
+
+#[tokio::test]
 async fn f05_a_call_whose_end_many_tell_at_once_is_counted_once() -> Result<()> {
     let world = two_last_leads().await?;
     // The same delivery, other deliveries, the carrier's own record: all at once.
@@ -147,5 +158,88 @@ async fn f05_calls_that_end_at_once_are_all_counted() -> Result<()> {
     assert_eq!(count(&told, "applied"), 16, "{told:?}");
     assert_complete(&world, "completed, 0 open, 16 calls, 16 answered").await?;
     assert_eq!(world.is("select scene.usage(1)").await?, "ai_calls 16+0, call_seconds 480+0");
+    Ok(())
+}
+
+#[tokio::test]
+async fn of_two_who_start_a_campaign_at_once_one_does() -> Result<()> {
+    let world = World::with("select scene.subscribe(1, 'plenty')").await?;
+    world.is("insert into public.leads (organization_id, name, phone) select scene.id('8000', 1), 'Lead', scene.phone(1)").await?;
+    let (one, other) = (world.session_of_owner(1).await?, world.session_of_owner(1).await?);
+    let campaign = one.done("select public.create_campaign('Autumn') ->> 'id'").await?;
+    let start = format!("select public.start_campaign('{campaign}') ->> 'status'");
+    assert_eq!(meet(&one, &start, &other, &start).await?, (gives("running"), refused("invalid_transition")));
+    assert_eq!(world.is("select count(*) from public.call_queue").await?, "1");
+    Ok(())
+}
+
+/// What disagrees with what it is counted from: nothing, ever.
+const DISAGREEMENTS: &str = "
+    select string_agg(problem, '; ')
+    from (
+      select format('campaign %s: %s', campaign.name, row(campaign.*)) as problem
+      from public.campaigns as campaign
+      cross join lateral (
+        select count(*) as leads
+        from public.campaign_leads as member
+        where member.campaign_id = campaign.id and member.status in ('enrolled', 'queued', 'calling')
+      ) as open
+      cross join lateral (
+        select count(*) filter (where log.dialled) as calls, count(*) filter (where log.dialled and log.call_status = 'answered') as answered
+        from public.call_logs as log
+        where log.campaign_id = campaign.id and log.status = 'ended'
+      ) as ended
+      where (campaign.open_leads, campaign.total_calls, campaign.answered_calls) <> (open.leads, ended.calls, ended.answered)
+        or (campaign.open_leads = 0) <> (campaign.status in ('completed', 'cancelled'))
+        or (campaign.status = 'completed') <> (
+          1 = (select count(*) from private.outbox as told where told.topic = 'campaign.completed' and told.key = campaign.id::text)
+        )
+      union all
+      select format('queue row %s is %s, its lead %s, its attempts under way %s', queue.id, queue.status, member.status, live.attempts)
+      from public.call_queue as queue
+      join public.campaign_leads as member using (organization_id, campaign_id, lead_id)
+      cross join lateral (
+        select count(*) as attempts from public.call_logs as log where log.queue_id = queue.id and log.status <> 'ended'
+      ) as live
+      where (queue.status = 'processing')::integer <> live.attempts or (member.status = 'calling')::integer <> live.attempts
+      union all
+      select format('organization %s: %s calls used, %s held', log.organization_id, log.usage_count, log.reserved)
+      from public.usage_logs as log
+      where log.feature_key = 'ai_calls'
+        and (log.usage_count, log.reserved) <> (
+          select count(*) filter (where attempt.bill_duration_seconds > 0), count(*) filter (where attempt.status <> 'ended')
+          from public.call_logs as attempt
+          where attempt.organization_id = log.organization_id
+        )
+      union all
+      select format('event %s: %s', event.kind, event.error) from private.webhook_events as event where event.status = 'failed'
+    ) as found";
+
+#[tokio::test]
+async fn whatever_sixteen_sessions_do_at_once_every_count_agrees_in_the_end() -> Result<()> {
+    let world = World::with("select scene.subscribe(1, 'plenty'), scene.subscribe(2, 'five')").await?;
+    world.is("select scene.campaign(1 + n % 2, 10 * n + 1, 10 * n + 2, 10 * n + 3, 10 * n + 4) from generate_series(1, 8) as n").await?;
+    let lead = |n: usize| 10 * (1 + n % 8) + 1 + n / 8 % 4;
+    let done = |n: usize, step: usize| {
+        let (number, key) = (lead(n), n % 3);
+        match (n + step) % 16 {
+            0..4 => "select scene.release()".to_owned(),
+            4..7 => format!("select scene.begin_dials({key}, {number}, {}, {})", lead(n + 1), lead(n + 9)),
+            7..9 => format!("select scene.record_dial({number}, '{}')", ["accepted", "refused", "deferred", "unknown"][(n + step) / 16 % 4]),
+            9 => format!(r#"select scene.tell({number}, '{{"status": "ringing"}}')"#),
+            10..13 => format!("select scene.hang_up({number}, '{}', key => '{number}-{key}')", ["answered", "busy", "invalid_number"][key]),
+            13 => format!("update public.leads set do_not_call = true where phone = scene.phone({number})"),
+            14 => "update public.campaigns set status = case status when 'running' then 'paused' else 'running' end::public.campaign_status
+                   where status in ('running', 'paused') and name = 'Campaign of 11'".to_owned(),
+            _ => "delete from private.dispatch_holds; update private.clock_offset set shift = shift + interval '20 minutes'".to_owned(),
+        }
+    };
+    for step in 0..16 {
+        let told = world.crowd((0..16).map(|n| done(n + 7 * step, step))).await?;
+        let failures: Vec<_> = told.iter().filter_map(|answer| answer.as_ref().err()).collect();
+        assert!(failures.is_empty(), "{failures:?} in step {step}");
+        assert_eq!(world.is(DISAGREEMENTS).await?, "", "after step {step}");
+    }
+    assert_ne!(world.is("select count(*) from public.call_logs where dialled").await?, "0");
     Ok(())
 }

@@ -6,10 +6,11 @@ use local::parts::postgres::Role;
 use std::sync::Arc;
 use tests::{Database, database::first_column, supervisor_binary};
 use tokio::{
+    sync::Mutex,
     task::JoinHandle,
     time::{Duration, sleep},
 };
-use tokio_postgres::Client;
+use tokio_postgres::{Client, types::ToSql};
 
 const WORLD: &str = include_str!("world.sql");
 /// Only so that a test which hangs says what it hung on: nothing here takes a fraction of it.
@@ -22,6 +23,7 @@ pub type Answer = Result<String, String>;
 pub struct World {
     sql: Arc<Client>,
     database: Database,
+    crowd: Mutex<Vec<Session>>,
 }
 
 impl World {
@@ -30,7 +32,7 @@ impl World {
         let database = Database::migrated(supervisor_binary!()).await?;
         let sql = database.connect(Role::Owner).await?;
         sql.batch_execute(WORLD).await.context("world.sql")?;
-        Ok(Self { sql: Arc::new(sql), database })
+        Ok(Self { sql: Arc::new(sql), database, crowd: Mutex::default() })
     }
 
     /// A new one with more in it.
@@ -73,7 +75,9 @@ impl World {
     /// Many sessions at once, each with a statement of its own.
     pub async fn crowd(&self, statements: impl IntoIterator<Item = String>) -> Result<Vec<Answer>> {
         let statements: Vec<_> = statements.into_iter().collect();
-        let sessions = try_join_all(statements.iter().map(|_| self.session())).await?;
+        let mut sessions = self.crowd.lock().await;
+        let missing = statements.len().saturating_sub(sessions.len());
+        sessions.extend(try_join_all((0..missing).map(|_| self.session())).await?);
         Ok(join_all(sessions.iter().zip(&statements).map(|(session, sql)| session.run(sql))).await)
     }
 }
@@ -133,14 +137,21 @@ pub struct Running {
 impl Running {
     /// Returns once they stand behind a lock that the other session holds; fails if they end without.
     pub async fn waits_for(&self, other: &Session) -> Result<()> {
-        loop {
-            let waits = "select $1 = any (pg_blocking_pids($2))";
-            if self.watch.query_one(waits, &[&other.pid, &self.pid]).await?.get(0) {
-                return Ok(());
-            }
+        self.is_blocked_by("$2 = any (pg_blocking_pids($1))", &[&self.pid, &other.pid]).await
+    }
+
+    /// Returns once they stand behind any lock; fails if they end without.
+    pub async fn waits(&self) -> Result<()> {
+        self.is_blocked_by("pg_blocking_pids($1) <> '{}'", &[&self.pid]).await
+    }
+
+    async fn is_blocked_by(&self, condition: &str, values: &[&(dyn ToSql + Sync)]) -> Result<()> {
+        let look = format!("select {condition}");
+        while !self.watch.query_one(&look, values).await?.get::<_, bool>(0) {
             ensure!(!self.task.is_finished(), "it did not wait: {}", self.sql);
             sleep(Duration::from_millis(2)).await;
         }
+        Ok(())
     }
 
     /// What they give in the end.
