@@ -31,13 +31,15 @@ async fn f01_orders_that_change_customers_crosswise_at_once_do_not_block_each_ot
     let moved = |order: &str, to: u8| {
         format!("update public.orders set customer_id = scene.id('b000', {to}) where external_id = '{order}'")
     };
-    // Both stand before the same customer. Had one of them the other customer already, neither would come to an end.
+    // Both stand before the same customer.
     let (holder, one, other) = (world.session().await?, world.session().await?, world.session().await?);
     holder.done("begin; select 1 from public.customers where id = scene.id('b000', 1) for no key update").await?;
     let one = one.start(&moved("one", 2));
     one.waits().await?;
     let other = other.start(&moved("two", 1));
     other.waits().await?;
+    // Neither has the other customer already, for which the one who goes first would wait for good.
+    world.is("select 1 from public.customers where id = scene.id('b000', 2) for no key update nowait").await?;
     holder.done("commit").await?;
     assert_eq!((one.ends().await?, other.ends().await?), (gives(""), gives("")));
     assert_eq!(world.is("select scene.totals(1)").await?, "USD 1 500 500; 1");
