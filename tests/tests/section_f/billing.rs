@@ -108,6 +108,30 @@ async fn f20_sixteen_debits_at_once_take_no_more_than_there_is() -> Result<()> {
 }
 
 #[tokio::test]
+async fn f20_a_purchase_that_is_told_twice_at_once_is_credit_once() -> Result<()> {
+    let world = World::new().await?;
+    // The wallet is not there yet either.
+    let (first, second) = world.meet("select scene.credit(10)", "select scene.credit(10)").await?;
+    assert_eq!(first, second, "both are told the same transaction");
+    assert_eq!(world.is("select balance_minor from public.call_credits").await?, "10");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f20_of_two_refunds_at_once_no_more_is_given_back_than_was_taken() -> Result<()> {
+    let world = World::with("select scene.credit(10); select scene.debit(10, 'call')").await?;
+    let refund = |key: &str| {
+        format!(
+            "select private.refund_credit(organization_id, id, 6, '{key}', private.clock_now()) is not null
+             from public.credit_transactions where idempotency_key = 'call'"
+        )
+    };
+    assert_eq!(world.meet(&refund("one"), &refund("two")).await?, (gives("t"), refused("refund_too_large")));
+    assert_eq!(world.is("select balance_minor from public.call_credits").await?, "6");
+    Ok(())
+}
+
+#[tokio::test]
 async fn f20_the_last_unit_of_a_quota_is_held_once() -> Result<()> {
     let world = World::with("select scene.subscribe(1, 'five')").await?;
     let hold = |units: u8| {
@@ -275,5 +299,21 @@ async fn f23_a_failure_that_comes_with_or_after_the_capture_takes_nothing_back_a
     world.is("select scene.draft(3); select scene.open(3)").await?;
     assert_eq!(world.is("select scene.pay('pay_3', 'captured', 999, 3)").await?, "unmatched");
     assert_eq!(world.is("select scene.invoice(3)").await?, "open, 0 paid");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f23_of_two_refunds_at_once_no_more_is_paid_back_than_was_paid() -> Result<()> {
+    let world =
+        World::with("select scene.draft(1); select scene.open(1); select scene.pay('pay_1', 'captured')").await?;
+    let refund = |name: &str| {
+        format!(
+            r#"select public.record_refund('{{"v": 1, "gateway": "razorpay", "refund_id": "{name}", "payment_id": "pay_1", "status": "processed",
+               "amount_minor": 600, "currency": "INR"}}') ->> 'result'"#
+        )
+    };
+    assert_eq!(world.meet(&refund("rf_1"), &refund("rf_2")).await?, (gives("applied"), gives("conflict")));
+    assert_eq!(world.meet(&refund("rf_1"), &refund("rf_1")).await?, (gives("duplicate"), gives("duplicate")));
+    assert_eq!(world.is("select refunded_minor from public.payments").await?, "600");
     Ok(())
 }

@@ -48,6 +48,26 @@ async fn f07_the_events_of_a_call_all_at_once_end_it_once() -> Result<()> {
 }
 
 #[tokio::test]
+async fn f07_a_store_s_call_that_is_written_while_its_leg_moves_on_says_what_the_leg_says() -> Result<()> {
+    let attach =
+        "insert into public.calls (organization_id, store_id, call_log_id, from_phone, to_phone, direction, start_time)
+                  select organization_id, scene.id('a000', 1), id, 'anonymous', 'anonymous', 'outbound', created_at
+                  from public.call_logs where id = scene.attempt(1) returning 'written'";
+    let end = "select scene.hang_up(1)";
+    for end_first in [true, false] {
+        let world = dialled(1).await?;
+        let answers = if end_first { world.meet(end, attach).await? } else { world.meet(attach, end).await? };
+        let wanted =
+            if end_first { (gives("applied"), gives("written")) } else { (gives("written"), gives("applied")) };
+        assert_eq!(answers, wanted);
+        let told = "select call.status || ' ' || (call.end_time = log.ended_at) || ' ' || (call.twilio_call_sid = log.call_sid)
+                    from public.calls as call join public.call_logs as log on log.id = call.call_log_id";
+        assert_eq!(world.is(told).await?, "completed true true");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn f13_of_two_workers_with_the_same_message_one_dials() -> Result<()> {
     let world =
         World::with("select scene.subscribe(1, 'plenty'); select scene.campaign(1, 1); select scene.release()").await?;

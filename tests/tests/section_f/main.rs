@@ -28,7 +28,7 @@
 //! | 21 | a month that is anchored on the 31st                   | `20_billing_arithmetic.test.sql`, `23_billing_periods.test.sql`        |
 //! | 22 | the invoice job again, years, and the boundary         | `billing::f22_…`; years: `23_billing_periods.test.sql`                 |
 //! | 23 | payments replayed, of a wrong amount, failed afterwards | `billing::f23_…`; alone: `26_ledger_payments.test.sql`                 |
-//! | 24 | a signature over the raw body                          | not the database's: `shared` and `intake/`                             |
+//! | 24 | a signature over the raw body                          | not the database's: the signatures' own tests, source by source        |
 //! | 25 | installing twice                                       | `schemas.rs`, `the_master_schema_is_the_schemas_and_may_be_pasted_twice` |
 
 mod billing;
