@@ -247,13 +247,6 @@ end
 $$;
 comment on type public.event_status is 'What became of an event from outside. failed is tried again, dead waits for a person.';
 
-
--- Nothing is added: the store's fourteen types of the CallAI document are in 00_enums_and_types.sql already, each in its own guarded
--- block and with exactly its values (tests/30_stores_structure.test.sql compares them, in order). No further enum is needed here:
--- a property's type and status are text with a check, as the Vantage document has them.
-
-
-
 do $$
 begin
   create type public.credit_transaction_type as enum (

@@ -300,48 +300,84 @@ revoke execute on function private.nudge(text) from public;
 -- Who asks ------------------------------------------------------------------------------------------------------------------------
 -- plpgsql rather than sql, because its plans outlive the request in a pooled connection; definer, because a policy on profiles
 -- must not ask itself. Policies call org_with() once a statement: (select private.org_with('…')).
+-- An operator's support session (public.impersonation_sessions) leaves its mark on the operator's own profile, so that a helper
+-- that reads the profile anyway learns of it without another look-up.
+
+create or replace function private.acting_user_id() returns uuid
+language plpgsql stable parallel safe security definer set search_path = '' as $$
+begin
+  return (
+    select case when mine.acting_until > now() then mine.acting_for else mine.id end
+    from public.profiles as mine
+    where mine.id = (select auth.uid())
+  );
+end
+$$;
+comment on function private.acting_user_id() is
+  'In whose name the request acts: the user of its token, or in a support session the user acted for. Default of created_by.';
 
 create or replace function private.get_auth_org_id() returns uuid
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.organization_id
-    from public.profiles as profile
-    where profile.id = (select auth.uid()) and profile.status = 'active'
+    select holder.organization_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
   );
 end
 $$;
-comment on function private.get_auth_org_id() is 'The organization of the user whose token the request carries; null without one.';
+comment on function private.get_auth_org_id() is
+  'The organization of the user whose token the request carries, or of the user they act for in a support session; null without one.';
 
 create or replace function private.get_auth_system_role() returns public.system_role
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.system_role
-    from public.profiles as profile
-    where profile.id = (select auth.uid()) and profile.status = 'active'
+    select holder.system_role
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
   );
 end
 $$;
-comment on function private.get_auth_system_role() is 'The system role of the user whose token the request carries; null without one.';
+comment on function private.get_auth_system_role() is
+  'The system role of the user whose token the request carries, or of the user they act for; null without one.';
+
+create or replace function private.get_auth_role_id() returns uuid
+language plpgsql stable parallel safe security definer set search_path = '' as $$
+begin
+  return (
+    select holder.role_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
+  );
+end
+$$;
+comment on function private.get_auth_role_id() is
+  'The role of the user whose token the request carries, or of the user they act for; null when their system role decides.';
 
 create or replace function private.org_with(permission text) returns uuid
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.organization_id
-    from public.profiles as profile
-    left join public.roles as role on role.organization_id = profile.organization_id and role.id = profile.role_id
-    where profile.id = (select auth.uid())
-      and profile.status = 'active'
+    select holder.organization_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    left join public.roles as role on role.organization_id = holder.organization_id and role.id = holder.role_id
+    where mine.id = (select auth.uid())
+      and mine.status = 'active'
+      and holder.status = 'active'
+      and (holder.id = mine.id or not mine.acting_read_only or permission like '%.view')
       and (
-        profile.system_role = 'owner'
+        holder.system_role = 'owner'
         or role.permissions ? permission
-        or profile.role_id is null and exists (
+        or holder.role_id is null and exists (
           select
           from public.permissions as known
           where known.key = permission
-            and case profile.system_role when 'admin' then known.admin when 'member' then known.member else false end
+            and case holder.system_role when 'admin' then known.admin when 'member' then known.member else false end
         )
       )
   );
@@ -349,7 +385,20 @@ end
 $$;
 comment on function private.org_with(text) is
   'The organization in which the request''s user holds a permission, else null: a policy compares organization_id with it. '
-  'An owner holds all; a role of their own decides for the others; without one, the default of their system role.';
+  'An owner holds all; a role of their own decides for the others; without one, the default of their system role. '
+  'In a support session the rights are those of the user acted for, and of these only the views unless the session may write.';
+
+create or replace function private.is_platform_admin() returns boolean
+language plpgsql stable parallel safe security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from public.profiles as mine
+    where mine.id = (select auth.uid()) and mine.status = 'active' and mine.system_role = 'platform_admin'
+  );
+end
+$$;
+comment on function private.is_platform_admin() is 'Whether the token is of the operator''s staff, in a support session or not.';
 
 create or replace function private.auth_has_permission(permission text) returns boolean
 language plpgsql stable parallel safe security definer set search_path = '' as $$
@@ -393,12 +442,12 @@ comment on function private.require_org(text) is
   'The organization of the request''s user, who has to hold the permission: else ends the request with 401 or 403.';
 
 revoke execute on function
-  private.get_auth_org_id(), private.get_auth_system_role(), private.org_with(text), private.auth_has_permission(text),
-  private.auth_covers(jsonb), private.require_org(text)
+  private.acting_user_id(), private.get_auth_org_id(), private.get_auth_system_role(), private.get_auth_role_id(), private.org_with(text),
+  private.is_platform_admin(), private.auth_has_permission(text), private.auth_covers(jsonb), private.require_org(text)
 from public;
 grant execute on function
-  private.get_auth_org_id(), private.get_auth_system_role(), private.org_with(text), private.auth_has_permission(text),
-  private.auth_covers(jsonb)
+  private.acting_user_id(), private.get_auth_org_id(), private.get_auth_system_role(), private.get_auth_role_id(), private.org_with(text),
+  private.is_platform_admin(), private.auth_has_permission(text), private.auth_covers(jsonb)
 to authenticated;
 
 create or replace function public.get_auth_org_id() returns uuid
@@ -417,6 +466,14 @@ end
 $$;
 comment on function public.get_auth_system_role() is 'The caller''s system role.';
 
+create or replace function public.get_auth_role_id() returns uuid
+language plpgsql stable parallel safe security invoker set search_path = '' as $$
+begin
+  return private.get_auth_role_id();
+end
+$$;
+comment on function public.get_auth_role_id() is 'The caller''s role; null when their system role decides.';
+
 create or replace function public.auth_has_permission(permission text) returns boolean
 language plpgsql stable parallel safe security invoker set search_path = '' as $$
 begin
@@ -425,9 +482,12 @@ end
 $$;
 comment on function public.auth_has_permission(text) is 'Whether the caller holds a permission (public.permissions lists them).';
 
-revoke execute on function public.get_auth_org_id(), public.get_auth_system_role(), public.auth_has_permission(text)
+revoke execute on function
+  public.get_auth_org_id(), public.get_auth_system_role(), public.get_auth_role_id(), public.auth_has_permission(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.get_auth_org_id(), public.get_auth_system_role(), public.auth_has_permission(text) to authenticated;
+grant execute on function
+  public.get_auth_org_id(), public.get_auth_system_role(), public.get_auth_role_id(), public.auth_has_permission(text)
+to authenticated;
 
 
 -- permissions ---------------------------------------------------------------------------------------------------------------------
@@ -612,21 +672,29 @@ comment on table public.roles is 'A named set of permissions of an organization.
 -- profiles ------------------------------------------------------------------------------------------------------------------------
 
 create table if not exists public.profiles (
-  id              uuid primary key references auth.users (id) on delete cascade,
-  organization_id uuid references public.organizations (id) on delete restrict,
-  role_id         uuid,
-  system_role     public.system_role not null default 'member',
-  status          public.user_status not null default 'active',
-  full_name       text,
-  email           text,
-  phone           text,
-  avatar_url      text,
-  metadata        jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
-  created_at      timestamptz not null default private.clock_now(),
-  updated_at      timestamptz not null default private.clock_now(),
+  id                uuid primary key references auth.users (id) on delete cascade,
+  organization_id   uuid references public.organizations (id) on delete restrict,
+  role_id           uuid,
+  system_role       public.system_role not null default 'member',
+  status            public.user_status not null default 'active',
+  full_name         text,
+  email             text,
+  phone             text,
+  avatar_url        text,
+  metadata          jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  created_at        timestamptz not null default private.clock_now(),
+  updated_at        timestamptz not null default private.clock_now(),
+  acting_for        uuid,
+  acting_until      timestamptz,
+  acting_read_only  boolean not null default true,
+  acting_session_id uuid,
   unique (organization_id, id),
   foreign key (organization_id, role_id) references public.roles (organization_id, id) on delete restrict,
-  check (role_id is null or organization_id is not null)
+  check (role_id is null or organization_id is not null),
+  constraint profiles_platform_admin_apart check (system_role <> 'platform_admin' or organization_id is null),
+  constraint profiles_acting_is_platform_admin check (
+    acting_for is null or (system_role = 'platform_admin' and acting_until is not null and acting_session_id is not null)
+  )
 );
 create index if not exists idx_profiles_role on public.profiles (organization_id, role_id);
 
@@ -645,9 +713,27 @@ create policy "Users may describe themselves" on public.profiles
 
 create or replace trigger update_modified_column before update on public.profiles
   for each row execute function private.update_modified_column();
+create or replace function private.keep_platform_admin_apart() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  perform private.raise_error(409, 'platform_admin', 'A platform admin belongs to no organization');
+  return new;
+end
+$$;
+comment on function private.keep_platform_admin_apart() is
+  'Trigger: a platform admin who joins or makes an organization would silently lose what they are; it is taken from them first.';
+create or replace trigger keep_platform_admin_apart before update of organization_id on public.profiles
+  for each row when (old.system_role = 'platform_admin' and new.organization_id is not null)
+  execute function private.keep_platform_admin_apart();
 comment on table public.profiles is
   'A user and the organization they belong to. Nobody changes their own organization, role, system role or status: the grants leave them out.';
 comment on column public.profiles.role_id is 'Decides the permissions; without one, the system role does. A role that somebody holds cannot be deleted.';
+comment on column public.profiles.system_role is
+  'owner, admin or member of the organization; platform_admin is the operator''s own staff, who belong to none and act for users in sessions.';
+comment on column public.profiles.acting_for is 'The user whose rights a platform admin has in a support session; written by its functions alone. No foreign key: the two are in no tenant together.';
+comment on column public.profiles.acting_until is 'Real time at which that session ends by itself.';
+comment on column public.profiles.acting_read_only is 'In the session only permissions ending in .view are held.';
+comment on column public.profiles.acting_session_id is 'The session''s row in impersonation_sessions, by which the audit log is tagged.';
 
 create or replace function private.handle_new_user() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -659,10 +745,13 @@ begin
     new.raw_user_meta_data ->> 'avatar_url'
   )
   on conflict (id) do nothing;
+  perform private.join_by_email(new.id, new.email, new.email_confirmed_at);
   return new;
 end
 $$;
-comment on function private.handle_new_user() is 'Trigger: whoever signs up has a profile, in the same transaction.';
+comment on function private.handle_new_user() is
+  'Trigger: whoever signs up has a profile, in the same transaction. Their metadata may say how they are called and look, and nothing else: '
+  'organization and role come from an invitation.';
 
 create or replace trigger on_auth_user_created after insert on auth.users
   for each row execute function private.handle_new_user();
@@ -828,10 +917,8 @@ grant execute on function private.create_api_key(text, text[], timestamptz), pub
 
 -- The bodies that only other bodies and triggers use.
 revoke execute on function private.check_timezone(), private.update_modified_column(), private.check_role_permissions(),
-  private.handle_new_user()
+  private.keep_platform_admin_apart(), private.handle_new_user()
 from public;
-
-
 
 
 -- Sources -------------------------------------------------------------------------------------------------------------------------
@@ -1226,165 +1313,6 @@ revoke execute on function
 from public;
 
 
-
-
--- Acting for another user ---------------------------------------------------------------------------------------------------------
--- An operator's support session (public.impersonation_sessions) leaves its mark on the operator's own profile, so that a helper
--- that reads the profile anyway learns of it without another look-up, and so that this file needs no later one.
-
-alter table public.profiles
-  add column if not exists acting_for uuid,
-  add column if not exists acting_until timestamptz,
-  add column if not exists acting_read_only boolean not null default true,
-  add column if not exists acting_session_id uuid;
-do $$
-begin
-  alter table public.profiles add constraint profiles_platform_admin_apart
-    check (system_role <> 'platform_admin' or organization_id is null);
-exception when duplicate_object then null;
-end
-$$;
-do $$
-begin
-  alter table public.profiles add constraint profiles_acting_is_platform_admin
-    check (acting_for is null or (system_role = 'platform_admin' and acting_until is not null and acting_session_id is not null));
-exception when duplicate_object then null;
-end
-$$;
-comment on column public.profiles.system_role is
-  'owner, admin or member of the organization; platform_admin is the operator''s own staff, who belong to none and act for users in sessions.';
-comment on column public.profiles.acting_for is 'The user whose rights a platform admin has in a support session; written by its functions alone. No foreign key: the two are in no tenant together.';
-comment on column public.profiles.acting_until is 'Real time at which that session ends by itself.';
-comment on column public.profiles.acting_read_only is 'In the session only permissions ending in .view are held.';
-comment on column public.profiles.acting_session_id is 'The session''s row in impersonation_sessions, by which the audit log is tagged.';
-
-create or replace function private.keep_platform_admin_apart() returns trigger
-language plpgsql set search_path = '' as $$
-begin
-  perform private.raise_error(409, 'platform_admin', 'A platform admin belongs to no organization');
-  return new;
-end
-$$;
-comment on function private.keep_platform_admin_apart() is
-  'Trigger: a platform admin who joins or makes an organization would silently lose what they are; it is taken from them first.';
-create or replace trigger keep_platform_admin_apart before update of organization_id on public.profiles
-  for each row when (old.system_role = 'platform_admin' and new.organization_id is not null)
-  execute function private.keep_platform_admin_apart();
-
-create or replace function private.acting_user_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select case when mine.acting_until > now() then mine.acting_for else mine.id end
-    from public.profiles as mine
-    where mine.id = (select auth.uid())
-  );
-end
-$$;
-comment on function private.acting_user_id() is
-  'In whose name the request acts: the user of its token, or in a support session the user acted for. Default of created_by.';
-
--- Replaces the one above: an operator in a session has the organization of the user they act for, everybody else their own.
-create or replace function private.get_auth_org_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.organization_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_org_id() is
-  'The organization of the user whose token the request carries, or of the user they act for in a support session; null without one.';
-
-create or replace function private.get_auth_system_role() returns public.system_role
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.system_role
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_system_role() is
-  'The system role of the user whose token the request carries, or of the user they act for; null without one.';
-
-create or replace function private.get_auth_role_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.role_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_role_id() is
-  'The role of the user whose token the request carries, or of the user they act for; null when their system role decides.';
-
-create or replace function private.org_with(permission text) returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.organization_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    left join public.roles as role on role.organization_id = holder.organization_id and role.id = holder.role_id
-    where mine.id = (select auth.uid())
-      and mine.status = 'active'
-      and holder.status = 'active'
-      and (holder.id = mine.id or not mine.acting_read_only or permission like '%.view')
-      and (
-        holder.system_role = 'owner'
-        or role.permissions ? permission
-        or holder.role_id is null and exists (
-          select
-          from public.permissions as known
-          where known.key = permission
-            and case holder.system_role when 'admin' then known.admin when 'member' then known.member else false end
-        )
-      )
-  );
-end
-$$;
-comment on function private.org_with(text) is
-  'The organization in which the request''s user holds a permission, else null: a policy compares organization_id with it. '
-  'An owner holds all; a role of their own decides for the others; without one, the default of their system role. '
-  'In a support session the rights are those of the user acted for, and of these only the views unless the session may write.';
-
-create or replace function private.is_platform_admin() returns boolean
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return exists (
-    select
-    from public.profiles as mine
-    where mine.id = (select auth.uid()) and mine.status = 'active' and mine.system_role = 'platform_admin'
-  );
-end
-$$;
-comment on function private.is_platform_admin() is 'Whether the token is of the operator''s staff, in a support session or not.';
-
-revoke execute on function
-  private.acting_user_id(), private.get_auth_role_id(), private.is_platform_admin(), private.keep_platform_admin_apart()
-from public;
-grant execute on function private.acting_user_id(), private.get_auth_role_id(), private.is_platform_admin() to authenticated;
-
-create or replace function public.get_auth_role_id() returns uuid
-language plpgsql stable parallel safe security invoker set search_path = '' as $$
-begin
-  return private.get_auth_role_id();
-end
-$$;
-comment on function public.get_auth_role_id() is 'The caller''s role; null when their system role decides.';
-revoke execute on function public.get_auth_role_id() from public, anon, authenticated, service_role;
-grant execute on function public.get_auth_role_id() to authenticated;
-
-
 -- invitations ---------------------------------------------------------------------------------------------------------------------
 
 create table if not exists public.invitations (
@@ -1535,24 +1463,6 @@ end
 $$;
 comment on function private.join_by_email(uuid, text, timestamptz) is
   'A user who proved an address to which one invitation is pending becomes a member by it.';
-
-create or replace function private.handle_new_user() returns trigger
-language plpgsql security definer set search_path = '' as $$
-begin
-  insert into public.profiles (id, email, phone, full_name, avatar_url)
-  values (
-    new.id, new.email, new.phone,
-    coalesce(new.raw_user_meta_data ->> 'full_name', new.raw_user_meta_data ->> 'name'),
-    new.raw_user_meta_data ->> 'avatar_url'
-  )
-  on conflict (id) do nothing;
-  perform private.join_by_email(new.id, new.email, new.email_confirmed_at);
-  return new;
-end
-$$;
-comment on function private.handle_new_user() is
-  'Trigger: whoever signs up has a profile, in the same transaction. Their metadata may say how they are called and look, and nothing else: '
-  'organization and role come from an invitation.';
 
 create or replace function private.handle_user_change() returns trigger
 language plpgsql security definer set search_path = '' as $$

@@ -85,16 +85,16 @@ create table public.pipeline_stages (
   pipeline_id     uuid not null,
   project_id      uuid,
   name            text not null check (length(btrim(name)) between 1 and 100),
-  order_index     integer not null default 0,
+  order_index     integer not null default 2147483647,
   position        integer generated always as (order_index) stored,
   color           text not null default '#cbd5e1' check (color ~ '^#[0-9a-fA-F]{6}$'),
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
   unique (organization_id, id),
   foreign key (organization_id, pipeline_id) references public.pipelines (organization_id, id) on delete cascade,
-  foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete cascade
+  foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete cascade,
+  constraint pipeline_stages_place_key unique (organization_id, pipeline_id, order_index) deferrable initially deferred
 );
-create index idx_pipeline_stages_pipeline on public.pipeline_stages (organization_id, pipeline_id, order_index);
 create index idx_pipeline_stages_project on public.pipeline_stages (organization_id, project_id);
 
 revoke all on public.pipeline_stages from anon, authenticated, service_role;
@@ -119,6 +119,8 @@ create policy "Who edits projects may delete a stage" on public.pipeline_stages
 create trigger update_modified_column before update on public.pipeline_stages
   for each row execute function private.update_modified_column();
 comment on table public.pipeline_stages is 'The steps of a pipeline, in order; a step of one project alone names it.';
+comment on column public.pipeline_stages.order_index is
+  'The place in the pipeline, from 0 on without a gap. Written to, the others make room; without one a new stage is the last.';
 comment on column public.pipeline_stages.position is 'The same as order_index, under the name that older clients read.';
 
 create function private.create_default_pipeline(organization uuid) returns uuid
@@ -265,15 +267,9 @@ create policy "Who edits leads may add to their timeline" on public.lead_activit
 comment on table public.lead_activities is 'What happened with a lead, in order. Only ever added to.';
 
 
-
-
 -- The order of stages -------------------------------------------------------------------------------------------------------------
 -- order_index is dense, from 0 on, and each number is taken once in a pipeline, whoever drags what at once: every statement that
 -- changes stages waits for the other one of its organization, and leaves its pipelines numbered.
-
-alter table public.pipeline_stages alter column order_index set default 2147483647;
-comment on column public.pipeline_stages.order_index is
-  'The place in the pipeline, from 0 on without a gap. Written to, the others make room; without one a new stage is the last.';
 
 create function private.lock_stages() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -351,18 +347,6 @@ create trigger number_moved_stages after update on public.pipeline_stages
   referencing old table as before new table as after for each statement execute function private.number_stages();
 create trigger number_left_stages after delete on public.pipeline_stages
   referencing old table as before for each statement execute function private.number_stages();
-
--- What was there before: numbered as it is shown.
-update public.pipeline_stages as stage
-set order_index = numbered.number
-from (
-  select old.id, row_number() over (partition by old.pipeline_id order by old.order_index, old.created_at, old.id) - 1 as number
-  from public.pipeline_stages as old
-) as numbered
-where stage.id = numbered.id and stage.order_index <> numbered.number;
-drop index public.idx_pipeline_stages_pipeline;
-alter table public.pipeline_stages
-  add constraint pipeline_stages_place_key unique (organization_id, pipeline_id, order_index) deferrable initially deferred;
 
 create function private.move_stage(stage_id uuid, place integer) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$

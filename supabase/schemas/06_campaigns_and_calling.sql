@@ -406,12 +406,14 @@ create table public.call_logs (
   notes                   text,
   metadata                jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
   updated_at              timestamptz not null default private.clock_now(),
+  caller_id               uuid,
   unique (organization_id, id),
   unique (organization_id, queue_id, attempt_no),
   foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete restrict,
   foreign key (organization_id, lead_id) references public.leads (organization_id, id) on delete restrict,
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, queue_id) references public.call_queue (organization_id, id) on delete restrict,
+  foreign key (organization_id, caller_id) references public.profiles (organization_id, id) on delete set null (caller_id),
   check ((status = 'ended') = (call_status is not null)),
   check ((status = 'ended') = (ended_at is not null)),
   check (answered_at >= created_at and ended_at >= answered_at),
@@ -421,6 +423,7 @@ create index idx_call_logs_organization_id on public.call_logs (organization_id,
 create index idx_call_logs_campaign_id on public.call_logs (organization_id, campaign_id, created_at desc);
 create index idx_call_logs_lead_id on public.call_logs (organization_id, lead_id);
 create index idx_call_logs_project_id on public.call_logs (organization_id, project_id) where project_id is not null;
+create index idx_call_logs_caller_id on public.call_logs (organization_id, caller_id) where caller_id is not null;
 -- Nobody is called twice at once, from whichever organization: the last wall behind every other check.
 create unique index idx_call_logs_live_callee on public.call_logs (callee_number) where direction = 'outbound' and status <> 'ended';
 create index idx_call_logs_live on public.call_logs (carrier_account_id, organization_id, campaign_id) where status <> 'ended';
@@ -458,6 +461,7 @@ create trigger update_modified_column before update on public.call_logs
   for each row execute function private.update_modified_column();
 comment on table public.call_logs is
   'One row a leg, in or out: the attempt. Committed before the carrier hears of it, ended exactly once, and alone metered. Its id is the attempt id.';
+comment on column public.call_logs.caller_id is 'The user who placed it by hand; null for a campaign''s. The number it is made from is caller_number.';
 comment on column public.call_logs.call_sid is 'The carrier''s id of the call; the first callback or answer that names one binds it.';
 comment on column public.call_logs.call_status is 'How it ended; null until it has.';
 comment on column public.call_logs.dialled is
@@ -575,8 +579,6 @@ end
 $$;
 
 
-
-
 -- The store's view of a leg -------------------------------------------------------------------------------------------------------
 -- calls and store_phone_numbers are in files before this one, which a person may paste without it: what joins them is here.
 
@@ -664,17 +666,6 @@ create trigger update_store_call after update on public.call_logs
   ) execute function private.update_store_call();
 
 revoke execute on function private.is_dropped(public.call_logs), private.attach_leg(), private.update_store_call() from public;
-
-
-
-
--- Who placed a call by hand -------------------------------------------------------------------------------------------------------
-
-alter table public.call_logs
-  add column caller_id uuid,
-  add foreign key (organization_id, caller_id) references public.profiles (organization_id, id) on delete set null (caller_id);
-create index idx_call_logs_caller_id on public.call_logs (organization_id, caller_id) where caller_id is not null;
-comment on column public.call_logs.caller_id is 'The user who placed it by hand; null for a campaign''s. The number it is made from is caller_number.';
 
 
 -- How a lead's last call went -----------------------------------------------------------------------------------------------------

@@ -385,7 +385,6 @@ create trigger usage_events_are_append_only before update or delete on private.u
 select private.ensure_partitions('private.usage_events', private.clock_now());
 
 
-
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------
 --
 -- A double-entry ledger. Credit is held in accounts of the organization: what a plan grants for a month, what was given away, what

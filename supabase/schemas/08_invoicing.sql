@@ -391,7 +391,6 @@ revoke all on function
 from public;
 
 
-
 -- Payment methods -----------------------------------------------------------------------------------------------------------------
 
 create function private.has_card_number(given text) returns boolean

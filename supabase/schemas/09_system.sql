@@ -81,17 +81,18 @@ comment on function private.emit(uuid, text, text, jsonb, timestamptz) is
 -- audit_logs ----------------------------------------------------------------------------------------------------------------------
 
 create table public.audit_logs (
-  id                   uuid primary key default private.uuid_v7(),
-  organization_id      uuid not null references public.organizations (id) on delete restrict,
-  user_id              uuid,
-  user_name            text,
-  action               text not null,
-  entity_type          text,
-  entity_id            uuid,
-  metadata             jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
-  impersonator_user_id uuid,
-  is_impersonated      boolean not null default false,
-  created_at           timestamptz not null default private.clock_now(),
+  id                       uuid primary key default private.uuid_v7(),
+  organization_id          uuid not null references public.organizations (id) on delete restrict,
+  user_id                  uuid,
+  user_name                text,
+  action                   text not null,
+  entity_type              text,
+  entity_id                uuid,
+  metadata                 jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  impersonator_user_id     uuid,
+  is_impersonated          boolean not null default false,
+  created_at               timestamptz not null default private.clock_now(),
+  impersonation_session_id uuid,
   unique (organization_id, id)
 );
 create index idx_audit_logs_organization_id on public.audit_logs (organization_id, created_at desc);
@@ -112,30 +113,16 @@ $$;
 comment on function private.refuse_change() is 'Trigger: a table that is only ever added to.';
 create trigger refuse_change before update or delete or truncate on public.audit_logs
   for each statement execute function private.refuse_change();
+-- Also for a session that plays itself a replica.
+alter table public.audit_logs enable always trigger refuse_change;
 comment on table public.audit_logs is
   'Who did what, written in the transaction that did it. Only ever added to. user_id has no foreign key: the record outlives the user.';
-
-create function private.audit(
-  organization uuid, action text, entity_type text, entity_id uuid, metadata jsonb, at timestamptz
-) returns void
-language plpgsql volatile security definer set search_path = '' as $$
-declare
-  me uuid := (select auth.uid());
-begin
-  insert into public.audit_logs (organization_id, user_id, user_name, action, entity_type, entity_id, metadata, created_at)
-  values (
-    organization, me,
-    (select coalesce(profile.full_name, profile.email) from public.profiles as profile where profile.id = me),
-    audit.action, audit.entity_type, audit.entity_id, coalesce(audit.metadata, '{}'), at
-  );
-end
-$$;
-comment on function private.audit(uuid, text, text, uuid, jsonb, timestamptz) is
-  'Writes one line of the audit log for the user of the request, or for the system when there is none.';
+comment on column public.audit_logs.user_id is 'Who did it; in a support session the user in whose name it was done.';
+comment on column public.audit_logs.user_name is 'As they were called then; without a user the database role that did it.';
+comment on column public.audit_logs.impersonator_user_id is 'The platform admin who did it in the user''s name.';
+comment on column public.audit_logs.impersonation_session_id is 'The support session in which it was done; its reason is there.';
 
 select private.ensure_partitions(private.clock_now());
-
-
 
 
 -- The operator's own record -------------------------------------------------------------------------------------------------------
@@ -160,21 +147,11 @@ create policy "The operator's staff sees what was done to the platform" on publi
   for select to authenticated using ((select private.is_platform_admin()));
 create trigger refuse_change before update or delete or truncate on public.platform_audit_logs
   for each statement execute function private.refuse_change();
+alter table public.platform_audit_logs enable always trigger refuse_change;
 comment on table public.platform_audit_logs is
   'As audit_logs, for what belongs to no organization: plans, prices, tax rates, permissions, the platform''s carrier accounts, its staff.';
 
--- Also for a session that plays itself a replica.
-alter table public.audit_logs enable always trigger refuse_change;
-alter table public.platform_audit_logs enable always trigger refuse_change;
-
-alter table public.audit_logs add column impersonation_session_id uuid;
-comment on column public.audit_logs.user_id is 'Who did it; in a support session the user in whose name it was done.';
-comment on column public.audit_logs.user_name is 'As they were called then; without a user the database role that did it.';
-comment on column public.audit_logs.impersonator_user_id is 'The platform admin who did it in the user''s name.';
-comment on column public.audit_logs.impersonation_session_id is 'The support session in which it was done; its reason is there.';
-
--- Replaces the one above: it also says who acted for whom.
-create or replace function private.audit(
+create function private.audit(
   organization uuid, action text, entity_type text, entity_id uuid, metadata jsonb, at timestamptz
 ) returns void
 language plpgsql volatile security definer set search_path = '' as $$

@@ -808,7 +808,6 @@ comment on function private.subscribe_organization(uuid, text, public.subscripti
   'current period has been billed. Periods start at the local midnight of that day.';
 
 
-
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------
 --
 -- The wallet's row is locked first, then its accounts are read: transactions of one wallet follow each other, others do not wait.
@@ -1281,8 +1280,6 @@ revoke all on function
   private.check_credit(uuid), public.expire_credit(jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb) to service_role;
-
-
 
 
 -- What a plan allows --------------------------------------------------------------------------------------------------------------

@@ -390,7 +390,6 @@ from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
 
 
-
 -- Payments ------------------------------------------------------------------------------------------------------------------------
 --
 -- A gateway's news comes late, twice and in any order. A payment is known by its gateway's id or, before it has one, by its order;
