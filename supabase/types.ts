@@ -1,3 +1,6 @@
+│
+▲  Connected to 127.0.0.1 without TLS: the TLS connection failed or was rejected. Set PGSSLMODE=require (or verify-full) to refuse unencrypted connections.
+
 export type Json = string | number | boolean | null | { [key: string]: Json | undefined } | Json[]
 
 export type Database = {
@@ -206,28 +209,28 @@ isOneToOne: false
                   ]
                 },"calling_holidays": {
                   Row: {
-                    "day": string,"jurisdiction": string,"name": string
+                    "day": string,"evidence": string,"jurisdiction": string,"name": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "day": string,"jurisdiction": string,"name": string
+                    "day": string,"evidence"?: string,"jurisdiction": string,"name": string
                   }
                   Update: {
-                    "day"?: string,"jurisdiction"?: string,"name"?: string
+                    "day"?: string,"evidence"?: string,"jurisdiction"?: string,"name"?: string
                   }
                   Relationships: [
                     
                   ]
                 },"calling_hours": {
                   Row: {
-                    "basis": string,"closes": string | null,"daily_calls": number | null,"jurisdiction": string,"on_holidays": boolean,"opens": string | null,"purpose": string,"weekday": number
+                    "basis": string,"closes": string | null,"daily_calls": number | null,"evidence": string,"jurisdiction": string,"on_holidays": boolean,"opens": string | null,"purpose": string,"weekday": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "basis": string,"closes"?: string | null,"daily_calls"?: number | null,"jurisdiction": string,"on_holidays"?: boolean,"opens"?: string | null,"purpose": string,"weekday": number
+                    "basis": string,"closes"?: string | null,"daily_calls"?: number | null,"evidence"?: string,"jurisdiction": string,"on_holidays"?: boolean,"opens"?: string | null,"purpose": string,"weekday": number
                   }
                   Update: {
-                    "basis"?: string,"closes"?: string | null,"daily_calls"?: number | null,"jurisdiction"?: string,"on_holidays"?: boolean,"opens"?: string | null,"purpose"?: string,"weekday"?: number
+                    "basis"?: string,"closes"?: string | null,"daily_calls"?: number | null,"evidence"?: string,"jurisdiction"?: string,"on_holidays"?: boolean,"opens"?: string | null,"purpose"?: string,"weekday"?: number
                   }
                   Relationships: [
                     
@@ -1236,14 +1239,14 @@ isOneToOne: false
                   ]
                 },"properties": {
                   Row: {
-                    "address": string | null,"archived_at": string | null,"bathrooms": number | null,"bedrooms": number | null,"created_at": string,"created_by": string | null,"currency_code": string,"description": string | null,"id": string,"organization_id": string,"price_minor": number,"project_id": string | null,"size_sqft": number | null,"status": string,"title": string,"type": string,"updated_at": string
+                    "address": string | null,"archived_at": string | null,"bathrooms": number | null,"bedrooms": number | null,"created_at": string,"created_by": string | null,"currency_code": string,"description": string | null,"floor_number": number | null,"id": string,"organization_id": string,"price_minor": number,"project_id": string | null,"size_sqft": number | null,"status": string,"title": string,"tower": string | null,"type": string,"unit_number": string | null,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "address"?: string | null,"archived_at"?: string | null,"bathrooms"?: number | null,"bedrooms"?: number | null,"created_at"?: string,"created_by"?: string | null,"currency_code": string,"description"?: string | null,"id"?: string,"organization_id"?: string,"price_minor": number,"project_id"?: string | null,"size_sqft"?: number | null,"status"?: string,"title": string,"type": string,"updated_at"?: string
+                    "address"?: string | null,"archived_at"?: string | null,"bathrooms"?: number | null,"bedrooms"?: number | null,"created_at"?: string,"created_by"?: string | null,"currency_code": string,"description"?: string | null,"floor_number"?: number | null,"id"?: string,"organization_id"?: string,"price_minor": number,"project_id"?: string | null,"size_sqft"?: number | null,"status"?: string,"title": string,"tower"?: string | null,"type": string,"unit_number"?: string | null,"updated_at"?: string
                   }
                   Update: {
-                    "address"?: string | null,"archived_at"?: string | null,"bathrooms"?: number | null,"bedrooms"?: number | null,"created_at"?: string,"created_by"?: string | null,"currency_code"?: string,"description"?: string | null,"id"?: string,"organization_id"?: string,"price_minor"?: number,"project_id"?: string | null,"size_sqft"?: number | null,"status"?: string,"title"?: string,"type"?: string,"updated_at"?: string
+                    "address"?: string | null,"archived_at"?: string | null,"bathrooms"?: number | null,"bedrooms"?: number | null,"created_at"?: string,"created_by"?: string | null,"currency_code"?: string,"description"?: string | null,"floor_number"?: number | null,"id"?: string,"organization_id"?: string,"price_minor"?: number,"project_id"?: string | null,"size_sqft"?: number | null,"status"?: string,"title"?: string,"tower"?: string | null,"type"?: string,"unit_number"?: string | null,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -1496,14 +1499,14 @@ isOneToOne: false
                   ]
                 },"subscription_plans": {
                   Row: {
-                    "created_at": string,"description": string | null,"features": NonNullable<Json>,"id": string,"is_active": boolean,"is_public": boolean,"name": string,"slug": string,"sort_order": number,"trial_days": number,"updated_at": string
+                    "created_at": string,"description": string | null,"features": NonNullable<Json>,"id": string,"is_active": boolean,"is_public": boolean,"name": string,"slug": string,"sort_order": number,"tier": Database["public"]['Enums']["org_tier"] | null,"trial_days": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"description"?: string | null,"features"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"is_public"?: boolean,"name": string,"slug": string,"sort_order"?: number,"trial_days"?: number,"updated_at"?: string
+                    "created_at"?: string,"description"?: string | null,"features"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"is_public"?: boolean,"name": string,"slug": string,"sort_order"?: number,"tier"?: Database["public"]['Enums']["org_tier"] | null,"trial_days"?: number,"updated_at"?: string
                   }
                   Update: {
-                    "created_at"?: string,"description"?: string | null,"features"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"is_public"?: boolean,"name"?: string,"slug"?: string,"sort_order"?: number,"trial_days"?: number,"updated_at"?: string
+                    "created_at"?: string,"description"?: string | null,"features"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"is_public"?: boolean,"name"?: string,"slug"?: string,"sort_order"?: number,"tier"?: Database["public"]['Enums']["org_tier"] | null,"trial_days"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     

@@ -596,6 +596,7 @@ create or replace trigger update_modified_column before update on public.organiz
 create or replace trigger check_timezone before insert or update of timezone on public.organizations
   for each row execute function private.check_timezone();
 comment on table public.organizations is 'The tenant: every row of a customer''s carries its id. Made by create_organization() alone.';
+comment on column public.organizations.tier is 'Of the plan that it is subscribed to; follows the subscription by itself.';
 comment on column public.organizations.caller_id is 'The caller number it prefers, of those assigned to it in caller_numbers.';
 comment on column public.organizations.dialling_enabled is 'The operator''s switch: off, and nothing is dialled for this organization.';
 comment on column public.organizations.max_concurrent_calls is 'Calls in flight at once, over all campaigns.';
@@ -1364,8 +1365,8 @@ grant select (
 ) on public.invitations to authenticated, service_role;
 alter table public.invitations enable row level security;
 alter table public.invitations force row level security;
-drop policy if exists "Who manages members sees the invitations, and the invited their own" on public.invitations;
-create policy "Who manages members sees the invitations, and the invited their own" on public.invitations
+drop policy if exists "Who manages members sees invitations, the invited their own" on public.invitations;
+create policy "Who manages members sees invitations, the invited their own" on public.invitations
   for select to authenticated
   using (organization_id = (select private.org_with('member.manage')) or email = (select private.auth_email()));
 comment on table public.invitations is

@@ -24,6 +24,9 @@ create table public.properties (
   created_by      uuid default private.acting_user_id(),
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
+  tower           text check (length(btrim(tower)) between 1 and 100),
+  floor_number    smallint,
+  unit_number     text check (length(btrim(unit_number)) between 1 and 50),
   unique (organization_id, id),
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by)
@@ -31,13 +34,22 @@ create table public.properties (
 create index idx_properties_organization_id on public.properties (organization_id, created_at desc);
 create index idx_properties_status on public.properties (organization_id, status, type);
 create index idx_properties_project on public.properties (organization_id, project_id);
+-- A flat of a development is there once.
+create unique index idx_properties_unit on public.properties (organization_id, project_id, tower, unit_number) nulls not distinct
+  where unit_number is not null and archived_at is null;
 create index idx_properties_created_by on public.properties (organization_id, created_by);
 
 revoke all on public.properties from anon, authenticated, service_role;
 grant select, delete on public.properties to authenticated;
 grant
-  insert (id, project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type),
-  update (project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type, archived_at)
+  insert (
+    id, project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type,
+    tower, floor_number, unit_number
+  ),
+  update (
+    project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type, archived_at,
+    tower, floor_number, unit_number
+  )
 on public.properties to authenticated;
 grant select on public.properties to service_role;
 alter table public.properties enable row level security;
@@ -69,6 +81,8 @@ comment on table public.properties is
   'A flat, a house, a plot. Users describe it; its status moves by reserve_property() and set_property_status() alone. Archived once it had a reservation.';
 comment on column public.properties.price_minor is 'In the minor unit of currency_code.';
 comment on column public.properties.currency_code is 'ISO 4217, upper case; the organization''s when not given.';
+comment on column public.properties.tower is 'The building of the project that it is in, where there are several.';
+comment on column public.properties.unit_number is 'What the door says; once a project and tower, of those that are not archived.';
 comment on column public.properties.status is 'reserved exactly while a row of property_reservations holds it.';
 
 

@@ -908,6 +908,9 @@ create table public.calling_hours (
   on_holidays  boolean not null default true,
   daily_calls  smallint check (daily_calls > 0),
   basis        text not null,
+  evidence     text not null default 'operator' check (
+    evidence in ('rule', 'secondary', 'not verified; stricter default', 'operator')
+  ),
   primary key (jurisdiction, purpose, weekday),
   check ((opens is null) = (closes is null)),
   check (opens < closes)
@@ -927,29 +930,50 @@ comment on column public.calling_hours.weekday is 'ISO: 1 is Monday, 7 is Sunday
 comment on column public.calling_hours.opens is 'The opening minute belongs to it, the closing one does not; null is not at all that day.';
 comment on column public.calling_hours.on_holidays is 'Whether these hours also hold on a public holiday; otherwise nobody is called on one.';
 comment on column public.calling_hours.daily_calls is 'Calls to one person in 24 hours, where the law counts them.';
-insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, on_holidays, daily_calls, basis)
+comment on column public.calling_hours.basis is 'What law or rule it is taken from, as far as that is known.';
+comment on column public.calling_hours.evidence is
+  'How well it is known. rule: the text of the rule was read; secondary: guides that agree, and not the text itself; not verified: it could not be '
+  'confirmed, or guides disagree, and the stricter reading is taken; operator: whoever runs this answers for it.';
+insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, on_holidays, daily_calls, basis, evidence)
 select
   law.jurisdiction, purpose.name, day.number,
   case when day.number = 7 then law.sunday_opens when day.number = 6 then law.saturday_opens else law.opens end::time,
   case when day.number = 7 then law.sunday_closes when day.number = 6 then law.saturday_closes else law.closes end::time,
-  law.on_holidays, law.daily_calls, law.basis
+  law.on_holidays, law.daily_calls, law.basis,
+  case law.evidence when 'no' then 'not verified; stricter default' else law.evidence end
 from (
   values
-    ('US', 'service promotional', '08:00', '21:00', '08:00', '21:00', '08:00', '21:00', true, null::smallint, '47 CFR 64.1200(c)(1)'),
-    ('US-AL', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Ala. Code 8-19A'),
-    ('US-CT', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'Conn. Gen. Stat. 42-288a'),
-    ('US-FL', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Fla. Stat. 501.616'),
-    ('US-LA', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'La. R.S. 45:844'),
-    ('US-MD', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Md. Com. Law 14-4501'),
-    ('US-MS', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, true, null, 'Miss. Code 77-3-723'),
-    ('US-OK', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Okla. Stat. 15-775C'),
-    ('US-RI', 'service promotional', '09:00', '18:00', '10:00', '17:00', null, null, false, null, 'R.I. Gen. Laws 5-61-3.6'),
-    ('US-TX', 'service promotional', '09:00', '21:00', '09:00', '21:00', '12:00', '21:00', true, null, 'Tex. Bus. & Com. Code 301.051'),
-    ('US-WA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'RCW 80.36.390'),
-    ('IN', 'service', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'TCCCPR 2018'),
-    ('IN', 'promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'TCCCPR 2018')
+    ('US', 'service promotional', '08:00', '21:00', '08:00', '21:00', '08:00', '21:00', true, null::smallint, '47 CFR 64.1200(c)(1)', 'rule'),
+    ('US-AL', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Alabama; section not known', 'secondary'),
+    ('US-CT', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'Conn. Gen. Stat. 42-288a', 'secondary'),
+    ('US-FL', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Fla. Stat. 501.616(6)', 'rule'),
+    ('US-KY', 'service promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'KRS 367.46955', 'secondary'),
+    ('US-LA', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'LPSC General Order R-29617', 'secondary'),
+    ('US-MA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'M.G.L. c. 159C', 'secondary'),
+    ('US-MD', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Md. Com. Law 14-4502', 'secondary'),
+    ('US-MI', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'Michigan; section not known', 'secondary'),
+    ('US-MN', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'Minnesota; section not known', 'secondary'),
+    -- One guide ends the day at 20:00, the statute at 21:00; the holiday rule is said to be repealed, and is still listed.
+    ('US-MS', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Miss. Code 77-3-603, 77-3-723', 'no'),
+    -- On Sundays and holidays it is recorded messages that are restricted; a voice that is made counts as one here.
+    ('US-NE', 'service promotional', '08:00', '21:00', '08:00', '21:00', '13:00', '21:00', false, null, '291 Neb. Admin. Code 11', 'secondary'),
+    ('US-NM', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'New Mexico; section not known', 'secondary'),
+    ('US-NV', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'NRS 597.814; guides', 'secondary'),
+    -- From nine on by the rule for automatic announcing devices, to eight by the newer one for automatic selection.
+    ('US-OK', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, 3, 'Okla. Stat. 15-755.1, 15-775C.4', 'secondary'),
+    ('US-PA', 'service promotional', '08:00', '21:00', '08:00', '12:00', '08:00', '21:00', false, null, '73 P.S. 2245(a); Saturday by one guide', 'no'),
+    ('US-RI', 'service promotional', '09:00', '18:00', '10:00', '17:00', null, null, false, null, 'R.I. Gen. Laws 5-61-2, 5-61-3.6', 'rule'),
+    -- Automated dialling on weekdays alone.
+    ('US-SD', 'service promotional', '09:00', '21:00', null, null, null, null, true, null, 'S.D. Codified Laws 37-30-28', 'rule'),
+    ('US-TX', 'service promotional', '09:00', '21:00', '09:00', '21:00', '12:00', '21:00', true, null, 'Texas; section not known', 'no'),
+    ('US-UT', 'service promotional', '08:00', '21:00', '08:00', '21:00', null, null, false, null, 'Utah Code 13-25a-103(3)', 'rule'),
+    ('US-WA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'RCW 19.158.040(2)', 'rule'),
+    ('US-WY', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'Wyoming; section not known', 'no'),
+    ('IN', 'service', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'TRAI TCCCPR 2010', 'secondary'),
+    ('IN', 'promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'India; common practice', 'no')
 ) as law (
-  jurisdiction, purposes, opens, closes, saturday_opens, saturday_closes, sunday_opens, sunday_closes, on_holidays, daily_calls, basis
+  jurisdiction, purposes, opens, closes, saturday_opens, saturday_closes, sunday_opens, sunday_closes, on_holidays, daily_calls, basis,
+  evidence
 )
 cross join lateral unnest(string_to_array(law.purposes, ' ')) as purpose (name)
 cross join generate_series(1, 7) as day (number);
@@ -958,6 +982,9 @@ create table public.calling_holidays (
   jurisdiction text not null check (jurisdiction ~ '^[A-Z]{2}(-[A-Z0-9]{1,3})?$'),
   day          date not null,
   name         text not null,
+  evidence     text not null default 'operator' check (
+    evidence in ('rule', 'secondary', 'not verified; stricter default', 'operator')
+  ),
   primary key (jurisdiction, day)
 );
 
@@ -968,14 +995,32 @@ alter table public.calling_holidays force row level security;
 create policy "Anyone signed in may read the holidays" on public.calling_holidays
   for select to authenticated using (true);
 comment on table public.calling_holidays is
-  'Public holidays, of a country or of a state alone; the operator adds each year''s. They matter where calling_hours says so.';
-insert into public.calling_holidays (jurisdiction, day, name)
+  'Public holidays, of a country or of a state alone; the operator adds each year''s. They matter where calling_hours says so: there nobody is '
+  'called after the last one that is known of the country.';
+comment on column public.calling_holidays.evidence is
+  'As in calling_hours. rule is 5 U.S.C. 6103; the Friday before a Saturday and the Monday after a Sunday are taken along.';
+insert into public.calling_holidays (jurisdiction, day, name, evidence)
 values
-  ('US', '2026-11-26', 'Thanksgiving Day'), ('US', '2026-12-25', 'Christmas Day'),
-  ('US', '2027-01-01', 'New Year''s Day'), ('US', '2027-01-18', 'Martin Luther King Jr. Day'), ('US', '2027-02-15', 'Washington''s Birthday'),
-  ('US', '2027-05-31', 'Memorial Day'), ('US', '2027-06-19', 'Juneteenth'), ('US', '2027-07-04', 'Independence Day'),
-  ('US', '2027-07-05', 'Independence Day (observed)'), ('US', '2027-09-06', 'Labor Day'), ('US', '2027-10-11', 'Columbus Day'),
-  ('US', '2027-11-11', 'Veterans Day'), ('US', '2027-11-25', 'Thanksgiving Day'), ('US', '2027-12-25', 'Christmas Day');
+  ('US', '2026-11-26', 'Thanksgiving Day', 'rule'), ('US', '2026-12-25', 'Christmas Day', 'rule'),
+  ('US', '2027-01-01', 'New Year''s Day', 'rule'), ('US', '2027-01-18', 'Martin Luther King Jr. Day', 'rule'),
+  ('US', '2027-02-15', 'Washington''s Birthday', 'rule'), ('US', '2027-05-31', 'Memorial Day', 'rule'),
+  ('US', '2027-06-18', 'Juneteenth (observed)', 'rule'), ('US', '2027-06-19', 'Juneteenth', 'rule'),
+  ('US', '2027-07-04', 'Independence Day', 'rule'), ('US', '2027-07-05', 'Independence Day (observed)', 'rule'),
+  ('US', '2027-09-06', 'Labor Day', 'rule'), ('US', '2027-10-11', 'Columbus Day', 'rule'), ('US', '2027-11-11', 'Veterans Day', 'rule'),
+  ('US', '2027-11-25', 'Thanksgiving Day', 'rule'), ('US', '2027-12-24', 'Christmas Day (observed)', 'rule'),
+  ('US', '2027-12-25', 'Christmas Day', 'rule'), ('US', '2027-12-31', 'New Year''s Day (observed)', 'rule'),
+  ('US', '2028-01-01', 'New Year''s Day', 'rule'),
+  ('US-AL', '2027-02-09', 'Mardi Gras', 'not verified; stricter default'),
+  ('US-AL', '2027-04-26', 'Confederate Memorial Day', 'not verified; stricter default'),
+  ('US-AL', '2027-06-07', 'Jefferson Davis'' Birthday', 'not verified; stricter default'),
+  ('US-LA', '2027-01-08', 'Battle of New Orleans', 'secondary'), ('US-LA', '2027-01-19', 'Robert E. Lee Day', 'secondary'),
+  ('US-LA', '2027-02-09', 'Mardi Gras', 'not verified; stricter default'),
+  ('US-LA', '2027-03-26', 'Good Friday', 'not verified; stricter default'),
+  ('US-MS', '2027-04-26', 'Confederate Memorial Day', 'not verified; stricter default'),
+  ('US-PA', '2027-03-26', 'Good Friday', 'not verified; stricter default'),
+  ('US-PA', '2027-06-14', 'Flag Day', 'not verified; stricter default'),
+  ('US-RI', '2027-08-09', 'Victory Day', 'secondary'),
+  ('US-UT', '2027-07-23', 'Pioneer Day (observed)', 'not verified; stricter default'), ('US-UT', '2027-07-24', 'Pioneer Day', 'secondary');
 
 create function private.legal_hours(
   country text, region text, wanted text, day date, out opens time, out closes time, out daily_calls smallint
@@ -997,10 +1042,16 @@ begin
       where law.jurisdiction in (country, country || '-' || region) and law.purpose = wanted and law.weekday = extract(isodow from day)
         and (
           law.opens is null
-          or not law.on_holidays and exists (
-            select
-            from public.calling_holidays as holiday
-            where holiday.jurisdiction in (country, country || '-' || region) and holiday.day = legal_hours.day
+          or not law.on_holidays and (
+            exists (
+              select
+              from public.calling_holidays as holiday
+              where holiday.jurisdiction in (country, country || '-' || region) and holiday.day = legal_hours.day
+            )
+            -- Of a year whose holidays nobody entered it is not known which days they are.
+            or legal_hours.day > coalesce(
+              (select max(holiday.day) from public.calling_holidays as holiday where holiday.jurisdiction = country), '-infinity'
+            )
           )
         )
     )

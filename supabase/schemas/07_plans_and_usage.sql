@@ -56,6 +56,7 @@ create table public.subscription_plans (
   sort_order  integer not null default 0,
   created_at  timestamptz not null default private.clock_now(),
   updated_at  timestamptz not null default private.clock_now(),
+  tier        public.org_tier,
   constraint subscription_plans_slug_key unique (slug),
   constraint subscription_plans_slug_format check (slug ~ '^[a-z0-9]+(-[a-z0-9]+)*$'),
   constraint subscription_plans_name_present check (btrim(name) <> ''),
@@ -73,10 +74,25 @@ create policy "Visitors see the plans on offer" on public.subscription_plans
 create trigger update_modified_column before update on public.subscription_plans
   for each row execute function private.update_modified_column();
 
+create function private.fill_tier() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  if new.slug = any (enum_range(null::public.org_tier)::text[]) then
+    new.tier := new.slug::public.org_tier;
+  end if;
+  return new;
+end
+$$;
+comment on function private.fill_tier() is 'Trigger: a plan that is called like a tier is of that tier, unless told otherwise.';
+revoke execute on function private.fill_tier() from public;
+create trigger fill_tier before insert on public.subscription_plans
+  for each row when (new.tier is null) execute function private.fill_tier();
+
 comment on table public.subscription_plans is
   'What can be subscribed to. What it costs and meters is in plan_prices; `features` holds the limits that are not metered.';
 comment on column public.subscription_plans.features is
   'Limits on things that are not metered (max_users, max_leads) and what is switched on; -1 is unlimited.';
+comment on column public.subscription_plans.tier is 'What organizations.tier becomes on this plan; null leaves it as it is.';
 comment on column public.subscription_plans.trial_days is 'How long a subscription that starts as trialing stays so.';
 comment on column public.subscription_plans.is_public is 'False for a plan made for one customer, which is not on the price list.';
 
@@ -222,6 +238,39 @@ create policy "Members who may see billing see the subscriptions" on public.subs
 
 create trigger update_modified_column before update on public.subscriptions
   for each row execute function private.update_modified_column();
+
+create function private.follow_tier() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  -- Without a live subscription an organization is on none of the plans that cost.
+  update public.organizations as organization
+  set tier = coalesce(live.tier, 'free')
+  from (
+    select
+      tenant.id, subscription.id is not null as is_subscribed, plan.tier
+    from public.organizations as tenant
+    left join public.subscriptions as subscription
+      on subscription.organization_id = tenant.id and subscription.status not in ('cancelled', 'inactive')
+    left join public.subscription_plans as plan on plan.id = subscription.plan_id
+    where case tg_table_name
+      when 'subscriptions' then tenant.id = (to_jsonb(new) ->> 'organization_id')::uuid
+      else subscription.plan_id = (to_jsonb(new) ->> 'id')::uuid
+    end
+  ) as live
+  where organization.id = live.id
+    and (live.tier is not null or not live.is_subscribed)
+    and organization.tier <> coalesce(live.tier, 'free');
+  return null;
+end
+$$;
+comment on function private.follow_tier() is 'Trigger: organizations.tier is that of the plan which is subscribed to, in the same transaction.';
+revoke execute on function private.follow_tier() from public;
+create trigger follow_tier_of_new after insert on public.subscriptions
+  for each row execute function private.follow_tier();
+create trigger follow_tier after update of plan_id, status on public.subscriptions
+  for each row when (old.plan_id <> new.plan_id or old.status <> new.status) execute function private.follow_tier();
+create trigger follow_tier after update of tier on public.subscription_plans
+  for each row when (old.tier is distinct from new.tier) execute function private.follow_tier();
 
 comment on table public.subscriptions is
   'Which price an organization is on, and which billing period it is in. At most one of its rows is live.';

@@ -203,6 +203,9 @@ declare
   changed jsonb;
   action  text;
 begin
+  if tg_op = 'UPDATE' and before = after then
+    return null;
+  end if;
   -- A secret that changed is said to have changed, and is not shown.
   select jsonb_object_agg(
     field.name,
@@ -217,9 +220,23 @@ begin
   from jsonb_object_keys(either) as field (name)
   where before -> field.name is distinct from after -> field.name
     and field.name <> all (unheard)
-    and (cardinality(watched) = 0 or field.name = any (watched) or tg_op <> 'UPDATE');
-  if changed is null then
+    and (cardinality(watched) = 0 or field.name = any (watched) or tg_op = 'INSERT');
+  if changed is null and tg_op = 'UPDATE' then
     return null;
+  end if;
+  changed := coalesce(changed, '{}');
+  if not either ? 'id' then
+    -- Which row it was, where no id says so.
+    changed := coalesce(
+      (
+        select jsonb_object_agg(attribute.attname, either -> attribute.attname)
+        from pg_catalog.pg_index as index
+        join pg_catalog.pg_attribute as attribute
+          on attribute.attrelid = index.indrelid and attribute.attnum = any (index.indkey)
+        where index.indrelid = tg_relid and index.indisprimary and attribute.attname <> 'organization_id'
+      ),
+      '{}'
+    ) || changed;
   end if;
   action := entity || '.' || case
     when tg_op = 'INSERT' then 'created'
@@ -240,7 +257,7 @@ end
 $$;
 comment on function private.audit_change() is
   'Trigger: what is privileged is on record when it changes, with what it was and is. Arguments: what it is called, and the columns that '
-  'count in an update (none: all but times).';
+  'count in an update and are shown of what is deleted (none: all but times).';
 
 create trigger audit_change after update on public.organizations
   for each row when (old.* is distinct from new.*) execute function private.audit_change('organization');
@@ -260,6 +277,30 @@ create trigger audit_change after insert or update or delete on public.caller_nu
   for each row execute function private.audit_change('caller_number');
 create trigger audit_change after insert or update or delete on public.calling_hours
   for each row execute function private.audit_change('calling_hours');
+create trigger audit_change after insert or update or delete on public.calling_holidays
+  for each row execute function private.audit_change('calling_holiday');
+create trigger audit_change after insert or update or delete on public.meters
+  for each row execute function private.audit_change('meter');
+create trigger audit_change after insert or update or delete on public.store_phone_numbers
+  for each row execute function private.audit_change('store_phone_number');
+create trigger audit_change after update of domain, status or delete on public.stores
+  for each row execute function private.audit_change('store', 'name', 'domain', 'platform', 'status');
+create trigger audit_change after insert or update or delete on private.store_credentials
+  for each row execute function private.audit_change('store_credentials');
+create trigger audit_change after update of
+  name, project_id, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, ring_timeout_seconds,
+  max_call_seconds, agent_id, record_calls, auto_complete, ai_script, call_settings
+on public.campaigns
+  for each row execute function private.audit_change(
+    'campaign', 'name', 'project_id', 'timezone', 'start_date', 'end_date', 'time_start', 'time_end', 'max_concurrent_calls',
+    'max_attempts', 'ring_timeout_seconds', 'max_call_seconds', 'agent_id', 'record_calls', 'auto_complete', 'ai_script', 'call_settings'
+  );
+-- What is deleted is gone: the line says that it was there, and not who it was.
+create trigger audit_change after delete on public.leads
+  for each row execute function private.audit_change('lead', 'project_id', 'source', 'status');
+create trigger audit_change after update of status on public.invoices
+  for each row when (old.status <> new.status and new.status in ('void', 'uncollectible'))
+  execute function private.audit_change('invoice', 'status');
 create trigger audit_change after insert or update or delete on private.dnc_registers
   for each row execute function private.audit_change('dnc_register');
 create trigger audit_change after insert or update or delete on public.subscription_plans
@@ -380,7 +421,7 @@ revoke all on public.impersonation_sessions from anon, authenticated, service_ro
 grant select on public.impersonation_sessions to authenticated, service_role;
 alter table public.impersonation_sessions enable row level security;
 alter table public.impersonation_sessions force row level security;
-create policy "The organization sees who acted in it, and staff their own sessions" on public.impersonation_sessions
+create policy "The organization sees who acted in it, staff their sessions" on public.impersonation_sessions
   for select to authenticated
   using (organization_id = (select private.org_with('audit.view')) or admin_id = (select auth.uid()));
 comment on table public.impersonation_sessions is
