@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := 'cb5fe661b12b';
+  version   constant text := '929def2e35f7';
   installed text;
   clash     text;
 begin
@@ -1741,7 +1741,7 @@ declare
 begin
   for link in
     select
-      reference.conrelid::regclass as child,
+      reference.conrelid::regclass as child, reference.confdeltype = 'c' as goes_along,
       (select attribute.attname from pg_catalog.pg_attribute as attribute
         where attribute.attrelid = reference.conrelid
           and attribute.attnum = reference.conkey[array_position(reference.confkey, tenant.attnum)]) as tenant_column,
@@ -1755,8 +1755,13 @@ begin
       and reference.conparentid = 0 and cardinality(reference.conkey) = 2
     order by reference.conrelid::regclass::text
   loop
-    execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
-    using organization, user_id;
+    -- What is the user's own (settings, open sockets) goes; from what they did, only the name.
+    if link.goes_along then
+      execute format('delete from %s where %I = $1 and %I = $2', link.child, link.tenant_column, link.user_column) using organization, user_id;
+    else
+      execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
+      using organization, user_id;
+    end if;
   end loop;
 end
 $$;
@@ -6345,6 +6350,99 @@ create policy "Signed-in users see the plans on offer and their own" on public.s
     (is_active and is_public)
     or id in (select subscription.plan_id from public.subscriptions as subscription)
   );
+
+-- What a plan has room for --------------------------------------------------------------------------------------------------------
+-- max_leads, max_projects and max_campaigns of the plan, or of subscriptions.metadata.custom_limits. A plan that names none, and -1, limit
+-- nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the last place.
+
+create function private.plan_limit(organization uuid, feature_key text) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  allowed jsonb := (
+    select coalesce(nullif(subscription.metadata #> array['custom_limits', feature_key], 'null'), plan.features -> feature_key)
+    from public.subscriptions as subscription
+    join public.subscription_plans as plan on plan.id = subscription.plan_id
+    where subscription.organization_id = organization and subscription.status not in ('cancelled', 'inactive')
+  );
+begin
+  return case when jsonb_typeof(allowed) = 'number' and allowed::numeric >= 0 then floor(allowed::numeric) end;
+end
+$$;
+comment on function private.plan_limit(uuid, text) is 'How many of something an organization''s plan has room for; null is no limit.';
+
+create function private.check_limit(organization uuid, counted text) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  allowed bigint := private.plan_limit(organization, 'max_' || counted);
+  used    bigint;
+begin
+  if allowed is null then
+    return;
+  end if;
+  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
+  -- One more than there may be is enough to know.
+  used := case counted
+    when 'leads' then (
+      select count(*)
+      from (
+        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit allowed + 1
+      ) as some_of_them
+    )
+    when 'projects' then (
+      select count(*)
+      from (
+        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit allowed + 1
+      ) as some_of_them
+    )
+    when 'campaigns' then (
+      select count(*)
+      from (
+        select
+        from public.campaigns as campaign
+        where campaign.organization_id = organization and campaign.status <> 'archived'
+        limit allowed + 1
+      ) as some_of_them
+    )
+  end;
+  if used > allowed then
+    perform private.raise_error(402, 'quota_exhausted', format('The plan has room for %s %s', allowed, counted));
+  end if;
+end
+$$;
+comment on function private.check_limit(uuid, text) is
+  'Ends the request with 402 when an organization has more leads, projects or campaigns than its plan has room for.';
+
+create function private.enforce_limit() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  tenant uuid;
+begin
+  if tg_level = 'ROW' then
+    perform private.check_limit(new.organization_id, tg_table_name);
+    return null;
+  end if;
+  for tenant in select distinct added.organization_id from added order by added.organization_id loop
+    perform private.check_limit(tenant, tg_table_name);
+  end loop;
+  return null;
+end
+$$;
+comment on function private.enforce_limit() is 'Trigger: what is added, or taken out of the archive, fits into the plan.';
+revoke execute on function private.plan_limit(uuid, text), private.check_limit(uuid, text), private.enforce_limit() from public;
+
+create trigger enforce_limit after insert on public.leads
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of archived_at on public.leads
+  for each row when (old.archived_at is not null and new.archived_at is null) execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.projects
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of status on public.projects
+  for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.campaigns
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of status on public.campaigns
+  for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+
 
 -- Usage ---------------------------------------------------------------------------------------------------------------------------
 

@@ -416,7 +416,45 @@ create trigger audit_change after update of status on public.invoices
   execute function private.audit_change('invoice', 'status');
 
 
--- Names that PostgreSQL had cut off -------------------------------------------------------------------------------------------------
+-- Leaving -------------------------------------------------------------------------------------------------------------------------
+-- Whoever had settings of their own, or an open dashboard, could not leave.
+
+create or replace function private.detach_member(organization uuid, user_id uuid) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  link record;
+begin
+  for link in
+    select
+      reference.conrelid::regclass as child, reference.confdeltype = 'c' as goes_along,
+      (select attribute.attname from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = reference.conrelid
+          and attribute.attnum = reference.conkey[array_position(reference.confkey, tenant.attnum)]) as tenant_column,
+      (select attribute.attname from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = reference.conrelid
+          and attribute.attnum = reference.conkey[array_position(reference.confkey, person.attnum)]) as user_column
+    from pg_catalog.pg_constraint as reference
+    join pg_catalog.pg_attribute as tenant on tenant.attrelid = reference.confrelid and tenant.attname = 'organization_id'
+    join pg_catalog.pg_attribute as person on person.attrelid = reference.confrelid and person.attname = 'id'
+    where reference.contype = 'f' and reference.confrelid = 'public.profiles'::regclass
+      and reference.conparentid = 0 and cardinality(reference.conkey) = 2
+    order by reference.conrelid::regclass::text
+  loop
+    -- What is the user's own (settings, open sockets) goes; from what they did, only the name.
+    if link.goes_along then
+      execute format('delete from %s where %I = $1 and %I = $2', link.child, link.tenant_column, link.user_column) using organization, user_id;
+    else
+      execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
+      using organization, user_id;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.detach_member(uuid, uuid) is
+  'Takes a user''s name off every row of an organization, as deleting the user would, so that they can belong to another. The audit log keeps it.';
+
+
+-- Names that PostgreSQL had cut off -----------------------------------------------------------------------------------------------
 
 alter policy "Who manages members sees the invitations, and the invited their" on public.invitations
   rename to "Who manages members sees invitations, the invited their own";

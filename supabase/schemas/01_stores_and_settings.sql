@@ -1387,7 +1387,7 @@ declare
 begin
   for link in
     select
-      reference.conrelid::regclass as child,
+      reference.conrelid::regclass as child, reference.confdeltype = 'c' as goes_along,
       (select attribute.attname from pg_catalog.pg_attribute as attribute
         where attribute.attrelid = reference.conrelid
           and attribute.attnum = reference.conkey[array_position(reference.confkey, tenant.attnum)]) as tenant_column,
@@ -1401,8 +1401,13 @@ begin
       and reference.conparentid = 0 and cardinality(reference.conkey) = 2
     order by reference.conrelid::regclass::text
   loop
-    execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
-    using organization, user_id;
+    -- What is the user's own (settings, open sockets) goes; from what they did, only the name.
+    if link.goes_along then
+      execute format('delete from %s where %I = $1 and %I = $2', link.child, link.tenant_column, link.user_column) using organization, user_id;
+    else
+      execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
+      using organization, user_id;
+    end if;
   end loop;
 end
 $$;

@@ -1,7 +1,7 @@
 -- Fields that follow, limits that are kept, hours that say how well they are known, and privileged changes that leave a line.
 begin;
 set local search_path = public, extensions, tap;
-select plan(58);
+select plan(61);
 
 create function pg_temp.person(number integer) returns uuid
 language sql immutable as $$ select ('00000000-0000-4000-8000-0000000e' || lpad((9000 + number)::text, 4, '0'))::uuid $$;
@@ -89,6 +89,16 @@ select is(pg_temp.as_user(1, $$insert into public.properties (project_id, title,
 select is(pg_temp.as_user(1, $$insert into public.properties (project_id, title, price_minor, type, tower, unit_number)
   select id, 'Other', 1, 'apartment', 'B', '301' from public.projects where name = 'q' returning 'made'$$), 'made', 'in its tower');
 select is(pg_temp.as_user(1, $$insert into public.properties (title, price_minor, type) values ('House', 1, 'villa'), ('House', 1, 'villa') returning 'made'$$), 'made', 'and what has no number is no unit');
+
+-- Leaving.
+update public.profiles set organization_id = pg_temp.org() where id = pg_temp.person(2);
+insert into public.user_settings (organization_id, user_id) values (pg_temp.org(), pg_temp.person(2));
+insert into public.websocket_sessions (organization_id, kind, user_id, connection_id) values (pg_temp.org(), 'dashboard', pg_temp.person(2), 'details');
+insert into public.leads (organization_id, name, created_by) values (pg_temp.org(), 'made by who left', pg_temp.person(2));
+select is(pg_temp.as_user(2, $$select public.leave_organization() ->> 'left'$$), pg_temp.org()::text, 'Whoever has settings and an open dashboard may leave');
+select is((select (select count(*) from public.user_settings where user_id = pg_temp.person(2)) + (select count(*) from public.websocket_sessions where connection_id = 'details')),
+  0::bigint, 'and takes them along');
+select is((select created_by from public.leads where name = 'made by who left'), null, 'but not what they made');
 
 -- Legal hours.
 select is_empty(

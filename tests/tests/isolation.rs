@@ -37,6 +37,9 @@ async fn nobody_reaches_another_organization_and_everybody_reaches_their_own() -
     for function in &functions {
         wrong.extend(proof.function(*function).await?);
     }
+    for function in proof.public_functions().await? {
+        wrong.extend(proof.uses(&function).await?);
+    }
     let count = proof.count();
     let (tables, people) = (proof.tables.len(), everybody().len());
     println!("{tables} tables, {} functions, {people} personas: {count:?}", functions.len());
@@ -126,6 +129,35 @@ async fn granting_any_one_definer_function_is_found() -> Result<()> {
     }
     println!("{made} grants of definer functions");
     ensure!(made > 50 && missed.is_empty(), "not found:\n{}", missed.join("\n"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_function_that_is_closed_to_its_users_or_open_to_all_is_found() -> Result<()> {
+    let (_database, proof) = proof().await?;
+    let mut missed = Vec::new();
+    let functions = proof.public_functions().await?;
+    for function in &functions {
+        let closed = format!(
+            "do $$ declare known regprocedure; begin
+               for known in select oid from pg_proc where pronamespace = 'public'::regnamespace and proname = '{function}' loop
+                 execute format('revoke execute on function %s from authenticated', known);
+               end loop;
+             end $$"
+        );
+        if proof.after(&closed, async |proof| proof.uses(function).await).await?.is_empty() {
+            missed.push(closed);
+        }
+    }
+    // As if every body had forgotten to ask for the permission.
+    let open = "create or replace function private.require_org(permission text) returns uuid
+         language sql stable security definer set search_path = '' as $$ select private.get_auth_org_id() $$";
+    let mut found = 0;
+    for function in &functions {
+        found += usize::from(!proof.after(open, async |proof| proof.uses(function).await).await?.is_empty());
+    }
+    ensure!(missed.is_empty() && functions.len() > 20, "not found:\n{}", missed.join("\n"));
+    ensure!(found > 15, "only {found} functions were found to ask no permission");
     Ok(())
 }
 

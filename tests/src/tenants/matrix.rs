@@ -13,6 +13,10 @@ pub enum Right {
     With(&'static [&'static str]),
     /// Whoever is signed in: reference data.
     Everyone,
+    /// Whoever is signed in and belongs to no organization yet.
+    Strangers,
+    /// The operator's own staff.
+    Staff,
 }
 
 /// One table.
@@ -148,22 +152,93 @@ pub const WALLS: &[Wall] = &[
 /// Policies whose expression is `true` because what they show is everybody's.
 pub const OPEN_BY_INTENT: &[&str] = &["permissions", "tax_rates", "calling_hours", "calling_holidays"];
 
+/// One function that users call, with what makes it succeed for whoever has the right.
+#[derive(Debug, Clone, Copy)]
+pub struct Use {
+    /// Its name in `public`.
+    pub name: &'static str,
+    /// Who may.
+    pub right: Right,
+    /// The arguments. `{me}` is the caller, `{org}` the second organization, `{leads}` the id of its first row in `leads`, and so on.
+    pub arguments: &'static str,
+    /// What has to be so before, done by the database's owner.
+    pub first: &'static str,
+    /// Who is turned away with another code than `permission_denied`, or `no_organization` for whoever is in none: a part of the
+    /// persona's name, and the code.
+    pub refused: &'static [(&'static str, &'static str)],
+}
+
+const fn call(name: &'static str, right: Right, arguments: &'static str) -> Use {
+    Use { name, right, arguments, first: "", refused: &[] }
+}
+
+const fn after(first: &'static str, function: Use) -> Use {
+    Use { first, ..function }
+}
+
+const fn refusing(refused: &'static [(&'static str, &'static str)], function: Use) -> Use {
+    Use { refused, ..function }
+}
+
+const MANAGE_MEMBERS: Right = With(&["member.manage"]);
+const RUN: Right = With(&["campaign.run"]);
+const NOT_HELD: &str =
+    "update public.property_reservations set status = 'released', ended_at = now() where organization_id = '{org}'";
+const ROOM: &str = "update public.subscriptions set metadata = '{\"custom_limits\": {\"max_users\": -1}}' where organization_id = '{org}'";
+const A_DRAFT: &str = "set local session_replication_role = replica;
+    delete from public.call_queue where organization_id = '{org}';
+    delete from public.campaign_leads where organization_id = '{org}';
+    update public.campaigns set project_id = null, status = 'draft', open_leads = 0, total_enrolled = 0 where organization_id = '{org}';
+    set local session_replication_role = origin";
+const RUNNING: &str = "set local session_replication_role = replica;
+    update public.campaigns set status = 'running', open_leads = 100 where organization_id = '{org}';
+    set local session_replication_role = origin";
+const PAUSED: &str = "set local session_replication_role = replica;
+    update public.campaigns set status = 'paused', open_leads = 100 where organization_id = '{org}';
+    set local session_replication_role = origin";
+const ANOTHER_OWNER: &str = "update public.profiles set system_role = 'owner'
+    where id = '00000008-0000-4000-9000-000000000008' and id <> '{me}'";
+const INVITED: &str = "update auth.users set email_confirmed_at = now() where id = '{me}';
+    insert into public.invitations (organization_id, organization_name, email, token_sha256, expires_at)
+    values ('{org}', 'Second', coalesce((select lower(email) from auth.users where id = '{me}'), 'nobody@example.com'),
+      extensions.digest('isolation', 'sha256'), now() + interval '1 day')";
+
 /// What a user's functions ask for. One that users may call and that has no line here fails the test; `anon` calls none.
 #[rustfmt::skip]
-pub const FUNCTIONS: &[(&str, Right)] = &[
-    ("get_auth_org_id", Everyone), ("get_auth_system_role", Everyone), ("get_auth_role_id", Everyone), ("auth_has_permission", Everyone),
-    ("create_organization", Everyone), ("accept_invitation", Everyone), ("leave_organization", Members),
-    ("create_api_key", MANAGE_ORGANIZATION),
-    ("set_member_role", With(&["member.manage"])), ("set_member_status", With(&["member.manage"])),
-    ("remove_member", With(&["member.manage"])), ("create_invitation", With(&["member.manage"])),
-    ("revoke_invitation", With(&["member.manage"])),
-    ("move_stage", EDIT_PROJECTS), ("revoke_consent", EDIT_LEADS), ("reserve_property", EDIT_PROPERTIES),
-    ("set_property_status", EDIT_PROPERTIES), ("order_property_images", EDIT_PROPERTIES),
-    ("start_impersonation", Nobody), ("end_impersonation", Nobody),
-    ("get_campaign", CAMPAIGNS), ("create_campaign", With(&["campaign.edit"])),
-    ("start_campaign", With(&["campaign.run"])), ("pause_campaign", With(&["campaign.run"])),
-    ("resume_campaign", With(&["campaign.run"])), ("cancel_campaign", With(&["campaign.run"])),
-    ("get_usage", USAGE), ("check_feature_quota", USAGE), ("get_org_subscription", BILLING),
+pub const FUNCTIONS: &[Use] = &[
+    call("get_auth_org_id",       Everyone, ""),
+    call("get_auth_system_role",  Everyone, ""),
+    call("get_auth_role_id",      Everyone, ""),
+    call("auth_has_permission",   Everyone, "'lead.view'"),
+    call("check_feature_quota",   Everyone, "'max_users', 0"),
+    refusing(&[("suspended", "no_profile"), ("invited", "no_profile"), ("gone", "no_profile"), ("staff", "platform_admin"), ("", "already_in_organization")],
+        call("create_organization", Right::Strangers, "'isolation-new'")),
+    refusing(&[("", "already_in_organization")],
+        after(INVITED, call("accept_invitation", Right::Strangers, "'isolation'"))),
+    refusing(&[("suspended", "suspended"), ("invited", "suspended"), ("gone", "unauthenticated")],
+        after(ANOTHER_OWNER, call("leave_organization", Members, ""))),
+    call("create_api_key",        MANAGE_ORGANIZATION, "'isolation', array['usage.write']"),
+    call("set_member_role",       MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007', 'member'"),
+    call("set_member_status",     MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007', 'suspended'"),
+    call("remove_member",         MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007'"),
+    after(ROOM, call("create_invitation", MANAGE_MEMBERS, "'isolation-new@example.com'")),
+    call("revoke_invitation",     MANAGE_MEMBERS, "'{invitations}'"),
+    call("move_stage",            EDIT_PROJECTS, "'{pipeline_stages}', 0"),
+    call("revoke_consent",        EDIT_LEADS, "'{consents}', 'asked'"),
+    after(NOT_HELD, call("reserve_property", EDIT_PROPERTIES, "'{properties}', '{leads}'")),
+    after(NOT_HELD, call("set_property_status", EDIT_PROPERTIES, "'{properties}', 'rented'")),
+    call("order_property_images", EDIT_PROPERTIES, "'{properties}', '{}'::uuid[]"),
+    refusing(&[("gone", "unauthenticated"), ("", "permission_denied")],
+        call("start_impersonation", Right::Staff, "'00000007-0000-4000-9000-000000000007', 'A long enough reason', 5")),
+    call("end_impersonation",     Everyone, ""),
+    call("get_campaign",          CAMPAIGNS, "'{campaigns}'"),
+    call("create_campaign",       With(&["campaign.edit"]), "'isolation'"),
+    after(A_DRAFT, call("start_campaign",  RUN, "'{campaigns}'")),
+    after(RUNNING, call("pause_campaign",  RUN, "'{campaigns}'")),
+    after(PAUSED,  call("resume_campaign", RUN, "'{campaigns}'")),
+    after(RUNNING, call("cancel_campaign", RUN, "'{campaigns}'")),
+    call("get_usage",             USAGE, ""),
+    call("get_org_subscription",  BILLING, ""),
 ];
 
 /// What a member holds by default: the views and `lead.edit`. An admin holds all but `organization.manage`, an owner all.

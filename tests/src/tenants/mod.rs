@@ -4,6 +4,7 @@
 //! and compares with the expectation ([`matrix`]).
 //! Tables are tried twice: with what is granted, and with every privilege granted, so that the policies are judged alone.
 
+mod functions;
 pub mod generate;
 pub mod matrix;
 pub mod people;
@@ -260,6 +261,7 @@ impl Proof {
         };
         let (insertable, changeable) =
             (self.strings(&granted("insert")).await?, self.strings(&granted("update")).await?);
+        let readable = self.strings(&granted("select").replace("and attgenerated = ''", "")).await?;
         let mut probes = Vec::new();
         for persona in &self.everybody {
             if let Some(rows) = Self::closed(table, wall, persona) {
@@ -295,6 +297,14 @@ impl Proof {
                 let rows: i64 =
                     self.client.query_one(&format!("select count(*) from ({sql}) as all_of_them"), &[]).await?.get(0);
                 probes.push(Probe::new(persona, true, "sees all of its own rows", Expect::Rows(rows), sql));
+                let sql = format!(
+                    "select from (select count(*) from public.{name} where {own} and {seen}) as c (n) where n = {rows}"
+                );
+                probes.push(Probe::new(persona, true, "counts its own rows", Expect::Some, sql));
+                for column in &readable {
+                    let sql = format!("select {column} from public.{name} where {own} and {seen}");
+                    probes.push(Probe::new(persona, true, "reads a field of its own rows", Expect::Rows(rows), sql));
+                }
             } else if persona.holds != Holds::Outside && name != "profiles" {
                 let sql = format!("select from public.{name} where {own}");
                 probes.push(Probe::new(persona, true, "sees own rows without the permission", Expect::Nothing, sql));
@@ -303,10 +313,11 @@ impl Proof {
                 continue;
             }
             let changeable_rows = wall.changeable.replace("{me}", &persona.id);
-            if let Some(column) = changeable.first() {
+            for column in &changeable {
                 let sql = format!("update public.{name} set {column} = {column} where {own} and {changeable_rows}");
                 probes.push(mine(wall.change, "changes its own rows", sql));
-            } else if wall.change != Right::Nobody {
+            }
+            if changeable.is_empty() && wall.change != Right::Nobody {
                 probes.push(mine(wall.change, "changes its own rows", format!("update public.{name} set id = id")));
             }
             let sql = format!("delete from public.{name} where {own} and {changeable_rows}");
@@ -346,118 +357,5 @@ impl Proof {
             }
         }
         self.run(probes).await
-    }
-
-    /// Everybody calls one function with what is the first organization's.
-    pub async fn function(&self, oid: u32) -> Result<Vec<String>> {
-        let row = self
-            .client
-            .query_one(
-                "select oid::regprocedure::text, pronamespace::regnamespace::text || '.' || proname, proname::text,
-                   coalesce(proargnames::text[], '{}'),
-                   array(select format_type(t, null) from unnest(proargtypes::oid[]) as t)
-                 from pg_proc where oid = $1",
-                &[&oid],
-            )
-            .await?;
-        let (signature, called, name): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-        let (names, types): (Vec<String>, Vec<String>) = (row.get(3), row.get(4));
-        let mut wrong = Vec::new();
-        if called.starts_with("public.") && !matrix::FUNCTIONS.iter().any(|(known, _)| *known == name) {
-            wrong.push(format!("{signature} has no line in tenants/matrix.rs"));
-        }
-        let all: Vec<String> = self
-            .tables
-            .iter()
-            .filter(|table| table.tenant.is_some())
-            .map(|table| {
-                format!(
-                    "(select string_agg(t::text, '|' order by t::text) from public.{} as t where {})",
-                    table.name,
-                    table.of(FIRST)
-                )
-            })
-            .collect();
-        let watched = format!("select md5(concat_ws('#', {}))", all.join(", "));
-        let baseline: String = self.client.query_one(&watched, &[]).await?.get(0);
-        let argument = |n: usize, id: &str| match types[n].as_str() {
-            "uuid" => format!("'{id}'::uuid"),
-            "text" => "'isolation'".to_owned(),
-            "text[]" => "array['usage.write']".to_owned(),
-            "uuid[]" => format!("array['{id}']::uuid[]"),
-            "jsonb" => format!("'{{\"v\": 1, \"organization_id\": \"{}\", \"id\": \"{id}\"}}'::jsonb", FIRST.id),
-            "integer" | "bigint" | "smallint" => "1".to_owned(),
-            "boolean" => "true".to_owned(),
-            "timestamp with time zone" => "now()".to_owned(),
-            other => format!("null::{other}"),
-        };
-        let ids: Vec<&str> = self
-            .rows
-            .iter()
-            .filter(|((_, side), _)| *side == FIRST.name)
-            .filter_map(|((table, _), rows)| Some((table, rows.first()?["id"].as_str()?)))
-            .filter(|(table, _)| {
-                !names.iter().any(|name| name.ends_with("_id"))
-                    || names.contains(&format!("{}_id", table.trim_end_matches('s')))
-            })
-            .map(|(_, id)| id)
-            .collect();
-        let nothing = "00000000-0000-4000-8000-0000000000ff";
-        let tries: Vec<&str> = if types.iter().any(|kind| kind.contains("uuid") || kind == "jsonb") {
-            std::iter::once(nothing).chain(ids.iter().copied()).collect()
-        } else {
-            vec![nothing]
-        };
-        for persona in &self.everybody {
-            let mut probes = Vec::new();
-            for id in &tries {
-                let arguments: Vec<String> = (0..types.len()).map(|n| argument(n, id)).collect();
-                let sql = format!("select {called}({})::text", arguments.join(", "));
-                let mut probe = Probe::new(persona, false, &sql, Expect::Nothing, sql.clone()).watching(&watched);
-                probe.body["answer"] = true.into();
-                probe.body["before"] = baseline.as_str().into();
-                probes.push(probe.body);
-            }
-            let answers: Value = self.client.query_one("select probe.run($1)", &[&json!(probes)]).await?.get(0);
-            let mut count = self.count.get();
-            count.denied += tries.len();
-            self.count.set(count);
-            for (id, answer) in tries.iter().zip(answers.as_array().into_iter().flatten()) {
-                // To ask for what is another's is to ask for what is not there: the same answer, but for the id that was sent.
-                let text = |answer: &Value, id: &str| {
-                    format!("{} {} {}", answer["state"], answer["said"], answer["result"]).replace(id, "it")
-                };
-                let leaks = |text: &str| {
-                    ids.iter().any(|known| text.contains(known))
-                        || text.contains("isolation-first")
-                        || text.contains(FIRST.id)
-                };
-                let (said, of_nothing) = (text(answer, id), text(&answers[0], nothing));
-                let refused = answer["state"] != Value::Null;
-                if answer["harm"] == true || leaks(&said) || refused && said != of_nothing {
-                    wrong.push(format!(
-                        "{signature}: {} with {id}: {said}; with an id that is not there: {of_nothing}",
-                        persona.name
-                    ));
-                }
-            }
-        }
-        Ok(wrong)
-    }
-
-    /// Functions that `anon` or `authenticated` may execute, wrappers and bodies.
-    pub async fn functions(&self) -> Result<Vec<u32>> {
-        let rows = self
-            .client
-            .query(
-                "select oid from pg_proc
-                 where pronamespace in ('public'::regnamespace, 'private'::regnamespace) and prorettype <> 'trigger'::regtype
-                   and (has_function_privilege('anon', oid, 'execute') or has_function_privilege('authenticated', oid, 'execute'))
-                   and not exists (select from pg_depend where classid = 'pg_proc'::regclass and objid = pg_proc.oid and deptype = 'e')
-                 order by oid::regprocedure::text",
-                &[],
-            )
-            .await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 }

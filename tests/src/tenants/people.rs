@@ -51,10 +51,17 @@ impl Persona {
             Right::Nobody => false,
             Right::Everyone => self.role == "authenticated",
             Right::Members => self.holds != Holds::Outside,
+            Right::Strangers => self.id == id(STRANGER),
+            Right::Staff => self.id == id(STAFF),
             Right::With(permissions) => permissions.iter().all(holds),
         }
     }
 }
+
+/// The user who belongs nowhere.
+const STRANGER: usize = 10;
+/// A platform admin.
+const STAFF: usize = 13;
 
 fn id(number: usize) -> String {
     format!("0000000{number:x}-0000-4000-9000-00000000000{number:x}")
@@ -63,6 +70,11 @@ fn id(number: usize) -> String {
 fn persona(name: &'static str, number: usize, holds: Holds) -> Persona {
     let claims = json!({ "sub": id(number), "role": "authenticated" }).to_string();
     Persona { name, role: "authenticated", id: id(number), claims, holds }
+}
+
+/// A platform admin, who sees nobody's rows without a session, and begins one by a function.
+pub fn staff() -> Persona {
+    persona("the operator's staff", STAFF, Holds::Outside)
 }
 
 /// Everybody to whom the first organization is closed.
@@ -82,7 +94,7 @@ pub fn everybody() -> Vec<Persona> {
         persona("the other's member", 7, Holds::Member),
         persona("the other's custom role with every permission", 8, Holds::All),
         persona("the other's custom role with no permission", 9, Holds::None),
-        persona("a user without an organization", 10, Holds::Outside),
+        persona("a user without an organization", STRANGER, Holds::Outside),
         persona("a user who is gone", 11, Holds::Outside),
     ];
     // A token may say what it likes: only its subject counts.
@@ -126,8 +138,9 @@ pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
         (7, Some(second), "member", "active", "null"),
         (8, Some(second), "member", "active", "'All'"),
         (9, Some(second), "member", "active", "'None'"),
-        (10, None, "member", "active", "null"),
+        (STRANGER, None, "member", "active", "null"),
         (12, Some(first), "member", "active", "null"),
+        (STAFF, None, "platform_admin", "active", "null"),
     ];
     for (number, organization, system_role, status, role) in people {
         let id = id(number);
