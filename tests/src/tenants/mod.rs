@@ -7,12 +7,14 @@
 mod functions;
 pub mod generate;
 pub mod matrix;
+mod own;
 pub mod people;
 
 use anyhow::{Context, Result};
 use generate::{FIRST, Rows, SECOND, Table};
-use matrix::{Right, Wall};
-use people::{Holds, Persona};
+use matrix::Wall;
+use own::Granted;
+use people::Persona;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
@@ -34,6 +36,7 @@ pub struct Proof {
     rows: Rows,
     unfilled: Vec<String>,
     everybody: Vec<Persona>,
+    at_home: Vec<Persona>,
     count: std::cell::Cell<Count>,
 }
 
@@ -130,7 +133,15 @@ impl Proof {
                  set local session_replication_role = 'origin'",
             )
             .await?;
-        Ok(Self { client, tables, rows, unfilled, everybody: people::everybody(), count: Count::default().into() })
+        Ok(Self {
+            client,
+            tables,
+            rows,
+            unfilled,
+            everybody: people::everybody(),
+            at_home: people::at_home(),
+            count: Count::default().into(),
+        })
     }
 
     /// Attempts judged so far.
@@ -253,15 +264,7 @@ impl Proof {
 
     async fn granted(&self, table: &Table, wall: &Wall) -> Result<Vec<String>> {
         let name = &table.name;
-        let granted = |kind: &str| {
-            format!(
-                "select attname::text from pg_attribute where attrelid = 'public.{name}'::regclass and attnum > 0
-                 and not attisdropped and attgenerated = '' and has_column_privilege('authenticated', attrelid, attnum, '{kind}')"
-            )
-        };
-        let (insertable, changeable) =
-            (self.strings(&granted("insert")).await?, self.strings(&granted("update")).await?);
-        let readable = self.strings(&granted("select").replace("and attgenerated = ''", "")).await?;
+        let granted = Granted::of(self, name).await?;
         let mut probes = Vec::new();
         for persona in &self.everybody {
             if let Some(rows) = Self::closed(table, wall, persona) {
@@ -275,7 +278,7 @@ impl Proof {
                 ] {
                     probes.push(Probe::new(persona, false, what, Expect::Nothing, sql));
                 }
-                for column in &changeable {
+                for column in &granted.changeable {
                     let sql = format!("update public.{name} set {column} = {column} where {rows}");
                     probes.push(Probe::new(persona, false, "changes", Expect::Nothing, sql));
                 }
@@ -284,77 +287,18 @@ impl Proof {
                 if persona.role == "authenticated" && wall.hidden != Some("true") {
                     let sql = format!("select from public.{name}");
                     probes.push(Probe::new(persona, true, "reads what is for all", Expect::Some, sql));
+                    for column in &granted.readable {
+                        let sql = format!("select {column} from public.{name}");
+                        probes.push(Probe::new(persona, true, "reads a field that is for all", Expect::Some, sql));
+                    }
                 }
                 continue;
             }
-            let mine = |right: Right, what: &str, sql: String| {
-                let expect = if persona.may(right) { Expect::Some } else { Expect::Nothing };
-                Probe::new(persona, true, what, expect, sql)
-            };
-            let (seen, own) = (wall.seen.replace("{me}", &persona.id), table.of(SECOND));
-            if persona.may(wall.see) {
-                let sql = format!("select from public.{name} where {own} and {seen}");
-                let rows: i64 =
-                    self.client.query_one(&format!("select count(*) from ({sql}) as all_of_them"), &[]).await?.get(0);
-                probes.push(Probe::new(persona, true, "sees all of its own rows", Expect::Rows(rows), sql));
-                let sql = format!(
-                    "select from (select count(*) from public.{name} where {own} and {seen}) as c (n) where n = {rows}"
-                );
-                probes.push(Probe::new(persona, true, "counts its own rows", Expect::Some, sql));
-                for column in &readable {
-                    let sql = format!("select {column} from public.{name} where {own} and {seen}");
-                    probes.push(Probe::new(persona, true, "reads a field of its own rows", Expect::Rows(rows), sql));
-                }
-            } else if persona.holds != Holds::Outside && name != "profiles" {
-                let sql = format!("select from public.{name} where {own}");
-                probes.push(Probe::new(persona, true, "sees own rows without the permission", Expect::Nothing, sql));
-            }
-            if persona.holds == Holds::Outside {
-                continue;
-            }
-            let changeable_rows = wall.changeable.replace("{me}", &persona.id);
-            for column in &changeable {
-                let sql = format!("update public.{name} set {column} = {column} where {own} and {changeable_rows}");
-                probes.push(mine(wall.change, "changes its own rows", sql));
-            }
-            if changeable.is_empty() && wall.change != Right::Nobody {
-                probes.push(mine(wall.change, "changes its own rows", format!("update public.{name} set id = id")));
-            }
-            let sql = format!("delete from public.{name} where {own} and {changeable_rows}");
-            probes.push(mine(wall.remove, "deletes its own rows", sql));
-            let with_room = |mut probe: Probe| {
-                if let Some(rows) = wall.in_the_way {
-                    probe.body["first"] = format!("delete from public.{name} where {rows}").into();
-                }
-                probe
-            };
-            let (mut into, mut values) = (Vec::new(), Vec::new());
-            for (column, value) in table.row(SECOND, generate::ROWS, &self.rows)? {
-                if insertable.contains(&column) {
-                    into.push(column);
-                    values.push(value);
-                }
-            }
-            if into.is_empty() {
-                let sql = format!("insert into public.{name} default values");
-                probes.push(with_room(mine(wall.insert, "adds its own row", sql)));
-                continue;
-            }
-            let insert = |values: &[String]| {
-                format!("insert into public.{name} ({}) values ({})", into.join(", "), values.join(", "))
-            };
-            let expect = if persona.may(wall.insert) { Expect::Some } else { Expect::Refused };
-            probes.push(with_room(Probe::new(persona, true, "adds its own row", expect, insert(&values))));
-            // The same row, pointing at what is the first organization's.
-            let theirs = table.row(FIRST, 0, &self.rows)?;
-            for (number, column) in into.iter().enumerate().filter(|(_, column)| table.refers(column)) {
-                let mut crossing = values.clone();
-                if let Some((_, value)) = theirs.iter().find(|(known, _)| known == column) {
-                    crossing[number].clone_from(value);
-                    let what = format!("adds a row whose {column} is the first's");
-                    probes.push(Probe::new(persona, false, &what, Expect::Fails, insert(&crossing)));
-                }
-            }
+            probes.extend(self.own(table, wall, persona, SECOND, &granted).await?);
+        }
+        // What is closed to all of these is there, and open to those whose it is.
+        for persona in self.at_home.iter().filter(|_| table.tenant.is_some()) {
+            probes.extend(self.own(table, wall, persona, FIRST, &granted).await?);
         }
         self.run(probes).await
     }

@@ -109,6 +109,15 @@ pub fn everybody() -> Vec<Persona> {
     all
 }
 
+/// The first organization's own people, to whom it is open.
+pub fn at_home() -> Vec<Persona> {
+    vec![
+        persona("its owner", 1, Holds::All),
+        persona("its member", 2, Holds::Member),
+        persona("its admin", 12, Holds::Admin),
+    ]
+}
+
 /// Makes the organizations, their people, and the reference rows that one of them alone may see.
 pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
     let (first, second) = (FIRST.id, SECOND.id);
@@ -139,7 +148,7 @@ pub async fn make(client: &Client, rows: &mut Rows) -> Result<()> {
         (8, Some(second), "member", "active", "'All'"),
         (9, Some(second), "member", "active", "'None'"),
         (STRANGER, None, "member", "active", "null"),
-        (12, Some(first), "member", "active", "null"),
+        (12, Some(first), "admin", "active", "null"),
         (STAFF, None, "platform_admin", "active", "null"),
     ];
     for (number, organization, system_role, status, role) in people {
