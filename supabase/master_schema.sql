@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '929def2e35f7';
+  version   constant text := '51483474451d';
   installed text;
   clash     text;
 begin
@@ -4792,6 +4792,16 @@ alter table public.carrier_accounts enable row level security;
 alter table public.carrier_accounts force row level security;
 create policy "No user sees a carrier account" on public.carrier_accounts
   for all to anon, authenticated using (false) with check (false);
+create function private.keep_account_owner() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  raise exception 'a carrier account stays with whom it is' using errcode = 'check_violation';
+end
+$$;
+comment on function private.keep_account_owner() is 'Trigger: numbers and legs hang on an account, which no other organization takes over.';
+revoke execute on function private.keep_account_owner() from public;
+create trigger keep_account_owner before update of organization_id on public.carrier_accounts
+  for each row when (old.organization_id is distinct from new.organization_id) execute function private.keep_account_owner();
 create trigger update_modified_column before update on public.carrier_accounts
   for each row execute function private.update_modified_column();
 comment on table public.carrier_accounts is
@@ -4834,7 +4844,7 @@ begin
 end
 $$;
 comment on function private.check_caller_number() is
-  'Trigger: a number hangs on its organization''s own carrier account, or on the platform''s.';
+  'Trigger: a number hangs on its organization''s own carrier account, or on the platform''s; so does a leg.';
 create trigger check_caller_number before insert or update of organization_id, carrier_account_id on public.caller_numbers
   for each row execute function private.check_caller_number();
 create trigger update_modified_column before update on public.caller_numbers
@@ -5218,6 +5228,8 @@ begin
 end
 $$;
 comment on function private.check_attempt() is 'Trigger: an attempt moves only forward, and stays with the call that it was bound to first.';
+create trigger check_carrier_account before insert or update of organization_id, carrier_account_id on public.call_logs
+  for each row execute function private.check_caller_number();
 create trigger check_attempt before update of status, call_sid on public.call_logs
   for each row execute function private.check_attempt();
 create trigger update_modified_column before update on public.call_logs

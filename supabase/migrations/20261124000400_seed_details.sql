@@ -416,6 +416,26 @@ create trigger audit_change after update of status on public.invoices
   execute function private.audit_change('invoice', 'status');
 
 
+-- Carrier accounts ----------------------------------------------------------------------------------------------------------------
+-- An account may be the platform's, so that no foreign key can carry the tenant.
+
+create function private.keep_account_owner() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  raise exception 'a carrier account stays with whom it is' using errcode = 'check_violation';
+end
+$$;
+comment on function private.keep_account_owner() is 'Trigger: numbers and legs hang on an account, which no other organization takes over.';
+revoke execute on function private.keep_account_owner() from public;
+create trigger keep_account_owner before update of organization_id on public.carrier_accounts
+  for each row when (old.organization_id is distinct from new.organization_id) execute function private.keep_account_owner();
+
+comment on function private.check_caller_number() is
+  'Trigger: a number hangs on its organization''s own carrier account, or on the platform''s; so does a leg.';
+create trigger check_carrier_account before insert or update of organization_id, carrier_account_id on public.call_logs
+  for each row execute function private.check_caller_number();
+
+
 -- Leaving -------------------------------------------------------------------------------------------------------------------------
 -- Whoever had settings of their own, or an open dashboard, could not leave.
 

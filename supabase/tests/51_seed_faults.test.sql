@@ -48,7 +48,7 @@
 --  D12  a unit freed that another deal holds     37_stores_inventory
 begin;
 set local search_path = public, extensions, tap;
-select plan(35);
+select plan(40);
 
 create function pg_temp.person(number integer) returns uuid
 language sql immutable as $$ select ('00000000-0000-4000-8000-0000000f' || lpad(number::text, 4, '0'))::uuid $$;
@@ -143,6 +143,42 @@ select throws_ok(
     select lead.organization_id, campaign.id, lead.id from public.campaigns as campaign, public.leads as lead
     where campaign.name = 'D' and lead.name = 'L'$$,
   '23503', null, 'B7: nor enrolled'
+);
+
+insert into public.carrier_accounts (id, organization_id, provider, account_sid, auth_token_sealed, api_base)
+values ('00000000-0000-4000-c000-0000000000f2', pg_temp.org(2), 'plivo', 'MAOTHER', 'sealed', 'https://carrier.example.test');
+select throws_ok(format(statement, pg_temp.org(1)), 'PGRST', null, 'B7: nor does anything hang on its carrier account: ' || statement)
+from unnest(array[
+  $$insert into public.call_logs (organization_id, carrier_account_id, caller_number, callee_number, direction)
+    values (%L, '00000000-0000-4000-c000-0000000000f2', '+15550001', '+15550002', 'inbound')$$,
+  $$insert into public.caller_numbers (organization_id, carrier_account_id, phone_number) values (%L, '00000000-0000-4000-c000-0000000000f2', '+15550001')$$
+]) as statement;
+select throws_ok(format('update public.carrier_accounts set organization_id = %L where account_sid = ''MAOTHER''', pg_temp.org(1)), '23514', null, 'B7: which moves to nobody');
+select is_empty(
+  $$select fk.conrelid::regclass, fk.conname
+    from pg_catalog.pg_constraint as fk
+    where fk.contype = 'f' and fk.conparentid = 0
+      and fk.confrelid not in ('public.organizations'::regclass, 'public.carrier_accounts'::regclass)
+      and exists (select from pg_catalog.pg_attribute as a where a.attrelid = fk.confrelid and a.attname = 'organization_id' and not a.attisdropped)
+      and not exists (
+        select
+        from unnest(fk.conkey, fk.confkey) as pair (own, theirs)
+        join pg_catalog.pg_attribute as own on own.attrelid = fk.conrelid and own.attnum = pair.own and own.attname = 'organization_id' and own.attnotnull
+          or own.attrelid = fk.conrelid and own.attnum = pair.own and own.attname = 'organization_id' and fk.conrelid = 'public.profiles'::regclass
+        join pg_catalog.pg_attribute as theirs on theirs.attrelid = fk.confrelid and theirs.attnum = pair.theirs and theirs.attname = 'organization_id'
+      )$$,
+  'B7: every key to a tenant''s row carries the tenant, which is never null, in whatever schema'
+);
+select is_empty(
+  $$select fk.conrelid::regclass, fk.conname
+    from pg_catalog.pg_constraint as fk
+    where fk.contype = 'f'
+      and exists (select from pg_catalog.pg_attribute as a where a.attrelid = fk.conrelid and a.attname = 'store_id' and not a.attisdropped)
+      and exists (select from pg_catalog.pg_attribute as a where a.attrelid = fk.confrelid and a.attname = 'store_id' and not a.attisdropped)
+      and not exists (
+        select from pg_catalog.pg_attribute as a where a.attrelid = fk.conrelid and a.attname = 'store_id' and a.attnum = any (fk.conkey)
+      )$$,
+  'B7: and between the rows of a store the store'
 );
 
 -- B8
