@@ -1,7 +1,7 @@
 -- Fields that follow, limits that are kept, hours that say how well they are known, and privileged changes that leave a line.
 begin;
 set local search_path = public, extensions, tap;
-select plan(61);
+select plan(62);
 
 create function pg_temp.person(number integer) returns uuid
 language sql immutable as $$ select ('00000000-0000-4000-8000-0000000e' || lpad((9000 + number)::text, 4, '0'))::uuid $$;
@@ -120,6 +120,8 @@ from (values
 ) as v (region, day, hours);
 insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, basis) values ('FR', 'service', 1, '10:00', '13:00', 'our lawyer');
 select is((select evidence from public.calling_hours where jurisdiction = 'FR'), 'operator', 'For what an operator adds the operator answers');
+
+select is_empty($$select polrelid::regclass, polname from pg_catalog.pg_policy where length(polname) >= 63$$, 'No policy''s name was cut off');
 
 -- Privileged changes are on record, whoever makes them.
 select is_empty(

@@ -84,6 +84,40 @@ async fn the_second_option_and_the_quick_setup_end_walled() -> Result<()> {
 }
 
 #[tokio::test]
+async fn seeding_again_keeps_an_operator_s_edits_and_gives_who_has_none_a_trial() -> Result<()> {
+    let database = Database::migrated(supervisor_binary!()).await?;
+    let owner = database.connect(Role::Owner).await?;
+    let edits = "
+        update public.subscription_plans set features = features || '{\"max_users\": 4}', tier = 'enterprise' where slug = 'pro';
+        update public.plan_prices set retired_at = now() where plan_id = (select id from public.subscription_plans where slug = 'pro');
+        insert into public.plan_prices (plan_id, version, billing_cycle, base_minor)
+        select id, 2, 'monthly', 1249900 from public.subscription_plans where slug = 'pro';
+        delete from public.tax_rates where country_code = 'GB';
+        insert into public.tax_rates (country_code, scope, name, rate_bp) values ('GB', 'any', 'VAT', 2100);
+        insert into public.organizations (id, name) values ('00000000-0000-4000-8000-000000000001', 'One')";
+    paste(&owner, edits, "an operator's edits").await?;
+    let seed = fs::read_to_string(folder::workspace()?.join("supabase/seed.sql"))?;
+    for round in ["once", "twice"] {
+        paste(&owner, &seed, round).await?;
+    }
+    let kept = "
+        select concat_ws(' ', plan.features ->> 'max_users', plan.tier,
+          (select string_agg(concat(price.version, ':', price.base_minor, case when price.retired_at is null then '' else '-' end), ' '
+             order by price.version, price.base_minor)
+           from public.plan_prices as price where price.plan_id = plan.id))
+        from public.subscription_plans as plan where plan.slug = 'pro'
+        union all select string_agg(rate_bp::text, ' ') from public.tax_rates where country_code = 'GB'
+        union all
+        select concat_ws(' ', plan.slug, subscription.status, subscription.trial_ends_at - subscription.created_at)
+        from public.subscriptions as subscription join public.subscription_plans as plan on plan.id = subscription.plan_id";
+    assert_eq!(
+        first_column(&owner, kept).await?,
+        ["4 enterprise 1:999900- 1:9999000- 2:1249900", "2100", "free trialing 14 days"]
+    );
+    Ok(())
+}
+
+#[tokio::test]
 async fn of_two_who_take_the_last_place_of_a_plan_at_once_one_does() -> Result<()> {
     let database = Database::migrated(supervisor_binary!()).await?;
     let admin = database.connect(Role::Admin).await?;
