@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '51483474451d';
+  version   constant text := '0ba159b814b6';
   installed text;
   clash     text;
 begin
@@ -5347,7 +5347,7 @@ create trigger wake_number after insert on public.suppressions
 -- What a screen watches live, where there is Realtime.
 do $$
 begin
-  if exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+  if exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime' and not puballtables) then
     alter publication supabase_realtime add table public.campaigns, public.campaign_leads, public.call_logs;
   end if;
 end

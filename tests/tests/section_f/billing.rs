@@ -192,6 +192,19 @@ async fn f20_the_last_seat_is_given_once() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn f20_the_last_place_of_a_plan_is_given_once() -> Result<()> {
+    let world = World::with(
+        "update public.subscription_plans set features = features || '{\"max_leads\": 1}' where slug = 'plenty';
+         select scene.subscribe(1, 'plenty')",
+    )
+    .await?;
+    let add = "insert into public.leads (organization_id, name) values (scene.id('8000', 1), 'x') returning name";
+    assert_eq!(world.meet(add, add).await?, (gives("x"), refused("quota_exhausted")));
+    assert_eq!(world.is("select count(*) from public.leads").await?, "1");
+    Ok(())
+}
+
 /// The period that began with the subscription, on the 24th of November, is over.
 const AFTER_A_MONTH: &str = "'2026-12-24 00:05+05:30'";
 

@@ -1,7 +1,7 @@
 -- What was found wrong in the two seed systems and concerns the database: where a test shows that it is right here, and the tests that
 -- stand nowhere else. (A: CallAI. B, C, D: Vantage's tenancy, calls, billing.)
 --
---  A1   an install order that fails              tests/seeds.rs, tests/schemas.rs
+--  A1   an install order that fails              tests/install.rs, tests/schemas.rs
 --  A2   two orders at once, one is counted       tests/section_f.rs
 --  A3   totals on reassignment, refund, currency 32_stores_totals
 --  A4   another tenant's customer                31_stores_tenancy
@@ -11,9 +11,9 @@
 --  A10  duplicates                               15_core_events
 --  A11  two clocks in one comparison             38_stores_settings
 --  A12  lines that are interleaved               31_stores_tenancy (one row an external id)
---  A14  a function that runs any statement       50_seed_names, and here
+--  A14  a function that runs any statement       60_seed_names, and here
 --  A16  secrets that are read                    36_stores_walls
---  A17  floats for money                         50_seed_names
+--  A17  floats for money                         60_seed_names
 --  A18  keys of no tenant                        11_core_tenancy
 --  B1   a header that says who asks              here
 --  B2   raising oneself, changing tenant         11_core_tenancy, and here
@@ -43,7 +43,7 @@
 --  D7   balances overwritten                     25_ledger_credit, tests/section_f.rs
 --  D8   no subscription, and the gate open       13_core_release, and here
 --  D9   two live subscriptions                   here
---  D10  -1 as a limit, limits two pass at once   here, 52_seed_details, tests/seeds.rs
+--  D10  -1 as a limit, limits two pass at once   here, 62_seed_details, section_f/billing.rs
 --  D11  a plan edited under its subscribers      24_billing_walls
 --  D12  a unit freed that another deal holds     37_stores_inventory
 begin;
