@@ -299,7 +299,8 @@ revoke execute on function private.nudge(text) from public;
 
 -- Who asks ------------------------------------------------------------------------------------------------------------------------
 -- plpgsql rather than sql, because its plans outlive the request in a pooled connection; definer, because a policy on profiles
--- must not ask itself. Policies call org_with() once a statement: (select private.org_with('…')).
+-- must not ask itself. Policies call org_with() once a statement: (select private.org_with('…')). It is planned once a connection
+-- (plan_cache_mode): a plan for the values at hand, made the first five times, costs ten times what the look-up does.
 -- An operator's support session (public.impersonation_sessions) leaves its mark on the operator's own profile, so that a helper
 -- that reads the profile anyway learns of it without another look-up.
 
@@ -359,7 +360,7 @@ comment on function private.get_auth_role_id() is
   'The role of the user whose token the request carries, or of the user they act for; null when their system role decides.';
 
 create or replace function private.org_with(permission text) returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
+language plpgsql stable parallel safe security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 begin
   return (
     select holder.organization_id

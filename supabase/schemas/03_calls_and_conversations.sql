@@ -159,7 +159,7 @@ create table if not exists public.conversation_messages (
   created_at          timestamptz not null default private.clock_now(),
   updated_at          timestamptz not null default private.clock_now(),
   unique (organization_id, store_id, id),
-  unique (organization_id, store_id, conversation_id, message_index),
+  unique (organization_id, conversation_id, message_index),
   unique (organization_id, store_id, conversation_id, external_message_id),
   foreign key (organization_id, store_id, conversation_id) references public.conversations (organization_id, store_id, id)
     on delete cascade

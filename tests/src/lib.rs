@@ -14,6 +14,7 @@ pub mod database;
 pub mod events;
 pub mod lints;
 pub mod pgtap;
+pub mod plans;
 pub mod programs;
 pub mod proxy;
 pub mod queues;
