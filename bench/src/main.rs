@@ -1,0 +1,23 @@
+//! Measurements by hand, against limits: they say how fast it is on one machine, and no test depends on them. One file each.
+
+mod figures;
+mod rls;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Measurements on real parts. Run them alone on a machine, in a release build.
+#[derive(Debug, Parser)]
+#[command(name = "bench", bin_name = "cargo run -p bench --release --")]
+enum Benchmark {
+    /// What row-level security costs through PostgREST, against the same query with its filter written by hand.
+    Rls(rls::Options),
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    println!("{}", figures::machine());
+    match Benchmark::parse_from(local::arguments()) {
+        Benchmark::Rls(options) => rls::run(&options).await,
+    }
+}
