@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := 'a8179462e00a';
+  version   constant text := '348d15d403a3';
   installed text;
   clash     text;
 begin
@@ -288,13 +288,6 @@ exception when duplicate_object then null;
 end
 $$;
 comment on type public.event_status is 'What became of an event from outside. failed is tried again, dead waits for a person.';
-
-
--- Nothing is added: the store's fourteen types of the CallAI document are in 00_enums_and_types.sql already, each in its own guarded
--- block and with exactly its values (tests/30_stores_structure.test.sql compares them, in order). No further enum is needed here:
--- a property's type and status are text with a check, as the Vantage document has them.
-
-
 
 do $$
 begin
@@ -662,48 +655,84 @@ revoke execute on function private.nudge(text) from public;
 -- plpgsql rather than sql, because its plans outlive the request in a pooled connection; definer, because a policy on profiles
 -- must not ask itself. Policies call org_with() once a statement: (select private.org_with('…')). It is planned once a connection
 -- (plan_cache_mode): a plan for the values at hand, made the first five times, costs ten times what the look-up does.
+-- An operator's support session (public.impersonation_sessions) leaves its mark on the operator's own profile, so that a helper
+-- that reads the profile anyway learns of it without another look-up.
+
+create or replace function private.acting_user_id() returns uuid
+language plpgsql stable parallel safe security definer set search_path = '' as $$
+begin
+  return (
+    select case when mine.acting_until > now() then mine.acting_for else mine.id end
+    from public.profiles as mine
+    where mine.id = (select auth.uid())
+  );
+end
+$$;
+comment on function private.acting_user_id() is
+  'In whose name the request acts: the user of its token, or in a support session the user acted for. Default of created_by.';
 
 create or replace function private.get_auth_org_id() returns uuid
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.organization_id
-    from public.profiles as profile
-    where profile.id = (select auth.uid()) and profile.status = 'active'
+    select holder.organization_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
   );
 end
 $$;
-comment on function private.get_auth_org_id() is 'The organization of the user whose token the request carries; null without one.';
+comment on function private.get_auth_org_id() is
+  'The organization of the user whose token the request carries, or of the user they act for in a support session; null without one.';
 
 create or replace function private.get_auth_system_role() returns public.system_role
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.system_role
-    from public.profiles as profile
-    where profile.id = (select auth.uid()) and profile.status = 'active'
+    select holder.system_role
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
   );
 end
 $$;
-comment on function private.get_auth_system_role() is 'The system role of the user whose token the request carries; null without one.';
+comment on function private.get_auth_system_role() is
+  'The system role of the user whose token the request carries, or of the user they act for; null without one.';
 
-create or replace function private.org_with(permission text) returns uuid
+create or replace function private.get_auth_role_id() returns uuid
 language plpgsql stable parallel safe security definer set search_path = '' as $$
 begin
   return (
-    select profile.organization_id
-    from public.profiles as profile
-    left join public.roles as role on role.organization_id = profile.organization_id and role.id = profile.role_id
-    where profile.id = (select auth.uid())
-      and profile.status = 'active'
+    select holder.role_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
+  );
+end
+$$;
+comment on function private.get_auth_role_id() is
+  'The role of the user whose token the request carries, or of the user they act for; null when their system role decides.';
+
+create or replace function private.org_with(permission text) returns uuid
+language plpgsql stable parallel safe security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select holder.organization_id
+    from public.profiles as mine
+    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
+    left join public.roles as role on role.organization_id = holder.organization_id and role.id = holder.role_id
+    where mine.id = (select auth.uid())
+      and mine.status = 'active'
+      and holder.status = 'active'
+      and (holder.id = mine.id or not mine.acting_read_only or permission like '%.view')
       and (
-        profile.system_role = 'owner'
+        holder.system_role = 'owner'
         or role.permissions ? permission
-        or profile.role_id is null and exists (
+        or holder.role_id is null and exists (
           select
           from public.permissions as known
           where known.key = permission
-            and case profile.system_role when 'admin' then known.admin when 'member' then known.member else false end
+            and case holder.system_role when 'admin' then known.admin when 'member' then known.member else false end
         )
       )
   );
@@ -711,7 +740,20 @@ end
 $$;
 comment on function private.org_with(text) is
   'The organization in which the request''s user holds a permission, else null: a policy compares organization_id with it. '
-  'An owner holds all; a role of their own decides for the others; without one, the default of their system role.';
+  'An owner holds all; a role of their own decides for the others; without one, the default of their system role. '
+  'In a support session the rights are those of the user acted for, and of these only the views unless the session may write.';
+
+create or replace function private.is_platform_admin() returns boolean
+language plpgsql stable parallel safe security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from public.profiles as mine
+    where mine.id = (select auth.uid()) and mine.status = 'active' and mine.system_role = 'platform_admin'
+  );
+end
+$$;
+comment on function private.is_platform_admin() is 'Whether the token is of the operator''s staff, in a support session or not.';
 
 create or replace function private.auth_has_permission(permission text) returns boolean
 language plpgsql stable parallel safe security definer set search_path = '' as $$
@@ -755,12 +797,12 @@ comment on function private.require_org(text) is
   'The organization of the request''s user, who has to hold the permission: else ends the request with 401 or 403.';
 
 revoke execute on function
-  private.get_auth_org_id(), private.get_auth_system_role(), private.org_with(text), private.auth_has_permission(text),
-  private.auth_covers(jsonb), private.require_org(text)
+  private.acting_user_id(), private.get_auth_org_id(), private.get_auth_system_role(), private.get_auth_role_id(), private.org_with(text),
+  private.is_platform_admin(), private.auth_has_permission(text), private.auth_covers(jsonb), private.require_org(text)
 from public;
 grant execute on function
-  private.get_auth_org_id(), private.get_auth_system_role(), private.org_with(text), private.auth_has_permission(text),
-  private.auth_covers(jsonb)
+  private.acting_user_id(), private.get_auth_org_id(), private.get_auth_system_role(), private.get_auth_role_id(), private.org_with(text),
+  private.is_platform_admin(), private.auth_has_permission(text), private.auth_covers(jsonb)
 to authenticated;
 
 create or replace function public.get_auth_org_id() returns uuid
@@ -779,6 +821,14 @@ end
 $$;
 comment on function public.get_auth_system_role() is 'The caller''s system role.';
 
+create or replace function public.get_auth_role_id() returns uuid
+language plpgsql stable parallel safe security invoker set search_path = '' as $$
+begin
+  return private.get_auth_role_id();
+end
+$$;
+comment on function public.get_auth_role_id() is 'The caller''s role; null when their system role decides.';
+
 create or replace function public.auth_has_permission(permission text) returns boolean
 language plpgsql stable parallel safe security invoker set search_path = '' as $$
 begin
@@ -787,9 +837,12 @@ end
 $$;
 comment on function public.auth_has_permission(text) is 'Whether the caller holds a permission (public.permissions lists them).';
 
-revoke execute on function public.get_auth_org_id(), public.get_auth_system_role(), public.auth_has_permission(text)
+revoke execute on function
+  public.get_auth_org_id(), public.get_auth_system_role(), public.get_auth_role_id(), public.auth_has_permission(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.get_auth_org_id(), public.get_auth_system_role(), public.auth_has_permission(text) to authenticated;
+grant execute on function
+  public.get_auth_org_id(), public.get_auth_system_role(), public.get_auth_role_id(), public.auth_has_permission(text)
+to authenticated;
 
 
 -- permissions ---------------------------------------------------------------------------------------------------------------------
@@ -898,6 +951,7 @@ create or replace trigger update_modified_column before update on public.organiz
 create or replace trigger check_timezone before insert or update of timezone on public.organizations
   for each row execute function private.check_timezone();
 comment on table public.organizations is 'The tenant: every row of a customer''s carries its id. Made by create_organization() alone.';
+comment on column public.organizations.tier is 'Of the plan that it is subscribed to; follows the subscription by itself.';
 comment on column public.organizations.caller_id is 'The caller number it prefers, of those assigned to it in caller_numbers.';
 comment on column public.organizations.dialling_enabled is 'The operator''s switch: off, and nothing is dialled for this organization.';
 comment on column public.organizations.max_concurrent_calls is 'Calls in flight at once, over all campaigns.';
@@ -974,21 +1028,29 @@ comment on table public.roles is 'A named set of permissions of an organization.
 -- profiles ------------------------------------------------------------------------------------------------------------------------
 
 create table if not exists public.profiles (
-  id              uuid primary key references auth.users (id) on delete cascade,
-  organization_id uuid references public.organizations (id) on delete restrict,
-  role_id         uuid,
-  system_role     public.system_role not null default 'member',
-  status          public.user_status not null default 'active',
-  full_name       text,
-  email           text,
-  phone           text,
-  avatar_url      text,
-  metadata        jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
-  created_at      timestamptz not null default private.clock_now(),
-  updated_at      timestamptz not null default private.clock_now(),
+  id                uuid primary key references auth.users (id) on delete cascade,
+  organization_id   uuid references public.organizations (id) on delete restrict,
+  role_id           uuid,
+  system_role       public.system_role not null default 'member',
+  status            public.user_status not null default 'active',
+  full_name         text,
+  email             text,
+  phone             text,
+  avatar_url        text,
+  metadata          jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  created_at        timestamptz not null default private.clock_now(),
+  updated_at        timestamptz not null default private.clock_now(),
+  acting_for        uuid,
+  acting_until      timestamptz,
+  acting_read_only  boolean not null default true,
+  acting_session_id uuid,
   unique (organization_id, id),
   foreign key (organization_id, role_id) references public.roles (organization_id, id) on delete restrict,
-  check (role_id is null or organization_id is not null)
+  check (role_id is null or organization_id is not null),
+  constraint profiles_platform_admin_apart check (system_role <> 'platform_admin' or organization_id is null),
+  constraint profiles_acting_is_platform_admin check (
+    acting_for is null or (system_role = 'platform_admin' and acting_until is not null and acting_session_id is not null)
+  )
 );
 create index if not exists idx_profiles_role on public.profiles (organization_id, role_id);
 
@@ -1007,9 +1069,27 @@ create policy "Users may describe themselves" on public.profiles
 
 create or replace trigger update_modified_column before update on public.profiles
   for each row execute function private.update_modified_column();
+create or replace function private.keep_platform_admin_apart() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  perform private.raise_error(409, 'platform_admin', 'A platform admin belongs to no organization');
+  return new;
+end
+$$;
+comment on function private.keep_platform_admin_apart() is
+  'Trigger: a platform admin who joins or makes an organization would silently lose what they are; it is taken from them first.';
+create or replace trigger keep_platform_admin_apart before update of organization_id on public.profiles
+  for each row when (old.system_role = 'platform_admin' and new.organization_id is not null)
+  execute function private.keep_platform_admin_apart();
 comment on table public.profiles is
   'A user and the organization they belong to. Nobody changes their own organization, role, system role or status: the grants leave them out.';
 comment on column public.profiles.role_id is 'Decides the permissions; without one, the system role does. A role that somebody holds cannot be deleted.';
+comment on column public.profiles.system_role is
+  'owner, admin or member of the organization; platform_admin is the operator''s own staff, who belong to none and act for users in sessions.';
+comment on column public.profiles.acting_for is 'The user whose rights a platform admin has in a support session; written by its functions alone. No foreign key: the two are in no tenant together.';
+comment on column public.profiles.acting_until is 'Real time at which that session ends by itself.';
+comment on column public.profiles.acting_read_only is 'In the session only permissions ending in .view are held.';
+comment on column public.profiles.acting_session_id is 'The session''s row in impersonation_sessions, by which the audit log is tagged.';
 
 create or replace function private.handle_new_user() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -1021,10 +1101,13 @@ begin
     new.raw_user_meta_data ->> 'avatar_url'
   )
   on conflict (id) do nothing;
+  perform private.join_by_email(new.id, new.email, new.email_confirmed_at);
   return new;
 end
 $$;
-comment on function private.handle_new_user() is 'Trigger: whoever signs up has a profile, in the same transaction.';
+comment on function private.handle_new_user() is
+  'Trigger: whoever signs up has a profile, in the same transaction. Their metadata may say how they are called and look, and nothing else: '
+  'organization and role come from an invitation.';
 
 create or replace trigger on_auth_user_created after insert on auth.users
   for each row execute function private.handle_new_user();
@@ -1190,10 +1273,8 @@ grant execute on function private.create_api_key(text, text[], timestamptz), pub
 
 -- The bodies that only other bodies and triggers use.
 revoke execute on function private.check_timezone(), private.update_modified_column(), private.check_role_permissions(),
-  private.handle_new_user()
+  private.keep_platform_admin_apart(), private.handle_new_user()
 from public;
-
-
 
 
 -- Sources -------------------------------------------------------------------------------------------------------------------------
@@ -1588,165 +1669,6 @@ revoke execute on function
 from public;
 
 
-
-
--- Acting for another user ---------------------------------------------------------------------------------------------------------
--- An operator's support session (public.impersonation_sessions) leaves its mark on the operator's own profile, so that a helper
--- that reads the profile anyway learns of it without another look-up, and so that this file needs no later one.
-
-alter table public.profiles
-  add column if not exists acting_for uuid,
-  add column if not exists acting_until timestamptz,
-  add column if not exists acting_read_only boolean not null default true,
-  add column if not exists acting_session_id uuid;
-do $$
-begin
-  alter table public.profiles add constraint profiles_platform_admin_apart
-    check (system_role <> 'platform_admin' or organization_id is null);
-exception when duplicate_object then null;
-end
-$$;
-do $$
-begin
-  alter table public.profiles add constraint profiles_acting_is_platform_admin
-    check (acting_for is null or (system_role = 'platform_admin' and acting_until is not null and acting_session_id is not null));
-exception when duplicate_object then null;
-end
-$$;
-comment on column public.profiles.system_role is
-  'owner, admin or member of the organization; platform_admin is the operator''s own staff, who belong to none and act for users in sessions.';
-comment on column public.profiles.acting_for is 'The user whose rights a platform admin has in a support session; written by its functions alone. No foreign key: the two are in no tenant together.';
-comment on column public.profiles.acting_until is 'Real time at which that session ends by itself.';
-comment on column public.profiles.acting_read_only is 'In the session only permissions ending in .view are held.';
-comment on column public.profiles.acting_session_id is 'The session''s row in impersonation_sessions, by which the audit log is tagged.';
-
-create or replace function private.keep_platform_admin_apart() returns trigger
-language plpgsql set search_path = '' as $$
-begin
-  perform private.raise_error(409, 'platform_admin', 'A platform admin belongs to no organization');
-  return new;
-end
-$$;
-comment on function private.keep_platform_admin_apart() is
-  'Trigger: a platform admin who joins or makes an organization would silently lose what they are; it is taken from them first.';
-create or replace trigger keep_platform_admin_apart before update of organization_id on public.profiles
-  for each row when (old.system_role = 'platform_admin' and new.organization_id is not null)
-  execute function private.keep_platform_admin_apart();
-
-create or replace function private.acting_user_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select case when mine.acting_until > now() then mine.acting_for else mine.id end
-    from public.profiles as mine
-    where mine.id = (select auth.uid())
-  );
-end
-$$;
-comment on function private.acting_user_id() is
-  'In whose name the request acts: the user of its token, or in a support session the user acted for. Default of created_by.';
-
--- Replaces the one above: an operator in a session has the organization of the user they act for, everybody else their own.
-create or replace function private.get_auth_org_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.organization_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_org_id() is
-  'The organization of the user whose token the request carries, or of the user they act for in a support session; null without one.';
-
-create or replace function private.get_auth_system_role() returns public.system_role
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.system_role
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_system_role() is
-  'The system role of the user whose token the request carries, or of the user they act for; null without one.';
-
-create or replace function private.get_auth_role_id() returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return (
-    select holder.role_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    where mine.id = (select auth.uid()) and mine.status = 'active' and holder.status = 'active'
-  );
-end
-$$;
-comment on function private.get_auth_role_id() is
-  'The role of the user whose token the request carries, or of the user they act for; null when their system role decides.';
-
-create or replace function private.org_with(permission text) returns uuid
-language plpgsql stable parallel safe security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
-begin
-  return (
-    select holder.organization_id
-    from public.profiles as mine
-    join public.profiles as holder on holder.id = case when mine.acting_until > now() then mine.acting_for else mine.id end
-    left join public.roles as role on role.organization_id = holder.organization_id and role.id = holder.role_id
-    where mine.id = (select auth.uid())
-      and mine.status = 'active'
-      and holder.status = 'active'
-      and (holder.id = mine.id or not mine.acting_read_only or permission like '%.view')
-      and (
-        holder.system_role = 'owner'
-        or role.permissions ? permission
-        or holder.role_id is null and exists (
-          select
-          from public.permissions as known
-          where known.key = permission
-            and case holder.system_role when 'admin' then known.admin when 'member' then known.member else false end
-        )
-      )
-  );
-end
-$$;
-comment on function private.org_with(text) is
-  'The organization in which the request''s user holds a permission, else null: a policy compares organization_id with it. '
-  'An owner holds all; a role of their own decides for the others; without one, the default of their system role. '
-  'In a support session the rights are those of the user acted for, and of these only the views unless the session may write.';
-
-create or replace function private.is_platform_admin() returns boolean
-language plpgsql stable parallel safe security definer set search_path = '' as $$
-begin
-  return exists (
-    select
-    from public.profiles as mine
-    where mine.id = (select auth.uid()) and mine.status = 'active' and mine.system_role = 'platform_admin'
-  );
-end
-$$;
-comment on function private.is_platform_admin() is 'Whether the token is of the operator''s staff, in a support session or not.';
-
-revoke execute on function
-  private.acting_user_id(), private.get_auth_role_id(), private.is_platform_admin(), private.keep_platform_admin_apart()
-from public;
-grant execute on function private.acting_user_id(), private.get_auth_role_id(), private.is_platform_admin() to authenticated;
-
-create or replace function public.get_auth_role_id() returns uuid
-language plpgsql stable parallel safe security invoker set search_path = '' as $$
-begin
-  return private.get_auth_role_id();
-end
-$$;
-comment on function public.get_auth_role_id() is 'The caller''s role; null when their system role decides.';
-revoke execute on function public.get_auth_role_id() from public, anon, authenticated, service_role;
-grant execute on function public.get_auth_role_id() to authenticated;
-
-
 -- invitations ---------------------------------------------------------------------------------------------------------------------
 
 create table if not exists public.invitations (
@@ -1798,8 +1720,8 @@ grant select (
 ) on public.invitations to authenticated, service_role;
 alter table public.invitations enable row level security;
 alter table public.invitations force row level security;
-drop policy if exists "Who manages members sees the invitations, and the invited their own" on public.invitations;
-create policy "Who manages members sees the invitations, and the invited their own" on public.invitations
+drop policy if exists "Who manages members sees invitations, the invited their own" on public.invitations;
+create policy "Who manages members sees invitations, the invited their own" on public.invitations
   for select to authenticated
   using (organization_id = (select private.org_with('member.manage')) or email = (select private.auth_email()));
 comment on table public.invitations is
@@ -1820,7 +1742,7 @@ declare
 begin
   for link in
     select
-      reference.conrelid::regclass as child,
+      reference.conrelid::regclass as child, reference.confdeltype = 'c' as goes_along,
       (select attribute.attname from pg_catalog.pg_attribute as attribute
         where attribute.attrelid = reference.conrelid
           and attribute.attnum = reference.conkey[array_position(reference.confkey, tenant.attnum)]) as tenant_column,
@@ -1834,8 +1756,13 @@ begin
       and reference.conparentid = 0 and cardinality(reference.conkey) = 2
     order by reference.conrelid::regclass::text
   loop
-    execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
-    using organization, user_id;
+    -- What is the user's own (settings, open sockets) goes; from what they did, only the name.
+    if link.goes_along then
+      execute format('delete from %s where %I = $1 and %I = $2', link.child, link.tenant_column, link.user_column) using organization, user_id;
+    else
+      execute format('update %s set %I = null where %I = $1 and %I = $2', link.child, link.user_column, link.tenant_column, link.user_column)
+      using organization, user_id;
+    end if;
   end loop;
 end
 $$;
@@ -1897,24 +1824,6 @@ end
 $$;
 comment on function private.join_by_email(uuid, text, timestamptz) is
   'A user who proved an address to which one invitation is pending becomes a member by it.';
-
-create or replace function private.handle_new_user() returns trigger
-language plpgsql security definer set search_path = '' as $$
-begin
-  insert into public.profiles (id, email, phone, full_name, avatar_url)
-  values (
-    new.id, new.email, new.phone,
-    coalesce(new.raw_user_meta_data ->> 'full_name', new.raw_user_meta_data ->> 'name'),
-    new.raw_user_meta_data ->> 'avatar_url'
-  )
-  on conflict (id) do nothing;
-  perform private.join_by_email(new.id, new.email, new.email_confirmed_at);
-  return new;
-end
-$$;
-comment on function private.handle_new_user() is
-  'Trigger: whoever signs up has a profile, in the same transaction. Their metadata may say how they are called and look, and nothing else: '
-  'organization and role come from an invitation.';
 
 create or replace function private.handle_user_change() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -3820,16 +3729,16 @@ create table public.pipeline_stages (
   pipeline_id     uuid not null,
   project_id      uuid,
   name            text not null check (length(btrim(name)) between 1 and 100),
-  order_index     integer not null default 0,
+  order_index     integer not null default 2147483647,
   position        integer generated always as (order_index) stored,
   color           text not null default '#cbd5e1' check (color ~ '^#[0-9a-fA-F]{6}$'),
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
   unique (organization_id, id),
   foreign key (organization_id, pipeline_id) references public.pipelines (organization_id, id) on delete cascade,
-  foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete cascade
+  foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete cascade,
+  constraint pipeline_stages_place_key unique (organization_id, pipeline_id, order_index) deferrable initially deferred
 );
-create index idx_pipeline_stages_pipeline on public.pipeline_stages (organization_id, pipeline_id, order_index);
 create index idx_pipeline_stages_project on public.pipeline_stages (organization_id, project_id);
 
 revoke all on public.pipeline_stages from anon, authenticated, service_role;
@@ -3854,6 +3763,8 @@ create policy "Who edits projects may delete a stage" on public.pipeline_stages
 create trigger update_modified_column before update on public.pipeline_stages
   for each row execute function private.update_modified_column();
 comment on table public.pipeline_stages is 'The steps of a pipeline, in order; a step of one project alone names it.';
+comment on column public.pipeline_stages.order_index is
+  'The place in the pipeline, from 0 on without a gap. Written to, the others make room; without one a new stage is the last.';
 comment on column public.pipeline_stages.position is 'The same as order_index, under the name that older clients read.';
 
 create function private.create_default_pipeline(organization uuid) returns uuid
@@ -4000,15 +3911,9 @@ create policy "Who edits leads may add to their timeline" on public.lead_activit
 comment on table public.lead_activities is 'What happened with a lead, in order. Only ever added to.';
 
 
-
-
 -- The order of stages -------------------------------------------------------------------------------------------------------------
 -- order_index is dense, from 0 on, and each number is taken once in a pipeline, whoever drags what at once: every statement that
 -- changes stages waits for the other one of its organization, and leaves its pipelines numbered.
-
-alter table public.pipeline_stages alter column order_index set default 2147483647;
-comment on column public.pipeline_stages.order_index is
-  'The place in the pipeline, from 0 on without a gap. Written to, the others make room; without one a new stage is the last.';
 
 create function private.lock_stages() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -4086,18 +3991,6 @@ create trigger number_moved_stages after update on public.pipeline_stages
   referencing old table as before new table as after for each statement execute function private.number_stages();
 create trigger number_left_stages after delete on public.pipeline_stages
   referencing old table as before for each statement execute function private.number_stages();
-
--- What was there before: numbered as it is shown.
-update public.pipeline_stages as stage
-set order_index = numbered.number
-from (
-  select old.id, row_number() over (partition by old.pipeline_id order by old.order_index, old.created_at, old.id) - 1 as number
-  from public.pipeline_stages as old
-) as numbered
-where stage.id = numbered.id and stage.order_index <> numbered.number;
-drop index public.idx_pipeline_stages_pipeline;
-alter table public.pipeline_stages
-  add constraint pipeline_stages_place_key unique (organization_id, pipeline_id, order_index) deferrable initially deferred;
 
 create function private.move_stage(stage_id uuid, place integer) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -4455,6 +4348,9 @@ create table public.properties (
   created_by      uuid default private.acting_user_id(),
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
+  tower           text check (length(btrim(tower)) between 1 and 100),
+  floor_number    smallint,
+  unit_number     text check (length(btrim(unit_number)) between 1 and 50),
   unique (organization_id, id),
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by)
@@ -4462,13 +4358,22 @@ create table public.properties (
 create index idx_properties_organization_id on public.properties (organization_id, created_at desc);
 create index idx_properties_status on public.properties (organization_id, status, type);
 create index idx_properties_project on public.properties (organization_id, project_id);
+-- A flat of a development is there once.
+create unique index idx_properties_unit on public.properties (organization_id, project_id, tower, unit_number) nulls not distinct
+  where unit_number is not null and archived_at is null;
 create index idx_properties_created_by on public.properties (organization_id, created_by);
 
 revoke all on public.properties from anon, authenticated, service_role;
 grant select, delete on public.properties to authenticated;
 grant
-  insert (id, project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type),
-  update (project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type, archived_at)
+  insert (
+    id, project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type,
+    tower, floor_number, unit_number
+  ),
+  update (
+    project_id, title, description, address, price_minor, currency_code, size_sqft, bedrooms, bathrooms, type, archived_at,
+    tower, floor_number, unit_number
+  )
 on public.properties to authenticated;
 grant select on public.properties to service_role;
 alter table public.properties enable row level security;
@@ -4500,6 +4405,8 @@ comment on table public.properties is
   'A flat, a house, a plot. Users describe it; its status moves by reserve_property() and set_property_status() alone. Archived once it had a reservation.';
 comment on column public.properties.price_minor is 'In the minor unit of currency_code.';
 comment on column public.properties.currency_code is 'ISO 4217, upper case; the organization''s when not given.';
+comment on column public.properties.tower is 'The building of the project that it is in, where there are several.';
+comment on column public.properties.unit_number is 'What the door says; once a project and tower, of those that are not archived.';
 comment on column public.properties.status is 'reserved exactly while a row of property_reservations holds it.';
 
 
@@ -4886,6 +4793,16 @@ alter table public.carrier_accounts enable row level security;
 alter table public.carrier_accounts force row level security;
 create policy "No user sees a carrier account" on public.carrier_accounts
   for all to anon, authenticated using (false) with check (false);
+create function private.keep_account_owner() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  raise exception 'a carrier account stays with whom it is' using errcode = 'check_violation';
+end
+$$;
+comment on function private.keep_account_owner() is 'Trigger: numbers and legs hang on an account, which no other organization takes over.';
+revoke execute on function private.keep_account_owner() from public;
+create trigger keep_account_owner before update of organization_id on public.carrier_accounts
+  for each row when (old.organization_id is distinct from new.organization_id) execute function private.keep_account_owner();
 create trigger update_modified_column before update on public.carrier_accounts
   for each row execute function private.update_modified_column();
 comment on table public.carrier_accounts is
@@ -4928,7 +4845,7 @@ begin
 end
 $$;
 comment on function private.check_caller_number() is
-  'Trigger: a number hangs on its organization''s own carrier account, or on the platform''s.';
+  'Trigger: a number hangs on its organization''s own carrier account, or on the platform''s; so does a leg.';
 create trigger check_caller_number before insert or update of organization_id, carrier_account_id on public.caller_numbers
   for each row execute function private.check_caller_number();
 create trigger update_modified_column before update on public.caller_numbers
@@ -5263,12 +5180,14 @@ create table public.call_logs (
   notes                   text,
   metadata                jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
   updated_at              timestamptz not null default private.clock_now(),
+  caller_id               uuid,
   unique (organization_id, id),
   unique (organization_id, queue_id, attempt_no),
   foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete restrict,
   foreign key (organization_id, lead_id) references public.leads (organization_id, id) on delete restrict,
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, queue_id) references public.call_queue (organization_id, id) on delete restrict,
+  foreign key (organization_id, caller_id) references public.profiles (organization_id, id) on delete set null (caller_id),
   check ((status = 'ended') = (call_status is not null)),
   check ((status = 'ended') = (ended_at is not null)),
   check (answered_at >= created_at and ended_at >= answered_at),
@@ -5278,6 +5197,7 @@ create index idx_call_logs_organization_id on public.call_logs (organization_id,
 create index idx_call_logs_campaign_id on public.call_logs (organization_id, campaign_id, created_at desc);
 create index idx_call_logs_lead_id on public.call_logs (organization_id, lead_id);
 create index idx_call_logs_project_id on public.call_logs (organization_id, project_id) where project_id is not null;
+create index idx_call_logs_caller_id on public.call_logs (organization_id, caller_id) where caller_id is not null;
 -- Nobody is called twice at once, from whichever organization: the last wall behind every other check.
 create unique index idx_call_logs_live_callee on public.call_logs (callee_number) where direction = 'outbound' and status <> 'ended';
 create index idx_call_logs_live on public.call_logs (carrier_account_id, organization_id, campaign_id) where status <> 'ended';
@@ -5309,12 +5229,15 @@ begin
 end
 $$;
 comment on function private.check_attempt() is 'Trigger: an attempt moves only forward, and stays with the call that it was bound to first.';
+create trigger check_carrier_account before insert or update of organization_id, carrier_account_id on public.call_logs
+  for each row execute function private.check_caller_number();
 create trigger check_attempt before update of status, call_sid on public.call_logs
   for each row execute function private.check_attempt();
 create trigger update_modified_column before update on public.call_logs
   for each row execute function private.update_modified_column();
 comment on table public.call_logs is
   'One row a leg, in or out: the attempt. Committed before the carrier hears of it, ended exactly once, and alone metered. Its id is the attempt id.';
+comment on column public.call_logs.caller_id is 'The user who placed it by hand; null for a campaign''s. The number it is made from is caller_number.';
 comment on column public.call_logs.call_sid is 'The carrier''s id of the call; the first callback or answer that names one binds it.';
 comment on column public.call_logs.call_status is 'How it ended; null until it has.';
 comment on column public.call_logs.dialled is
@@ -5425,13 +5348,11 @@ create trigger wake_number after insert on public.suppressions
 -- What a screen watches live, where there is Realtime.
 do $$
 begin
-  if exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+  if exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime' and not puballtables) then
     alter publication supabase_realtime add table public.campaigns, public.campaign_leads, public.call_logs;
   end if;
 end
 $$;
-
-
 
 
 -- The store's view of a leg -------------------------------------------------------------------------------------------------------
@@ -5521,17 +5442,6 @@ create trigger update_store_call after update on public.call_logs
   ) execute function private.update_store_call();
 
 revoke execute on function private.is_dropped(public.call_logs), private.attach_leg(), private.update_store_call() from public;
-
-
-
-
--- Who placed a call by hand -------------------------------------------------------------------------------------------------------
-
-alter table public.call_logs
-  add column caller_id uuid,
-  add foreign key (organization_id, caller_id) references public.profiles (organization_id, id) on delete set null (caller_id);
-create index idx_call_logs_caller_id on public.call_logs (organization_id, caller_id) where caller_id is not null;
-comment on column public.call_logs.caller_id is 'The user who placed it by hand; null for a campaign''s. The number it is made from is caller_number.';
 
 
 -- How a lead's last call went -----------------------------------------------------------------------------------------------------
@@ -5774,6 +5684,9 @@ create table public.calling_hours (
   on_holidays  boolean not null default true,
   daily_calls  smallint check (daily_calls > 0),
   basis        text not null,
+  evidence     text not null default 'operator' check (
+    evidence in ('rule', 'secondary', 'not verified; stricter default', 'operator')
+  ),
   primary key (jurisdiction, purpose, weekday),
   check ((opens is null) = (closes is null)),
   check (opens < closes)
@@ -5793,29 +5706,50 @@ comment on column public.calling_hours.weekday is 'ISO: 1 is Monday, 7 is Sunday
 comment on column public.calling_hours.opens is 'The opening minute belongs to it, the closing one does not; null is not at all that day.';
 comment on column public.calling_hours.on_holidays is 'Whether these hours also hold on a public holiday; otherwise nobody is called on one.';
 comment on column public.calling_hours.daily_calls is 'Calls to one person in 24 hours, where the law counts them.';
-insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, on_holidays, daily_calls, basis)
+comment on column public.calling_hours.basis is 'What law or rule it is taken from, as far as that is known.';
+comment on column public.calling_hours.evidence is
+  'How well it is known. rule: the text of the rule was read; secondary: guides that agree, and not the text itself; not verified: it could not be '
+  'confirmed, or guides disagree, and the stricter reading is taken; operator: whoever runs this answers for it.';
+insert into public.calling_hours (jurisdiction, purpose, weekday, opens, closes, on_holidays, daily_calls, basis, evidence)
 select
   law.jurisdiction, purpose.name, day.number,
   case when day.number = 7 then law.sunday_opens when day.number = 6 then law.saturday_opens else law.opens end::time,
   case when day.number = 7 then law.sunday_closes when day.number = 6 then law.saturday_closes else law.closes end::time,
-  law.on_holidays, law.daily_calls, law.basis
+  law.on_holidays, law.daily_calls, law.basis,
+  case law.evidence when 'no' then 'not verified; stricter default' else law.evidence end
 from (
   values
-    ('US', 'service promotional', '08:00', '21:00', '08:00', '21:00', '08:00', '21:00', true, null::smallint, '47 CFR 64.1200(c)(1)'),
-    ('US-AL', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Ala. Code 8-19A'),
-    ('US-CT', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'Conn. Gen. Stat. 42-288a'),
-    ('US-FL', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Fla. Stat. 501.616'),
-    ('US-LA', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'La. R.S. 45:844'),
-    ('US-MD', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Md. Com. Law 14-4501'),
-    ('US-MS', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, true, null, 'Miss. Code 77-3-723'),
-    ('US-OK', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Okla. Stat. 15-775C'),
-    ('US-RI', 'service promotional', '09:00', '18:00', '10:00', '17:00', null, null, false, null, 'R.I. Gen. Laws 5-61-3.6'),
-    ('US-TX', 'service promotional', '09:00', '21:00', '09:00', '21:00', '12:00', '21:00', true, null, 'Tex. Bus. & Com. Code 301.051'),
-    ('US-WA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'RCW 80.36.390'),
-    ('IN', 'service', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'TCCCPR 2018'),
-    ('IN', 'promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'TCCCPR 2018')
+    ('US', 'service promotional', '08:00', '21:00', '08:00', '21:00', '08:00', '21:00', true, null::smallint, '47 CFR 64.1200(c)(1)', 'rule'),
+    ('US-AL', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Alabama; section not known', 'secondary'),
+    ('US-CT', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'Conn. Gen. Stat. 42-288a', 'secondary'),
+    ('US-FL', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Fla. Stat. 501.616(6)', 'rule'),
+    ('US-KY', 'service promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'KRS 367.46955', 'secondary'),
+    ('US-LA', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'LPSC General Order R-29617', 'secondary'),
+    ('US-MA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'M.G.L. c. 159C', 'secondary'),
+    ('US-MD', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, 3, 'Md. Com. Law 14-4502', 'secondary'),
+    ('US-MI', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'Michigan; section not known', 'secondary'),
+    ('US-MN', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'Minnesota; section not known', 'secondary'),
+    -- One guide ends the day at 20:00, the statute at 21:00; the holiday rule is said to be repealed, and is still listed.
+    ('US-MS', 'service promotional', '08:00', '20:00', '08:00', '20:00', null, null, false, null, 'Miss. Code 77-3-603, 77-3-723', 'no'),
+    -- On Sundays and holidays it is recorded messages that are restricted; a voice that is made counts as one here.
+    ('US-NE', 'service promotional', '08:00', '21:00', '08:00', '21:00', '13:00', '21:00', false, null, '291 Neb. Admin. Code 11', 'secondary'),
+    ('US-NM', 'service promotional', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'New Mexico; section not known', 'secondary'),
+    ('US-NV', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, null, 'NRS 597.814; guides', 'secondary'),
+    -- From nine on by the rule for automatic announcing devices, to eight by the newer one for automatic selection.
+    ('US-OK', 'service promotional', '09:00', '20:00', '09:00', '20:00', '09:00', '20:00', true, 3, 'Okla. Stat. 15-755.1, 15-775C.4', 'secondary'),
+    ('US-PA', 'service promotional', '08:00', '21:00', '08:00', '12:00', '08:00', '21:00', false, null, '73 P.S. 2245(a); Saturday by one guide', 'no'),
+    ('US-RI', 'service promotional', '09:00', '18:00', '10:00', '17:00', null, null, false, null, 'R.I. Gen. Laws 5-61-2, 5-61-3.6', 'rule'),
+    -- Automated dialling on weekdays alone.
+    ('US-SD', 'service promotional', '09:00', '21:00', null, null, null, null, true, null, 'S.D. Codified Laws 37-30-28', 'rule'),
+    ('US-TX', 'service promotional', '09:00', '21:00', '09:00', '21:00', '12:00', '21:00', true, null, 'Texas; section not known', 'no'),
+    ('US-UT', 'service promotional', '08:00', '21:00', '08:00', '21:00', null, null, false, null, 'Utah Code 13-25a-103(3)', 'rule'),
+    ('US-WA', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'RCW 19.158.040(2)', 'rule'),
+    ('US-WY', 'service promotional', '08:00', '20:00', '08:00', '20:00', '08:00', '20:00', true, null, 'Wyoming; section not known', 'no'),
+    ('IN', 'service', '09:00', '21:00', '09:00', '21:00', '09:00', '21:00', true, null, 'TRAI TCCCPR 2010', 'secondary'),
+    ('IN', 'promotional', '10:00', '21:00', '10:00', '21:00', '10:00', '21:00', true, null, 'India; common practice', 'no')
 ) as law (
-  jurisdiction, purposes, opens, closes, saturday_opens, saturday_closes, sunday_opens, sunday_closes, on_holidays, daily_calls, basis
+  jurisdiction, purposes, opens, closes, saturday_opens, saturday_closes, sunday_opens, sunday_closes, on_holidays, daily_calls, basis,
+  evidence
 )
 cross join lateral unnest(string_to_array(law.purposes, ' ')) as purpose (name)
 cross join generate_series(1, 7) as day (number);
@@ -5824,6 +5758,9 @@ create table public.calling_holidays (
   jurisdiction text not null check (jurisdiction ~ '^[A-Z]{2}(-[A-Z0-9]{1,3})?$'),
   day          date not null,
   name         text not null,
+  evidence     text not null default 'operator' check (
+    evidence in ('rule', 'secondary', 'not verified; stricter default', 'operator')
+  ),
   primary key (jurisdiction, day)
 );
 
@@ -5834,14 +5771,32 @@ alter table public.calling_holidays force row level security;
 create policy "Anyone signed in may read the holidays" on public.calling_holidays
   for select to authenticated using (true);
 comment on table public.calling_holidays is
-  'Public holidays, of a country or of a state alone; the operator adds each year''s. They matter where calling_hours says so.';
-insert into public.calling_holidays (jurisdiction, day, name)
+  'Public holidays, of a country or of a state alone; the operator adds each year''s. They matter where calling_hours says so: there nobody is '
+  'called after the last one that is known of the country.';
+comment on column public.calling_holidays.evidence is
+  'As in calling_hours. rule is 5 U.S.C. 6103; the Friday before a Saturday and the Monday after a Sunday are taken along.';
+insert into public.calling_holidays (jurisdiction, day, name, evidence)
 values
-  ('US', '2026-11-26', 'Thanksgiving Day'), ('US', '2026-12-25', 'Christmas Day'),
-  ('US', '2027-01-01', 'New Year''s Day'), ('US', '2027-01-18', 'Martin Luther King Jr. Day'), ('US', '2027-02-15', 'Washington''s Birthday'),
-  ('US', '2027-05-31', 'Memorial Day'), ('US', '2027-06-19', 'Juneteenth'), ('US', '2027-07-04', 'Independence Day'),
-  ('US', '2027-07-05', 'Independence Day (observed)'), ('US', '2027-09-06', 'Labor Day'), ('US', '2027-10-11', 'Columbus Day'),
-  ('US', '2027-11-11', 'Veterans Day'), ('US', '2027-11-25', 'Thanksgiving Day'), ('US', '2027-12-25', 'Christmas Day');
+  ('US', '2026-11-26', 'Thanksgiving Day', 'rule'), ('US', '2026-12-25', 'Christmas Day', 'rule'),
+  ('US', '2027-01-01', 'New Year''s Day', 'rule'), ('US', '2027-01-18', 'Martin Luther King Jr. Day', 'rule'),
+  ('US', '2027-02-15', 'Washington''s Birthday', 'rule'), ('US', '2027-05-31', 'Memorial Day', 'rule'),
+  ('US', '2027-06-18', 'Juneteenth (observed)', 'rule'), ('US', '2027-06-19', 'Juneteenth', 'rule'),
+  ('US', '2027-07-04', 'Independence Day', 'rule'), ('US', '2027-07-05', 'Independence Day (observed)', 'rule'),
+  ('US', '2027-09-06', 'Labor Day', 'rule'), ('US', '2027-10-11', 'Columbus Day', 'rule'), ('US', '2027-11-11', 'Veterans Day', 'rule'),
+  ('US', '2027-11-25', 'Thanksgiving Day', 'rule'), ('US', '2027-12-24', 'Christmas Day (observed)', 'rule'),
+  ('US', '2027-12-25', 'Christmas Day', 'rule'), ('US', '2027-12-31', 'New Year''s Day (observed)', 'rule'),
+  ('US', '2028-01-01', 'New Year''s Day', 'rule'),
+  ('US-AL', '2027-02-09', 'Mardi Gras', 'not verified; stricter default'),
+  ('US-AL', '2027-04-26', 'Confederate Memorial Day', 'not verified; stricter default'),
+  ('US-AL', '2027-06-07', 'Jefferson Davis'' Birthday', 'not verified; stricter default'),
+  ('US-LA', '2027-01-08', 'Battle of New Orleans', 'secondary'), ('US-LA', '2027-01-19', 'Robert E. Lee Day', 'secondary'),
+  ('US-LA', '2027-02-09', 'Mardi Gras', 'not verified; stricter default'),
+  ('US-LA', '2027-03-26', 'Good Friday', 'not verified; stricter default'),
+  ('US-MS', '2027-04-26', 'Confederate Memorial Day', 'not verified; stricter default'),
+  ('US-PA', '2027-03-26', 'Good Friday', 'not verified; stricter default'),
+  ('US-PA', '2027-06-14', 'Flag Day', 'not verified; stricter default'),
+  ('US-RI', '2027-08-09', 'Victory Day', 'secondary'),
+  ('US-UT', '2027-07-23', 'Pioneer Day (observed)', 'not verified; stricter default'), ('US-UT', '2027-07-24', 'Pioneer Day', 'secondary');
 
 create function private.legal_hours(
   country text, region text, wanted text, day date, out opens time, out closes time, out daily_calls smallint
@@ -5863,10 +5818,16 @@ begin
       where law.jurisdiction in (country, country || '-' || region) and law.purpose = wanted and law.weekday = extract(isodow from day)
         and (
           law.opens is null
-          or not law.on_holidays and exists (
-            select
-            from public.calling_holidays as holiday
-            where holiday.jurisdiction in (country, country || '-' || region) and holiday.day = legal_hours.day
+          or not law.on_holidays and (
+            exists (
+              select
+              from public.calling_holidays as holiday
+              where holiday.jurisdiction in (country, country || '-' || region) and holiday.day = legal_hours.day
+            )
+            -- Of a year whose holidays nobody entered it is not known which days they are.
+            or legal_hours.day > coalesce(
+              (select max(holiday.day) from public.calling_holidays as holiday where holiday.jurisdiction = country), '-infinity'
+            )
           )
         )
     )
@@ -6164,6 +6125,7 @@ create table public.subscription_plans (
   sort_order  integer not null default 0,
   created_at  timestamptz not null default private.clock_now(),
   updated_at  timestamptz not null default private.clock_now(),
+  tier        public.org_tier,
   constraint subscription_plans_slug_key unique (slug),
   constraint subscription_plans_slug_format check (slug ~ '^[a-z0-9]+(-[a-z0-9]+)*$'),
   constraint subscription_plans_name_present check (btrim(name) <> ''),
@@ -6181,10 +6143,25 @@ create policy "Visitors see the plans on offer" on public.subscription_plans
 create trigger update_modified_column before update on public.subscription_plans
   for each row execute function private.update_modified_column();
 
+create function private.fill_tier() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  if new.slug = any (enum_range(null::public.org_tier)::text[]) then
+    new.tier := new.slug::public.org_tier;
+  end if;
+  return new;
+end
+$$;
+comment on function private.fill_tier() is 'Trigger: a plan that is called like a tier is of that tier, unless told otherwise.';
+revoke execute on function private.fill_tier() from public;
+create trigger fill_tier before insert on public.subscription_plans
+  for each row when (new.tier is null) execute function private.fill_tier();
+
 comment on table public.subscription_plans is
   'What can be subscribed to. What it costs and meters is in plan_prices; `features` holds the limits that are not metered.';
 comment on column public.subscription_plans.features is
   'Limits on things that are not metered (max_users, max_leads) and what is switched on; -1 is unlimited.';
+comment on column public.subscription_plans.tier is 'What organizations.tier becomes on this plan; null leaves it as it is.';
 comment on column public.subscription_plans.trial_days is 'How long a subscription that starts as trialing stays so.';
 comment on column public.subscription_plans.is_public is 'False for a plan made for one customer, which is not on the price list.';
 
@@ -6331,6 +6308,39 @@ create policy "Members who may see billing see the subscriptions" on public.subs
 create trigger update_modified_column before update on public.subscriptions
   for each row execute function private.update_modified_column();
 
+create function private.follow_tier() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  -- Without a live subscription an organization is on none of the plans that cost.
+  update public.organizations as organization
+  set tier = coalesce(live.tier, 'free')
+  from (
+    select
+      tenant.id, subscription.id is not null as is_subscribed, plan.tier
+    from public.organizations as tenant
+    left join public.subscriptions as subscription
+      on subscription.organization_id = tenant.id and subscription.status not in ('cancelled', 'inactive')
+    left join public.subscription_plans as plan on plan.id = subscription.plan_id
+    where case tg_table_name
+      when 'subscriptions' then tenant.id = (to_jsonb(new) ->> 'organization_id')::uuid
+      else subscription.plan_id = (to_jsonb(new) ->> 'id')::uuid
+    end
+  ) as live
+  where organization.id = live.id
+    and (live.tier is not null or not live.is_subscribed)
+    and organization.tier <> coalesce(live.tier, 'free');
+  return null;
+end
+$$;
+comment on function private.follow_tier() is 'Trigger: organizations.tier is that of the plan which is subscribed to, in the same transaction.';
+revoke execute on function private.follow_tier() from public;
+create trigger follow_tier_of_new after insert on public.subscriptions
+  for each row execute function private.follow_tier();
+create trigger follow_tier after update of plan_id, status on public.subscriptions
+  for each row when (old.plan_id <> new.plan_id or old.status <> new.status) execute function private.follow_tier();
+create trigger follow_tier after update of tier on public.subscription_plans
+  for each row when (old.tier is distinct from new.tier) execute function private.follow_tier();
+
 comment on table public.subscriptions is
   'Which price an organization is on, and which billing period it is in. At most one of its rows is live.';
 comment on column public.subscriptions.plan_price_id is 'The price version that was sold; a later version does not touch it.';
@@ -6353,6 +6363,99 @@ create policy "Signed-in users see the plans on offer and their own" on public.s
     (is_active and is_public)
     or id in (select subscription.plan_id from public.subscriptions as subscription)
   );
+
+-- What a plan has room for --------------------------------------------------------------------------------------------------------
+-- max_leads, max_projects and max_campaigns of the plan, or of subscriptions.metadata.custom_limits. A plan that names none, and -1, limit
+-- nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the last place.
+
+create function private.plan_limit(organization uuid, feature_key text) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  allowed jsonb := (
+    select coalesce(nullif(subscription.metadata #> array['custom_limits', feature_key], 'null'), plan.features -> feature_key)
+    from public.subscriptions as subscription
+    join public.subscription_plans as plan on plan.id = subscription.plan_id
+    where subscription.organization_id = organization and subscription.status not in ('cancelled', 'inactive')
+  );
+begin
+  return case when jsonb_typeof(allowed) = 'number' and allowed::numeric >= 0 then floor(allowed::numeric) end;
+end
+$$;
+comment on function private.plan_limit(uuid, text) is 'How many of something an organization''s plan has room for; null is no limit.';
+
+create function private.check_limit(organization uuid, counted text) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  allowed bigint := private.plan_limit(organization, 'max_' || counted);
+  used    bigint;
+begin
+  if allowed is null then
+    return;
+  end if;
+  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
+  -- One more than there may be is enough to know.
+  used := case counted
+    when 'leads' then (
+      select count(*)
+      from (
+        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit allowed + 1
+      ) as some_of_them
+    )
+    when 'projects' then (
+      select count(*)
+      from (
+        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit allowed + 1
+      ) as some_of_them
+    )
+    when 'campaigns' then (
+      select count(*)
+      from (
+        select
+        from public.campaigns as campaign
+        where campaign.organization_id = organization and campaign.status <> 'archived'
+        limit allowed + 1
+      ) as some_of_them
+    )
+  end;
+  if used > allowed then
+    perform private.raise_error(402, 'quota_exhausted', format('The plan has room for %s %s', allowed, counted));
+  end if;
+end
+$$;
+comment on function private.check_limit(uuid, text) is
+  'Ends the request with 402 when an organization has more leads, projects or campaigns than its plan has room for.';
+
+create function private.enforce_limit() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  tenant uuid;
+begin
+  if tg_level = 'ROW' then
+    perform private.check_limit(new.organization_id, tg_table_name);
+    return null;
+  end if;
+  for tenant in select distinct added.organization_id from added order by added.organization_id loop
+    perform private.check_limit(tenant, tg_table_name);
+  end loop;
+  return null;
+end
+$$;
+comment on function private.enforce_limit() is 'Trigger: what is added, or taken out of the archive, fits into the plan.';
+revoke execute on function private.plan_limit(uuid, text), private.check_limit(uuid, text), private.enforce_limit() from public;
+
+create trigger enforce_limit after insert on public.leads
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of archived_at on public.leads
+  for each row when (old.archived_at is not null and new.archived_at is null) execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.projects
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of status on public.projects
+  for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.campaigns
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of status on public.campaigns
+  for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+
 
 -- Usage ---------------------------------------------------------------------------------------------------------------------------
 
@@ -6491,7 +6594,6 @@ create trigger usage_events_are_append_only before update or delete on private.u
   for each row execute function private.refuse_event_change();
 
 select private.ensure_partitions('private.usage_events', private.clock_now());
-
 
 
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------
@@ -7210,7 +7312,6 @@ revoke all on function
   private.invoice_number(text, integer), private.take_invoice_numbers(text, integer), private.set_invoice_number(),
   private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums()
 from public;
-
 
 
 -- Payment methods -----------------------------------------------------------------------------------------------------------------
@@ -7967,17 +8068,18 @@ comment on function private.emit(uuid, text, text, jsonb, timestamptz) is
 -- audit_logs ----------------------------------------------------------------------------------------------------------------------
 
 create table public.audit_logs (
-  id                   uuid primary key default private.uuid_v7(),
-  organization_id      uuid not null references public.organizations (id) on delete restrict,
-  user_id              uuid,
-  user_name            text,
-  action               text not null,
-  entity_type          text,
-  entity_id            uuid,
-  metadata             jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
-  impersonator_user_id uuid,
-  is_impersonated      boolean not null default false,
-  created_at           timestamptz not null default private.clock_now(),
+  id                       uuid primary key default private.uuid_v7(),
+  organization_id          uuid not null references public.organizations (id) on delete restrict,
+  user_id                  uuid,
+  user_name                text,
+  action                   text not null,
+  entity_type              text,
+  entity_id                uuid,
+  metadata                 jsonb not null default '{}' check (jsonb_typeof(metadata) = 'object'),
+  impersonator_user_id     uuid,
+  is_impersonated          boolean not null default false,
+  created_at               timestamptz not null default private.clock_now(),
+  impersonation_session_id uuid,
   unique (organization_id, id)
 );
 create index idx_audit_logs_organization_id on public.audit_logs (organization_id, created_at desc);
@@ -7998,30 +8100,16 @@ $$;
 comment on function private.refuse_change() is 'Trigger: a table that is only ever added to.';
 create trigger refuse_change before update or delete or truncate on public.audit_logs
   for each statement execute function private.refuse_change();
+-- Also for a session that plays itself a replica.
+alter table public.audit_logs enable always trigger refuse_change;
 comment on table public.audit_logs is
   'Who did what, written in the transaction that did it. Only ever added to. user_id has no foreign key: the record outlives the user.';
-
-create function private.audit(
-  organization uuid, action text, entity_type text, entity_id uuid, metadata jsonb, at timestamptz
-) returns void
-language plpgsql volatile security definer set search_path = '' as $$
-declare
-  me uuid := (select auth.uid());
-begin
-  insert into public.audit_logs (organization_id, user_id, user_name, action, entity_type, entity_id, metadata, created_at)
-  values (
-    organization, me,
-    (select coalesce(profile.full_name, profile.email) from public.profiles as profile where profile.id = me),
-    audit.action, audit.entity_type, audit.entity_id, coalesce(audit.metadata, '{}'), at
-  );
-end
-$$;
-comment on function private.audit(uuid, text, text, uuid, jsonb, timestamptz) is
-  'Writes one line of the audit log for the user of the request, or for the system when there is none.';
+comment on column public.audit_logs.user_id is 'Who did it; in a support session the user in whose name it was done.';
+comment on column public.audit_logs.user_name is 'As they were called then; without a user the database role that did it.';
+comment on column public.audit_logs.impersonator_user_id is 'The platform admin who did it in the user''s name.';
+comment on column public.audit_logs.impersonation_session_id is 'The support session in which it was done; its reason is there.';
 
 select private.ensure_partitions(private.clock_now());
-
-
 
 
 -- The operator's own record -------------------------------------------------------------------------------------------------------
@@ -8046,21 +8134,11 @@ create policy "The operator's staff sees what was done to the platform" on publi
   for select to authenticated using ((select private.is_platform_admin()));
 create trigger refuse_change before update or delete or truncate on public.platform_audit_logs
   for each statement execute function private.refuse_change();
+alter table public.platform_audit_logs enable always trigger refuse_change;
 comment on table public.platform_audit_logs is
   'As audit_logs, for what belongs to no organization: plans, prices, tax rates, permissions, the platform''s carrier accounts, its staff.';
 
--- Also for a session that plays itself a replica.
-alter table public.audit_logs enable always trigger refuse_change;
-alter table public.platform_audit_logs enable always trigger refuse_change;
-
-alter table public.audit_logs add column impersonation_session_id uuid;
-comment on column public.audit_logs.user_id is 'Who did it; in a support session the user in whose name it was done.';
-comment on column public.audit_logs.user_name is 'As they were called then; without a user the database role that did it.';
-comment on column public.audit_logs.impersonator_user_id is 'The platform admin who did it in the user''s name.';
-comment on column public.audit_logs.impersonation_session_id is 'The support session in which it was done; its reason is there.';
-
--- Replaces the one above: it also says who acted for whom.
-create or replace function private.audit(
+create function private.audit(
   organization uuid, action text, entity_type text, entity_id uuid, metadata jsonb, at timestamptz
 ) returns void
 language plpgsql volatile security definer set search_path = '' as $$
@@ -8112,6 +8190,9 @@ declare
   changed jsonb;
   action  text;
 begin
+  if tg_op = 'UPDATE' and before = after then
+    return null;
+  end if;
   -- A secret that changed is said to have changed, and is not shown.
   select jsonb_object_agg(
     field.name,
@@ -8126,9 +8207,23 @@ begin
   from jsonb_object_keys(either) as field (name)
   where before -> field.name is distinct from after -> field.name
     and field.name <> all (unheard)
-    and (cardinality(watched) = 0 or field.name = any (watched) or tg_op <> 'UPDATE');
-  if changed is null then
+    and (cardinality(watched) = 0 or field.name = any (watched) or tg_op = 'INSERT');
+  if changed is null and tg_op = 'UPDATE' then
     return null;
+  end if;
+  changed := coalesce(changed, '{}');
+  if not either ? 'id' then
+    -- Which row it was, where no id says so.
+    changed := coalesce(
+      (
+        select jsonb_object_agg(attribute.attname, either -> attribute.attname)
+        from pg_catalog.pg_index as index
+        join pg_catalog.pg_attribute as attribute
+          on attribute.attrelid = index.indrelid and attribute.attnum = any (index.indkey)
+        where index.indrelid = tg_relid and index.indisprimary and attribute.attname <> 'organization_id'
+      ),
+      '{}'
+    ) || changed;
   end if;
   action := entity || '.' || case
     when tg_op = 'INSERT' then 'created'
@@ -8149,7 +8244,7 @@ end
 $$;
 comment on function private.audit_change() is
   'Trigger: what is privileged is on record when it changes, with what it was and is. Arguments: what it is called, and the columns that '
-  'count in an update (none: all but times).';
+  'count in an update and are shown of what is deleted (none: all but times).';
 
 create trigger audit_change after update on public.organizations
   for each row when (old.* is distinct from new.*) execute function private.audit_change('organization');
@@ -8169,6 +8264,30 @@ create trigger audit_change after insert or update or delete on public.caller_nu
   for each row execute function private.audit_change('caller_number');
 create trigger audit_change after insert or update or delete on public.calling_hours
   for each row execute function private.audit_change('calling_hours');
+create trigger audit_change after insert or update or delete on public.calling_holidays
+  for each row execute function private.audit_change('calling_holiday');
+create trigger audit_change after insert or update or delete on public.meters
+  for each row execute function private.audit_change('meter');
+create trigger audit_change after insert or update or delete on public.store_phone_numbers
+  for each row execute function private.audit_change('store_phone_number');
+create trigger audit_change after update of domain, status or delete on public.stores
+  for each row execute function private.audit_change('store', 'name', 'domain', 'platform', 'status');
+create trigger audit_change after insert or update or delete on private.store_credentials
+  for each row execute function private.audit_change('store_credentials');
+create trigger audit_change after update of
+  name, project_id, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, ring_timeout_seconds,
+  max_call_seconds, agent_id, record_calls, auto_complete, ai_script, call_settings
+on public.campaigns
+  for each row execute function private.audit_change(
+    'campaign', 'name', 'project_id', 'timezone', 'start_date', 'end_date', 'time_start', 'time_end', 'max_concurrent_calls',
+    'max_attempts', 'ring_timeout_seconds', 'max_call_seconds', 'agent_id', 'record_calls', 'auto_complete', 'ai_script', 'call_settings'
+  );
+-- What is deleted is gone: the line says that it was there, and not who it was.
+create trigger audit_change after delete on public.leads
+  for each row execute function private.audit_change('lead', 'project_id', 'source', 'status');
+create trigger audit_change after update of status on public.invoices
+  for each row when (old.status <> new.status and new.status in ('void', 'uncollectible'))
+  execute function private.audit_change('invoice', 'status');
 create trigger audit_change after insert or update or delete on private.dnc_registers
   for each row execute function private.audit_change('dnc_register');
 create trigger audit_change after insert or update or delete on public.subscription_plans
@@ -8289,7 +8408,7 @@ revoke all on public.impersonation_sessions from anon, authenticated, service_ro
 grant select on public.impersonation_sessions to authenticated, service_role;
 alter table public.impersonation_sessions enable row level security;
 alter table public.impersonation_sessions force row level security;
-create policy "The organization sees who acted in it, and staff their own sessions" on public.impersonation_sessions
+create policy "The organization sees who acted in it, staff their sessions" on public.impersonation_sessions
   for select to authenticated
   using (organization_id = (select private.org_with('audit.view')) or admin_id = (select auth.uid()));
 comment on table public.impersonation_sessions is
@@ -11343,7 +11462,6 @@ comment on function private.subscribe_organization(uuid, text, public.subscripti
   'current period has been billed. Periods start at the local midnight of that day.';
 
 
-
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------
 --
 -- The wallet's row is locked first, then its accounts are read: transactions of one wallet follow each other, others do not wait.
@@ -11816,8 +11934,6 @@ revoke all on function
   private.check_credit(uuid), public.expire_credit(jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb) to service_role;
-
-
 
 
 -- What a plan allows --------------------------------------------------------------------------------------------------------------
@@ -12304,7 +12420,6 @@ revoke all on function
   public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
-
 
 
 -- Payments ------------------------------------------------------------------------------------------------------------------------
