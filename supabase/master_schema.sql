@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '348d15d403a3';
+  version   constant text := 'de0dc46e8c95';
   installed text;
   clash     text;
 begin
@@ -20,15 +20,15 @@ begin
     and relname in (
       'permissions', 'organizations', 'roles', 'profiles', 'api_keys', 'stores', 'settings', 'store_phone_numbers',
       'user_settings', 'invitations', 'customers', 'customer_totals', 'products', 'product_images', 'orders',
-      'order_line_items', 'conversations', 'conversation_messages', 'calls', 'call_analytics', 'projects', 'pipelines',
-      'pipeline_stages', 'leads', 'lead_activities', 'stage_transitions', 'lead_forms', 'consents', 'properties',
-      'property_reservations', 'property_images', 'property_features', 'carrier_accounts', 'caller_numbers',
-      'suppressions', 'campaigns', 'campaign_leads', 'call_queue', 'call_logs', 'calling_hours', 'calling_holidays',
-      'websocket_sessions', 'meters', 'subscription_plans', 'plan_prices', 'plan_price_meters', 'subscriptions',
-      'usage_logs', 'usage_days', 'call_credits', 'credit_accounts', 'credit_transactions', 'credit_ledger',
-      'tax_rates', 'invoices', 'invoice_lines', 'invoice_taxes', 'payment_methods', 'payments', 'refunds',
-      'credit_notes', 'credit_note_lines', 'credit_note_taxes', 'audit_logs', 'platform_audit_logs',
-      'impersonation_sessions'
+      'order_line_items', 'privacy_requests', 'conversations', 'conversation_messages', 'calls', 'call_analytics',
+      'projects', 'pipelines', 'pipeline_stages', 'leads', 'lead_activities', 'stage_transitions', 'lead_forms',
+      'consents', 'properties', 'property_reservations', 'property_images', 'property_features', 'carrier_accounts',
+      'caller_numbers', 'suppressions', 'campaigns', 'campaign_leads', 'call_queue', 'call_logs', 'calling_hours',
+      'calling_holidays', 'websocket_sessions', 'meters', 'subscription_plans', 'plan_prices', 'plan_price_meters',
+      'subscriptions', 'usage_logs', 'usage_days', 'call_credits', 'credit_accounts', 'credit_transactions',
+      'credit_ledger', 'call_charges', 'tax_rates', 'invoices', 'invoice_lines', 'invoice_taxes', 'payment_methods',
+      'payments', 'refunds', 'credit_notes', 'credit_note_lines', 'credit_note_taxes', 'webhook_sources', 'audit_logs',
+      'platform_audit_logs', 'impersonation_sessions'
     );
   if installed like 'Trunkline %' then
     raise exception 'another version of Trunkline is installed here (%); apply supabase/migrations with `supabase db push` instead', installed;
@@ -1237,7 +1237,7 @@ create or replace function private.create_api_key(name text, scopes text[], at t
 language plpgsql volatile security definer set search_path = '' as $$
 declare
   organization uuid := private.require_org('organization.manage');
-  known        constant text[] := array['usage.write'];
+  known        constant text[] := array['lead.write', 'usage.write'];
   key_id       uuid := gen_random_uuid();
   key_prefix   text := 'tlk_' || encode(extensions.gen_random_bytes(4), 'hex');
   plain        text := key_prefix || '_' || encode(extensions.gen_random_bytes(20), 'hex');
@@ -2531,6 +2531,8 @@ create index if not exists idx_orders_payment_status on public.orders (organizat
 create index if not exists idx_orders_fulfillment_status on public.orders (organization_id, store_id, fulfillment_status);
 create index if not exists idx_orders_order_date on public.orders (organization_id, order_date desc);
 create index if not exists idx_orders_last_synced on public.orders (organization_id, store_id, last_synced_at);
+create index if not exists idx_orders_customer_external_id on public.orders (organization_id, store_id, customer_external_id)
+  where customer_external_id is not null;
 
 revoke all on public.orders from anon, authenticated, service_role;
 grant select on public.orders to authenticated, service_role;
@@ -2921,6 +2923,67 @@ revoke execute on function
   private.fill_store_currency(), private.apply_order_effects(private.order_effect[]), private.update_customer_lifetime_value(),
   private.recompute_customer_totals(uuid, uuid)
 from public;
+
+
+-- store_tombstones ----------------------------------------------------------------------------------------------------------------
+
+create table if not exists private.store_tombstones (
+  organization_id uuid not null,
+  store_id        uuid not null,
+  kind            text not null check (kind in ('product', 'order', 'customer')),
+  external_id     text not null check (length(external_id) between 1 and 255),
+  is_redacted     boolean not null default false,
+  deleted_at      timestamptz not null,
+  primary key (organization_id, store_id, kind, external_id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade
+);
+select private.close_table('private.store_tombstones');
+comment on table private.store_tombstones is
+  'What a platform deleted: an event that is older than the deletion and comes after it brings nothing back.';
+comment on column private.store_tombstones.is_redacted is 'A customer who asked to be forgotten: their orders come without them.';
+
+
+-- privacy_requests ----------------------------------------------------------------------------------------------------------------
+
+create table if not exists public.privacy_requests (
+  id                   uuid primary key default gen_random_uuid(),
+  organization_id      uuid not null,
+  store_id             uuid not null,
+  kind                 text not null check (kind in ('data_request', 'customer_redact', 'shop_redact')),
+  external_id          text check (length(external_id) <= 255),
+  customer_id          uuid,
+  customer_external_id text,
+  order_external_ids   text[] not null default '{}',
+  requested_at         timestamptz not null,
+  due_at               timestamptz not null,
+  completed_at         timestamptz,
+  created_at           timestamptz not null default private.clock_now(),
+  updated_at           timestamptz not null default private.clock_now(),
+  unique (organization_id, store_id, id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade,
+  foreign key (organization_id, store_id, customer_id) references public.customers (organization_id, store_id, id)
+    on delete set null (customer_id),
+  check (due_at > requested_at),
+  -- Who was forgotten is not named by the record of it.
+  check (completed_at is null or customer_external_id is null and order_external_ids = '{}')
+);
+create index if not exists idx_privacy_requests_store on public.privacy_requests (organization_id, store_id, requested_at desc);
+create index if not exists idx_privacy_requests_customer on public.privacy_requests (organization_id, store_id, customer_id)
+  where customer_id is not null;
+
+revoke all on public.privacy_requests from anon, authenticated, service_role;
+grant select on public.privacy_requests to authenticated, service_role;
+alter table public.privacy_requests enable row level security;
+alter table public.privacy_requests force row level security;
+drop policy if exists "Who views stores may see what people asked of them" on public.privacy_requests;
+create policy "Who views stores may see what people asked of them" on public.privacy_requests
+  for select to authenticated using (organization_id = (select private.org_with('store.view')));
+create or replace trigger update_modified_column before update on public.privacy_requests
+  for each row execute function private.update_modified_column();
+comment on table public.privacy_requests is
+  'What people and shops asked about their data: to be given it, or to be forgotten. The latter is done at once, the former by a person.';
+comment on column public.privacy_requests.external_id is 'The platform''s id of the request.';
+comment on column public.privacy_requests.due_at is 'Thirty days after it was asked, which is what the platforms allow.';
 -- 03_calls_and_conversations.sql
 
 -- What is said between a store and its customers: conversations, their messages, calls, and the analytics of calls.
@@ -4140,6 +4203,11 @@ grant
   insert (project_id, stage_id, name, description, fields, consent_text, is_active),
   update (project_id, stage_id, name, description, fields, consent_text, is_active)
 on public.lead_forms to authenticated;
+alter table public.lead_forms
+  add column consent_scopes text[] not null default '{call_service}'
+    check (consent_scopes <@ array['call_service', 'call_promotional', 'recording', 'sms', 'whatsapp']),
+  add column rate_per_minute integer not null default 30 check (rate_per_minute between 1 and 6000);
+grant insert (consent_scopes, rate_per_minute), update (consent_scopes, rate_per_minute) on public.lead_forms to authenticated;
 grant select on public.lead_forms to service_role;
 alter table public.lead_forms enable row level security;
 alter table public.lead_forms force row level security;
@@ -4156,10 +4224,37 @@ create policy "Who edits projects may delete a form" on public.lead_forms
 create trigger update_modified_column before update on public.lead_forms
   for each row execute function private.update_modified_column();
 comment on table public.lead_forms is
-  'A form by which leads come in of themselves. The public never reads it here: intake takes submissions by an organization''s key.';
+  'A form by which leads come in of themselves. The public never reads it here: intake takes submissions by the form''s id, which is no secret.';
+comment on column public.lead_forms.consent_scopes is 'What consent_text is a consent to.';
+comment on column public.lead_forms.rate_per_minute is 'Submissions a minute that are taken; of more the sender is told to wait.';
 comment on column public.lead_forms.fields is 'What it asks: an array of {"name","label","type","required"}.';
 comment on column public.lead_forms.stage_id is 'Where its leads begin; null is the first stage of the default pipeline.';
 comment on column public.lead_forms.consent_text is 'What the person agrees to by sending it; copied to consents word by word.';
+
+
+-- What intake remembers of those who send leads -------------------------------------------------------------------------------------
+
+create table private.rate_limits (
+  subject     text primary key check (length(subject) between 1 and 200),
+  tokens      numeric not null,
+  refilled_at timestamptz not null
+);
+select private.close_table('private.rate_limits');
+comment on table private.rate_limits is 'A bucket a sender: what it may still send now, in whatever process it is served. Real time.';
+
+create table private.lead_requests (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  subject         text not null,
+  key             text not null check (length(key) between 1 and 255),
+  body_sha256     text not null,
+  answer          jsonb,
+  created_at      timestamptz not null,
+  primary key (organization_id, subject, key)
+);
+create index idx_lead_requests_created_at on private.lead_requests (created_at);
+select private.close_table('private.lead_requests');
+comment on table private.lead_requests is
+  'Requests that came with an idempotency key, and what they were answered: ids and codes, nobody''s particulars. Kept for a week.';
 
 
 -- consents ------------------------------------------------------------------------------------------------------------------------
@@ -4215,9 +4310,11 @@ begin
     end if;
     return new;
   end if;
-  -- The organization's end takes its evidence along; otherwise a reference may fall away, and a consent is withdrawn once.
+  -- The organization's end takes its evidence along, and so does a person's erasure; otherwise a reference may fall away, and a consent is withdrawn once.
   if tg_op = 'DELETE' then
-    if exists (select from public.organizations as tenant where tenant.id = old.organization_id) then
+    if current_setting('trunkline.erasing', true) is distinct from 'on'
+      and exists (select from public.organizations as tenant where tenant.id = old.organization_id)
+    then
       raise exception 'a consent is evidence: it is revoked, never deleted' using errcode = 'restrict_violation';
     end if;
     return old;
@@ -4765,7 +4862,7 @@ grant execute on function private.expire_reservations(jsonb, timestamptz), publi
 -- Campaigns, their queue, every dial attempt, and what decides whether a number may be dialled.
 --
 -- Whoever changes several of these rows locks them in this order, and within one table by id, so that no two transactions wait for
--- each other: call_logs, call_queue, campaign_leads, leads, campaigns, usage counters.
+-- each other: call_logs, call_queue, campaign_leads, leads, campaigns, usage counters, wallets.
 
 
 -- carrier_accounts ----------------------------------------------------------------------------------------------------------------
@@ -4776,7 +4873,7 @@ create table public.carrier_accounts (
   provider             public.carrier_provider not null,
   name                 text,
   account_sid          text not null check (account_sid <> ''),
-  auth_token_sealed    text not null,
+  credentials_sealed    text not null,
   api_base             text not null check (api_base ~ '^https?://'),
   max_concurrent_calls integer not null default 50 check (max_concurrent_calls >= 0),
   dialling_enabled     boolean not null default true,
@@ -4806,7 +4903,9 @@ create trigger keep_account_owner before update of organization_id on public.car
 create trigger update_modified_column before update on public.carrier_accounts
   for each row execute function private.update_modified_column();
 comment on table public.carrier_accounts is
-  'An account with a phone carrier; without an organization it is the platform''s own. Seen by handlers alone, its token sealed.';
+  'An account with a phone carrier; without an organization it is the platform''s own. Seen by handlers alone, its secrets sealed.';
+comment on column public.carrier_accounts.credentials_sealed is
+  'What the carrier knows us by and what it signs with, as a JSON object of the carrier''s own keys or a bare auth token; sealed for this row''s id.';
 comment on column public.carrier_accounts.max_concurrent_calls is 'Calls in flight at once on this account, over all organizations.';
 
 
@@ -5090,7 +5189,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, quota_exhausted, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -5442,6 +5541,14 @@ create trigger update_store_call after update on public.call_logs
   ) execute function private.update_store_call();
 
 revoke execute on function private.is_dropped(public.call_logs), private.attach_leg(), private.update_store_call() from public;
+
+
+
+-- What the voice agent calls a call ------------------------------------------------------------------------------------------------
+
+alter table public.call_logs add column agent_call_id text check (length(agent_call_id) between 1 and 200);
+create index idx_call_logs_agent_call_id on public.call_logs (agent_call_id) where agent_call_id is not null;
+comment on column public.call_logs.agent_call_id is 'The voice agent''s own id of the conversation; its first event that names both binds it.';
 
 
 -- How a lead's last call went -----------------------------------------------------------------------------------------------------
@@ -6065,6 +6172,24 @@ grant execute on function
   private.open_websocket(jsonb, timestamptz), private.ping_websockets(jsonb, timestamptz),
   private.close_websocket(jsonb, timestamptz), private.reap_websockets(jsonb, timestamptz)
 to service_role;
+
+
+-- The agent's stream, and where a call was transferred to ---------------------------------------------------------------------------
+-- The words stand in the order of their rank: whichever report comes first, the later word stays.
+
+alter table public.call_logs
+  add column stream_id text,
+  add column stream_status text check (stream_status in ('started', 'degraded', 'stopped', 'failed')),
+  add column stream_error text,
+  add column transfer_sid text,
+  add column transfer_status text check (
+    transfer_status in ('initiated', 'ringing', 'cancelled', 'failed', 'no_answer', 'busy', 'answered', 'completed')
+  );
+comment on column public.call_logs.stream_id is 'The carrier''s id of the agent''s audio stream.';
+comment on column public.call_logs.stream_status is 'How the agent''s audio stream fares, as the carrier says.';
+comment on column public.call_logs.stream_error is 'What broke the stream, in the carrier''s words.';
+comment on column public.call_logs.transfer_sid is 'The carrier''s id of the leg to the person that the call was transferred to.';
+comment on column public.call_logs.transfer_status is 'How the transfer fared: of two tries one that was answered counts.';
 -- 07_plans_and_usage.sql
 
 -- Plans, their versioned prices, subscriptions, and what organizations have used.
@@ -6204,11 +6329,21 @@ create table public.plan_price_meters (
   overage_unit        bigint not null default 1,
   limit_units         bigint,
   hard                boolean not null default false,
+  credit_price_minor  bigint,
+  credit_unit         bigint not null default 60,
+  credit_pulse        bigint not null default 1,
   constraint plan_price_meters_pkey primary key (plan_price_id, meter_key),
   constraint plan_price_meters_included_range check (included_units >= -1),
   constraint plan_price_meters_overage_price_not_negative check (overage_price_minor >= 0),
   constraint plan_price_meters_overage_unit_positive check (overage_unit > 0),
-  constraint plan_price_meters_limit_range check (limit_units >= -1)
+  constraint plan_price_meters_limit_range check (limit_units >= -1),
+  constraint plan_price_meters_credit_price_not_negative check (credit_price_minor >= 0),
+  constraint plan_price_meters_credit_unit_positive check (credit_unit > 0),
+  constraint plan_price_meters_credit_pulse_positive check (credit_pulse > 0),
+  constraint plan_price_meters_credit_buys_calling check (credit_price_minor is null or meter_key in ('ai_calls', 'call_seconds')),
+  constraint plan_price_meters_calls_sold_one_way check (
+    meter_key <> 'ai_calls' or credit_price_minor is null or overage_price_minor is null
+  )
 );
 
 create index idx_plan_price_meters_meter on public.plan_price_meters (meter_key);
@@ -6230,6 +6365,13 @@ comment on column public.plan_price_meters.overage_unit is 'How many units the o
 comment on column public.plan_price_meters.limit_units is
   'Units a billing period after which a hard meter refuses; null or -1 is unlimited.';
 comment on column public.plan_price_meters.hard is 'Whether the limit refuses new use. A meter with an overage price never refuses.';
+comment on column public.plan_price_meters.credit_price_minor is
+  'Price of each `credit_unit` seconds in prepaid credit, for seconds beyond the included ones, or for all seconds of a call beyond the '
+  'included calls; null is not paid with credit. Credit comes before overage, and where there is no overage price nothing is dialled '
+  'without it. A call costs its pulses, rounded once to the minor unit, half away from zero.';
+comment on column public.plan_price_meters.credit_unit is 'How many seconds the credit price is for.';
+comment on column public.plan_price_meters.credit_pulse is
+  'Credit pays for started multiples of this many seconds of a call: 1 is by the second, 60 by the started minute.';
 
 create function private.refuse_price_change() returns trigger
 language plpgsql set search_path = ''
@@ -6470,6 +6612,7 @@ create table public.usage_logs (
   closed_at       timestamptz,
   metadata        jsonb not null default '{}',
   created_at      timestamptz not null default private.clock_now(),
+  prepaid         bigint not null default 0,
   constraint usage_logs_tenant_key unique (organization_id, id),
   constraint usage_logs_period_key unique (organization_id, feature_key, period_start),
   constraint usage_logs_periods_apart exclude using gist (
@@ -6477,7 +6620,8 @@ create table public.usage_logs (
   ),
   constraint usage_logs_period_ordered check (period_start < period_end),
   constraint usage_logs_count_not_negative check (usage_count >= 0),
-  constraint usage_logs_reserved_not_negative check (reserved >= 0)
+  constraint usage_logs_reserved_not_negative check (reserved >= 0),
+  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count)
 ) with (fillfactor = 50);
 
 create index idx_usage_logs_org_period on public.usage_logs (organization_id, period_start, period_end);
@@ -6496,6 +6640,9 @@ comment on column public.usage_logs.feature_key is 'The meter.';
 comment on column public.usage_logs.usage_count is 'Units used in the period; equals the sum of usage_days over it.';
 comment on column public.usage_logs.reserved is
   'Units held for calls that have not ended; a hold stays in the period in which it was taken.';
+comment on column public.usage_logs.prepaid is
+  'Of the units used, those that were charged to prepaid credit: they use up nothing that is included, and no invoice bills them again. '
+  'Equals the sum of usage_days over the period.';
 comment on column public.usage_logs.period_start is 'First local day of the period.';
 comment on column public.usage_logs.period_end is 'First local day after the period.';
 comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later counts in the next one.';
@@ -6506,9 +6653,11 @@ create table public.usage_days (
   day             date not null,
   quantity        bigint not null default 0,
   events          bigint not null default 0,
+  prepaid         bigint not null default 0,
   constraint usage_days_pkey primary key (organization_id, meter_key, day),
   constraint usage_days_quantity_not_negative check (quantity >= 0),
-  constraint usage_days_events_not_negative check (events >= 0)
+  constraint usage_days_events_not_negative check (events >= 0),
+  constraint usage_days_prepaid_range check (prepaid between 0 and quantity)
 ) with (fillfactor = 50);
 
 create index idx_usage_days_meter on public.usage_days (meter_key);
@@ -6524,6 +6673,7 @@ comment on table public.usage_days is 'Usage of one meter on one day of the orga
 comment on column public.usage_days.day is 'The local day, by the time zone of the subscription.';
 comment on column public.usage_days.quantity is 'Units used that day.';
 comment on column public.usage_days.events is 'How many events they came in.';
+comment on column public.usage_days.prepaid is 'Of the units used, those that were charged to prepaid credit and are not billed.';
 
 create table private.usage_keys (
   organization_id uuid not null references public.organizations (id) on delete restrict,
@@ -6614,13 +6764,15 @@ create table public.call_credits (
   low_balance_minor     bigint,
   created_at            timestamptz not null default private.clock_now(),
   updated_at            timestamptz not null default private.clock_now(),
+  held_minor            bigint not null default 0,
   constraint call_credits_tenant_key unique (organization_id, id),
   constraint call_credits_currency_key unique (organization_id, currency),
   constraint call_credits_currency_format check (currency ~ '^[A-Z]{3}$'),
   constraint call_credits_balance_not_negative check (balance_minor >= 0),
   constraint call_credits_totals_not_negative check (total_purchased_minor >= 0 and total_consumed_minor >= 0),
   constraint call_credits_last_number_not_negative check (last_number >= 0),
-  constraint call_credits_low_balance_not_negative check (low_balance_minor >= 0)
+  constraint call_credits_low_balance_not_negative check (low_balance_minor >= 0),
+  constraint call_credits_held_not_negative check (held_minor >= 0)
 ) with (fillfactor = 50);
 
 revoke all on public.call_credits from anon, authenticated, service_role;
@@ -6641,6 +6793,9 @@ comment on column public.call_credits.balance_minor is
 comment on column public.call_credits.total_purchased_minor is 'What was bought so far, less what was paid back.';
 comment on column public.call_credits.total_consumed_minor is 'What was used so far, less what was given back.';
 comment on column public.call_credits.last_number is 'The number of the wallet''s last transaction.';
+comment on column public.call_credits.held_minor is
+  'Of the balance, what is held for calls under way: no other call begins on it, and it is not paid back. More than the balance when '
+  'credit expired meanwhile.';
 comment on column public.call_credits.low_balance_minor is 'Below this balance `credit.low` is told, once a billing period; null is never.';
 
 create table public.credit_accounts (
@@ -6919,6 +7074,95 @@ revoke all on function
   private.credit_entry_fits(public.credit_transaction_type, public.credit_account_kind, public.ledger_side),
   private.apply_credit_entries(), private.check_credit_transaction(), private.refuse_money_change()
 from public;
+
+
+-- What a call holds, and what it cost ---------------------------------------------------------------------------------------------
+
+create table private.call_holds (
+  attempt_id      uuid not null,
+  organization_id uuid not null,
+  seconds         bigint not null default 0,
+  credit_seconds  bigint not null default 0,
+  is_beyond       boolean not null default false,
+  currency        text,
+  credit_minor    bigint not null default 0,
+  constraint call_holds_pkey primary key (attempt_id),
+  constraint call_holds_attempt_fkey foreign key (organization_id, attempt_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_holds_wallet_fkey foreign key (organization_id, currency)
+    references public.call_credits (organization_id, currency) on delete restrict,
+  constraint call_holds_seconds_not_negative check (seconds >= 0 and credit_seconds >= 0),
+  constraint call_holds_credit_not_negative check (credit_minor >= 0),
+  constraint call_holds_credit_has_wallet check (credit_minor = 0 or currency is not null)
+);
+
+create index idx_call_holds_attempt on private.call_holds (organization_id, attempt_id);
+create index idx_call_holds_wallet on private.call_holds (organization_id, currency) where currency is not null;
+select private.close_table('private.call_holds');
+
+comment on table private.call_holds is
+  'What an outbound attempt that has not ended holds: one call, so many seconds, so much credit. Made by the release, gone with the '
+  'attempt''s end, whatever that end is. The counters'' `reserved` and the wallet''s `held_minor` are the sums of these rows.';
+comment on column private.call_holds.seconds is 'Held of the plan''s seconds, the most that the call may last; 0 where the plan limits none.';
+comment on column private.call_holds.credit_seconds is 'How many seconds of the call the held credit pays for.';
+comment on column private.call_holds.is_beyond is 'The call itself was beyond the included calls when it was released.';
+comment on column private.call_holds.currency is 'The wallet that the credit is held in; null without credit.';
+comment on column private.call_holds.credit_minor is 'What is held of it.';
+
+create table public.call_charges (
+  call_log_id       uuid not null,
+  organization_id   uuid not null,
+  plan_price_id     uuid not null references public.plan_prices (id) on delete restrict,
+  meter_key         text not null references public.meters (key) on delete restrict,
+  day               date not null,
+  seconds           bigint not null,
+  credit_seconds    bigint not null,
+  overage_seconds   bigint not null default 0,
+  currency          text not null,
+  charged_minor     bigint not null,
+  uncollected_minor bigint not null default 0,
+  transaction_id    uuid,
+  created_at        timestamptz not null,
+  constraint call_charges_pkey primary key (call_log_id),
+  constraint call_charges_tenant_key unique (organization_id, call_log_id),
+  constraint call_charges_call_fkey foreign key (organization_id, call_log_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_charges_transaction_fkey foreign key (organization_id, transaction_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint call_charges_seconds_fit check (
+    seconds > 0 and credit_seconds >= 0 and overage_seconds >= 0 and credit_seconds + overage_seconds <= seconds
+  ),
+  constraint call_charges_amounts_not_negative check (charged_minor >= 0 and uncollected_minor >= 0),
+  constraint call_charges_charge_is_in_ledger check ((charged_minor > 0) = (transaction_id is not null))
+);
+
+create index idx_call_charges_org_day on public.call_charges (organization_id, day);
+create index idx_call_charges_transaction on public.call_charges (organization_id, transaction_id) where transaction_id is not null;
+create index idx_call_charges_price on public.call_charges (plan_price_id);
+create index idx_call_charges_meter on public.call_charges (meter_key);
+
+revoke all on public.call_charges from anon, authenticated, service_role;
+grant select on public.call_charges to authenticated, service_role;
+alter table public.call_charges enable row level security;
+alter table public.call_charges force row level security;
+create policy "Members who may see billing see what calls cost" on public.call_charges
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+create trigger call_charges_is_append_only before update or delete or truncate on public.call_charges
+  for each statement execute function private.refuse_money_change();
+
+comment on table public.call_charges is
+  'How the seconds of a call that were beyond what the plan includes were paid, once a call, append-only. Calls within the plan, and '
+  'plans that take no credit, have no row.';
+comment on column public.call_charges.meter_key is 'The term that priced them: ai_calls for a call beyond the included calls, else call_seconds.';
+comment on column public.call_charges.day is 'The local day on which the call was counted.';
+comment on column public.call_charges.seconds is 'Seconds beyond what the plan includes.';
+comment on column public.call_charges.credit_seconds is 'Of these, those that credit paid for.';
+comment on column public.call_charges.overage_seconds is 'Of these, those that the invoice bills, because the credit did not reach and the plan prices them.';
+comment on column public.call_charges.charged_minor is 'What was taken from prepaid credit.';
+comment on column public.call_charges.uncollected_minor is
+  'What the call cost beyond the credit that there was, where the plan has no price for overage: recorded, and billed to nobody.';
+comment on column public.call_charges.transaction_id is 'The consumption in the credit ledger; null when nothing was taken.';
 -- 08_invoicing.sql
 
 -- Invoices, their lines and taxes, and what numbers them.
@@ -7466,6 +7710,17 @@ comment on column public.payments.problem is
   'Why money that came was not counted on its invoice, for a person to look at: amount_differs, currency_differs, invoice_not_open.';
 comment on column public.payments.status_at is 'When the gateway says that it came to this status; older news does not change it.';
 
+-- What a payer's bank says against it, as the gateway reports it.
+alter table public.payments
+  add column dispute_status text,
+  add column disputed_minor bigint,
+  add column disputed_at timestamptz,
+  add constraint payments_dispute_whole check (
+    (dispute_status is null) = (disputed_at is null) and (dispute_status is null) = (disputed_minor is null)
+  );
+comment on column public.payments.dispute_status is 'The gateway''s word: of an open dispute, or how it ended. It moves no money by itself.';
+comment on column public.payments.disputed_at is 'When the gateway said so; older news does not change it.';
+
 create table public.refunds (
   id                uuid primary key default gen_random_uuid(),
   organization_id   uuid not null,
@@ -7812,7 +8067,7 @@ as $$
 declare
   news constant text[] := array[
     'status', 'status_at', 'applied_minor', 'refunded_minor', 'problem', 'failure_code', 'failure_message', 'captured_at',
-    'payment_method_id', 'updated_at'
+    'payment_method_id', 'updated_at', 'dispute_status', 'disputed_minor', 'disputed_at'
   ];
   -- What the order's row learns from the first payment of the order.
   identity constant text[] := array['gateway_payment_id', 'amount_minor', 'currency'];
@@ -8001,7 +8256,8 @@ create table private.webhook_events (
   attempt_id      uuid,
   headers         jsonb,
   body            text,
-  call            jsonb,
+  payload_type    text not null check (payload_type ~ '^[a-z][a-z_]{0,30}$'),
+  payload         jsonb,
   status          public.event_status not null,
   error           text,
   tries           integer not null default 1 check (tries >= 1),
@@ -8011,12 +8267,16 @@ create table private.webhook_events (
 ) partition by range (received_at);
 create index idx_webhook_events_attempt on private.webhook_events (attempt_id);
 create index idx_webhook_events_failed on private.webhook_events (next_try_at) where status = 'failed';
+create index idx_webhook_events_agent_orphans on private.webhook_events (source_id, (payload ->> 'agent_call_id'))
+  where status = 'orphan' and payload_type = 'agent';
+create index idx_webhook_events_late_orphans on private.webhook_events (received_at) where status = 'orphan' and payload_type = 'agent';
 select private.close_table('private.webhook_events');
 comment on table private.webhook_events is
   'Every verified event from outside as it came, and what became of it. By month of received_at, so that old months can be dropped.';
 comment on column private.webhook_events.received_at is 'Business time.';
-comment on column private.webhook_events.source is 'A carrier, or reconcile for what we asked the carrier ourselves.';
-comment on column private.webhook_events.call is 'The event in the words of every carrier, as the handler read it.';
+comment on column private.webhook_events.source is 'A provider''s name, or reconcile for what we asked the carrier ourselves.';
+comment on column private.webhook_events.payload is
+  'The event in the words of every provider of its kind, as the handler read it; payload_type says which function applies it.';
 comment on column private.webhook_events.next_try_at is 'Real time at which sweep_events() applies a failed event again.';
 
 create table private.webhook_event_keys (
@@ -8030,6 +8290,66 @@ create table private.webhook_event_keys (
 select private.close_table('private.webhook_event_keys');
 comment on table private.webhook_event_keys is
   'Which events were taken in. Not partitioned by time: a duplicate is one however late it comes.';
+
+
+create table private.unmapped_values (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid references public.organizations (id) on delete cascade,
+  source          text not null,
+  field           text not null check (length(field) between 1 and 100),
+  value           text not null check (length(value) <= 200),
+  seen            bigint not null default 1 check (seen >= 1),
+  event_id        uuid not null,
+  first_seen_at   timestamptz not null,
+  last_seen_at    timestamptz not null,
+  -- What reaches the platform's own sources belongs to no organization, and is one row all the same.
+  unique nulls not distinct (organization_id, source, field, value)
+);
+select private.close_table('private.unmapped_values');
+comment on table private.unmapped_values is
+  'Words of providers that map to none of ours: kept as they came, counted, and shown to those who can tell us what they mean.';
+comment on column private.unmapped_values.event_id is 'The latest event that had it; no foreign key, because events go with their month.';
+comment on column private.unmapped_values.first_seen_at is 'Business time, as last_seen_at.';
+
+
+-- webhook_sources -----------------------------------------------------------------------------------------------------------------
+
+create table public.webhook_sources (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid references public.organizations (id) on delete cascade,
+  store_id        uuid,
+  provider        text not null check (provider ~ '^[a-z][a-z0-9_]{1,30}$'),
+  name            text not null check (length(btrim(name)) between 1 and 200),
+  secrets_sealed  text[] not null check (cardinality(secrets_sealed) between 1 and 2 and array_position(secrets_sealed, null) is null),
+  previous_until  timestamptz,
+  settings        jsonb not null default '{}' check (jsonb_typeof(settings) = 'object' and length(settings::text) <= 8192),
+  is_active       boolean not null default true,
+  created_at      timestamptz not null default private.clock_now(),
+  updated_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade,
+  check (store_id is null or organization_id is not null),
+  check ((previous_until is not null) = (cardinality(secrets_sealed) = 2))
+);
+create index idx_webhook_sources_store on public.webhook_sources (organization_id, store_id);
+
+revoke all on public.webhook_sources from anon, authenticated, service_role;
+grant select (
+  id, organization_id, store_id, provider, name, previous_until, settings, is_active, created_at, updated_at
+) on public.webhook_sources to authenticated, service_role;
+alter table public.webhook_sources enable row level security;
+alter table public.webhook_sources force row level security;
+create policy "Who manages webhooks may see the sources" on public.webhook_sources
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+create trigger update_modified_column before update on public.webhook_sources
+  for each row execute function private.update_modified_column();
+comment on table public.webhook_sources is
+  'Who outside may tell us something, and how it proves that it is them; without an organization it is the platform''s own. The id is in the URL.';
+comment on column public.webhook_sources.provider is 'The handler''s name of it: a table in the code lists them, so that a new one needs no migration.';
+comment on column public.webhook_sources.secrets_sealed is
+  'Newest first, sealed for this row''s id. The second is the one before, and still opens until previous_until. No user reads them.';
+comment on column public.webhook_sources.previous_until is 'Real time.';
+comment on column public.webhook_sources.settings is 'What the provider was configured with, as header names and encodings; never a secret.';
 
 
 -- outbox --------------------------------------------------------------------------------------------------------------------------
@@ -8094,10 +8414,14 @@ create policy "Who views the audit log may see it" on public.audit_logs
 create function private.refuse_change() returns trigger
 language plpgsql set search_path = '' as $$
 begin
+  -- What an erased person left in a line's detail is cut out of it; nobody else may ask for that.
+  if tg_op = 'UPDATE' and current_setting('trunkline.erasing', true) = 'on' then
+    return null;
+  end if;
   raise exception '% is only ever added to', tg_table_name using errcode = 'restrict_violation';
 end
 $$;
-comment on function private.refuse_change() is 'Trigger: a table that is only ever added to.';
+comment on function private.refuse_change() is 'Trigger: a table that is only ever added to, but for what erase() cuts out.';
 create trigger refuse_change before update or delete or truncate on public.audit_logs
   for each statement execute function private.refuse_change();
 -- Also for a session that plays itself a replica.
@@ -8260,6 +8584,8 @@ create trigger audit_change after insert or update or delete on public.invitatio
   for each row execute function private.audit_change('invitation', 'revoked_at', 'accepted_at', 'system_role', 'role_id', 'email', 'expires_at');
 create trigger audit_change after insert or update or delete on public.carrier_accounts
   for each row execute function private.audit_change('carrier_account');
+create trigger audit_change after insert or update or delete on public.webhook_sources
+  for each row execute function private.audit_change('webhook_source');
 create trigger audit_change after insert or update or delete on public.caller_numbers
   for each row execute function private.audit_change('caller_number');
 create trigger audit_change after insert or update or delete on public.calling_hours
@@ -8435,6 +8761,9 @@ begin
     then
       raise exception 'a platform admin acts for an active user of the organization' using errcode = 'check_violation';
     end if;
+    return new;
+  end if;
+  if tg_op = 'UPDATE' and current_setting('trunkline.erasing', true) = 'on' then
     return new;
   end if;
   if tg_op = 'DELETE' or old.ended_at is not null
@@ -8726,10 +9055,145 @@ begin
   end loop;
 end
 $$;
+
+
+-- Recordings ----------------------------------------------------------------------------------------------------------------------
+-- A carrier keeps a recording for a while, Telnyx its link for ten minutes: whoever learns of one leaves the work of copying it in
+-- the same transaction. This table is the queue of record, the queue `recording` only its nudge.
+
+create table private.recordings (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  attempt_id      uuid not null unique,
+  url             text,
+  state           text not null default 'pending' check (state in ('pending', 'copied', 'refused', 'failed', 'erased')),
+  reason          text,
+  tries           integer not null default 0 check (tries >= 0),
+  next_try_at     timestamptz default now(),
+  nudged_at       timestamptz,
+  lease_token     uuid,
+  path            text unique,
+  bytes           bigint check (bytes >= 0),
+  content_type    text,
+  created_at      timestamptz not null,
+  settled_at      timestamptz,
+  foreign key (organization_id, attempt_id) references public.call_logs (organization_id, id) on delete cascade,
+  check ((state = 'pending') = (next_try_at is not null)),
+  check (state <> 'copied' or (path is not null and bytes is not null and content_type is not null)),
+  check (state <> 'erased' or url is null)
+);
+create index idx_recordings_due on private.recordings (next_try_at) where state = 'pending';
+create index idx_recordings_organization on private.recordings (organization_id, attempt_id);
+select private.close_table('private.recordings');
+comment on table private.recordings is
+  'One row a recorded leg: where its carrier has the recording, and how far the copy to our storage is. Written by triggers and by the worker''s functions.';
+comment on column private.recordings.url is 'Where the carrier has it. Seen by the worker alone; emptied once the person is erased.';
+comment on column private.recordings.next_try_at is 'Real time from which it is due; while a worker has it, until when it is that worker''s.';
+comment on column private.recordings.nudged_at is 'Real time at which the sweep last put it on the queue.';
+comment on column private.recordings.lease_token is 'Which worker has it: the one before, if it still lives, may no longer say what became of it.';
+comment on column private.recordings.path is 'Its place in the bucket recordings: organization and attempt.';
+
+create table private.storage_deletions (
+  path         text primary key,
+  requested_at timestamptz not null,
+  tries        integer not null default 0 check (tries >= 0),
+  next_try_at  timestamptz not null default now()
+);
+create index idx_storage_deletions_due on private.storage_deletions (next_try_at);
+select private.close_table('private.storage_deletions');
+comment on table private.storage_deletions is
+  'Objects of the bucket recordings that are to be gone; a row goes once its object has. Written by erase(), worked off by the sweep.';
+
+alter table public.call_logs add column erased_at timestamptz;
+comment on column public.call_logs.erased_at is
+  'Business time at which the person was erased: from then on the row takes no recording, transcript or analysis, however late one comes.';
+
+alter table public.leads add column erased_at timestamptz;
+comment on column public.leads.erased_at is 'Business time at which the person was erased: what happened with the lead afterwards is noted without words.';
+alter table public.conversations add column erased_at timestamptz;
+comment on column public.conversations.erased_at is 'Business time at which the person was erased: from then on no message is taken in.';
+
+
+-- Erasure -------------------------------------------------------------------------------------------------------------------------
+
+create table private.erasure_salt (
+  single boolean primary key default true check (single),
+  salt   bytea not null default extensions.gen_random_bytes(32) check (length(salt) = 32)
+);
+select private.close_table('private.erasure_salt');
+comment on table private.erasure_salt is
+  'One row: what an erased number is hashed with. Whoever has it can try all numbers, so the hash is a pseudonym, kept for the one purpose of not calling.';
+insert into private.erasure_salt default values;
+
+create table private.erased_numbers (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  phone_hash      bytea not null check (length(phone_hash) = 32),
+  erased_at       timestamptz not null,
+  primary key (organization_id, phone_hash)
+);
+select private.close_table('private.erased_numbers');
+comment on table private.erased_numbers is
+  'Numbers of erased persons, as a salted hash: suppressed for ever, and not known. Beside suppressions, which say the number itself.';
+
+create table private.personal_data (
+  table_name  text not null,
+  column_name text not null,
+  found_by    text not null check (
+    found_by in ('lead', 'customer', 'order', 'attempt', 'store_call', 'conversation', 'event', 'phone', 'content', 'none')
+  ),
+  via         text,
+  treatment   text not null check (
+    treatment in ('null', 'text', 'object', 'array', 'list', 'key', 'callee', 'caller', 'delete', 'scrub', 'kept')
+  ),
+  reason      text,
+  primary key (table_name, column_name),
+  check ((treatment = 'kept') = (reason is not null)),
+  check ((treatment = 'kept') = (found_by = 'none')),
+  check ((found_by = 'content') = (treatment = 'scrub') or treatment = 'delete'),
+  check ((via is null) = (found_by in ('content', 'none')))
+);
+select private.close_table('private.personal_data');
+comment on table private.personal_data is
+  'What erase() does with every column that can hold a text: a column that is not listed fails a test. Reference data.';
+comment on column private.personal_data.column_name is 'One column; * for all columns of a table that is not about the people who are called.';
+comment on column private.personal_data.found_by is
+  'Whose row it is: one of a lead, customer, order, leg, store''s call, conversation or event of the person, or their number; content is whatever row names them.';
+comment on column private.personal_data.via is 'The column by which the row is found.';
+comment on column private.personal_data.treatment is
+  'What becomes of it: nothing, the word erased, an empty value of its type, a key made of the row''s id, anonymous where the person is that party, '
+  'the row deleted, or the person''s numbers and addresses cut out. kept says why.';
+
+
+-- Retention -----------------------------------------------------------------------------------------------------------------------
+
+create table private.retention_rules (
+  table_name     text primary key,
+  strip_after    interval check (strip_after > interval '0'),
+  strip_columns  text[] not null default '{}',
+  stripped_until timestamptz,
+  keep_months    integer check (keep_months >= 1)
+);
+select private.close_table('private.retention_rules');
+comment on table private.retention_rules is
+  'How long the rows of a table that is split by month are kept; the operator''s setting. Without a row, or with nulls, for ever.';
+comment on column private.retention_rules.strip_after is 'Age in business time at which strip_columns are emptied; rows that wait for a person keep them.';
+comment on column private.retention_rules.stripped_until is 'How far that has come; rows before it are not looked at again.';
+comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped.';
+insert into private.retention_rules (table_name, strip_after, strip_columns, keep_months)
+values ('private.webhook_events', '30 days', '{headers,body,payload}', 13);
 -- 10_functions_webhook_intake.sql
 
 -- What webhook-intake calls: one event from outside is one function, one transaction, one round trip.
 -- Every row is found by an index, and the bodies say so: see 11_functions_call_dispatch.sql.
+
+
+-- What strangers write -------------------------------------------------------------------------------------------------------------
+
+create function private.to_uuid(written text) returns uuid
+language sql immutable parallel safe set search_path = '' as $$
+  select case when written ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then written::uuid end
+$$;
+comment on function private.to_uuid(text) is 'The UUID that is written there; null for anything else.';
 
 
 -- open_source ---------------------------------------------------------------------------------------------------------------------
@@ -8737,32 +9201,229 @@ $$;
 create function private.open_source(request jsonb, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = '' as $$
 declare
+  wanted  constant uuid := private.to_uuid(request ->> 'source_id');
   account public.carrier_accounts;
+  source  public.webhook_sources;
 begin
   -- What is not a UUID is simply not the name of a source: the URL is a stranger's text.
-  select source.* into account
-  from public.carrier_accounts as source
-  where source.id::text = lower(request ->> 'source_id') and source.is_active;
-  if account.id is null then
-    return jsonb_build_object('found', false);
+  select known.* into source from public.webhook_sources as known where known.id = wanted and known.is_active;
+  if source.id is not null then
+    return jsonb_build_object(
+      'found', true,
+      'provider', source.provider,
+      'organization_id', source.organization_id,
+      'store_id', source.store_id,
+      'settings', source.settings,
+      'secrets_sealed', case
+        when source.previous_until <= now() then to_jsonb(source.secrets_sealed[1:1])
+        else to_jsonb(source.secrets_sealed)
+      end,
+      'previous_until', case when source.previous_until > now() then floor(extract(epoch from source.previous_until))::bigint end
+    );
   end if;
-  return jsonb_build_object(
-    'found', true,
-    'provider', account.provider,
-    'account_sid', account.account_sid,
-    'auth_token_sealed', account.auth_token_sealed,
-    'organization_id', account.organization_id
-  );
+  select known.* into account from public.carrier_accounts as known where known.id = wanted and known.is_active;
+  if account.id is not null then
+    return jsonb_build_object(
+      'found', true,
+      'provider', account.provider,
+      'organization_id', account.organization_id,
+      'account_sid', account.account_sid,
+      'settings', '{}'::jsonb,
+      'secrets_sealed', jsonb_build_array(account.credentials_sealed)
+    );
+  end if;
+  return jsonb_build_object('found', false);
 end
 $$;
-comment on function private.open_source(jsonb, timestamptz) is 'What it takes to verify a source''s signature, sealed.';
+comment on function private.open_source(jsonb, timestamptz) is 'What it takes to verify a source''s signature, sealed: of a webhook source or a carrier account.';
 
 create function public.open_source(jsonb) returns jsonb
 language sql stable security invoker set search_path = '' as $$
   select private.open_source($1, private.clock_now())
 $$;
 comment on function public.open_source(jsonb) is
-  '{"v":1,"source_id":uuid} -> {"found":true,"provider","account_sid","auth_token_sealed","organization_id"} or {"found":false}.';
+  '{"v":1,"source_id":uuid} -> {"found":true,"provider","organization_id","store_id"?,"account_sid"?,"settings","secrets_sealed":[newest first],'
+  '"previous_until"?: unix seconds until which the second holds} or {"found":false}.';
+
+
+-- Webhook sources, made by their organization -------------------------------------------------------------------------------------
+
+create function private.create_webhook_source(
+  id uuid, provider text, name text, secret_sealed text, settings jsonb, store_id uuid, at timestamptz
+) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+  made         public.webhook_sources;
+begin
+  if secret_sealed is null or secret_sealed not like 'v1.%' then
+    perform private.raise_error(422, 'invalid_secret', 'The secret is sealed by the function that makes sources', 'secret_sealed');
+  end if;
+  if store_id is not null and not exists (
+    select from public.stores as store where store.organization_id = organization and store.id = create_webhook_source.store_id
+  ) then
+    perform private.raise_error(422, 'unknown_store', 'There is no such store', 'store_id');
+  end if;
+  begin
+    insert into public.webhook_sources (id, organization_id, store_id, provider, name, secrets_sealed, settings)
+    values (
+      create_webhook_source.id, organization, create_webhook_source.store_id, create_webhook_source.provider,
+      coalesce(nullif(btrim(create_webhook_source.name), ''), create_webhook_source.provider), array[secret_sealed],
+      coalesce(create_webhook_source.settings, '{}')
+    )
+    returning * into made;
+  exception
+    when unique_violation then
+      perform private.raise_error(409, 'source_exists', 'There is a source with this id', 'id');
+    when check_violation or not_null_violation then
+      perform private.raise_error(422, 'invalid_source', 'A source has an id, a provider''s name and an object of settings', 'provider');
+  end;
+  return to_jsonb(made) - 'secrets_sealed';
+end
+$$;
+comment on function private.create_webhook_source(uuid, text, text, text, jsonb, uuid, timestamptz) is
+  'Makes a source in the caller''s organization; the secret comes sealed for its id.';
+
+create function public.create_webhook_source(
+  id uuid, provider text, name text, secret_sealed text, settings jsonb default '{}', store_id uuid default null
+) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.create_webhook_source(id, provider, name, secret_sealed, settings, store_id, private.clock_now())
+$$;
+comment on function public.create_webhook_source(uuid, text, text, text, jsonb, uuid) is
+  'Who may tell the organization something. Called by POST webhook-intake/sources, which seals the secret. Needs webhook.manage.';
+
+create function private.claim_webhook_source(source_id uuid) returns public.webhook_sources
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+  source       public.webhook_sources;
+begin
+  select mine.* into source
+  from public.webhook_sources as mine
+  where mine.organization_id = organization and mine.id = source_id
+  for no key update;
+  if source.id is null then
+    perform private.raise_error(404, 'source_not_found', 'There is no such source', 'source_id');
+  end if;
+  return source;
+end
+$$;
+comment on function private.claim_webhook_source(uuid) is 'Locks a source of the caller''s organization; 404 for any other.';
+
+create function private.rotate_webhook_source_secret(
+  source_id uuid, secret_sealed text, keep_previous_seconds integer, at timestamptz
+) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  source public.webhook_sources := private.claim_webhook_source(source_id);
+  keep   constant integer := least(greatest(coalesce(keep_previous_seconds, 86400), 0), 2592000);
+begin
+  if secret_sealed is null or secret_sealed not like 'v1.%' then
+    perform private.raise_error(422, 'invalid_secret', 'The secret is sealed by the function that rotates it', 'secret_sealed');
+  end if;
+  update public.webhook_sources as mine
+  set
+    secrets_sealed = case when keep > 0 then array[secret_sealed, source.secrets_sealed[1]] else array[secret_sealed] end,
+    previous_until = case when keep > 0 then now() + make_interval(secs => keep) end
+  where mine.id = source.id
+  returning * into source;
+  return to_jsonb(source) - 'secrets_sealed';
+end
+$$;
+comment on function private.rotate_webhook_source_secret(uuid, text, integer, timestamptz) is
+  'A new secret; the one before it holds on for a while, and no older one.';
+
+create function public.rotate_webhook_source_secret(
+  source_id uuid, secret_sealed text, keep_previous_seconds integer default 86400
+) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.rotate_webhook_source_secret(source_id, secret_sealed, keep_previous_seconds, private.clock_now())
+$$;
+comment on function public.rotate_webhook_source_secret(uuid, text, integer) is
+  'Called by POST webhook-intake/sources/{id}/secrets, which seals the secret. The previous one is valid for keep_previous_seconds more, '
+  'a day unless told, 30 days at most; 0 ends it at once. Needs webhook.manage.';
+
+create function private.set_webhook_source_active(source_id uuid, is_active boolean, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  source public.webhook_sources := private.claim_webhook_source(source_id);
+begin
+  update public.webhook_sources as mine
+  set is_active = coalesce(set_webhook_source_active.is_active, mine.is_active)
+  where mine.id = source.id
+  returning * into source;
+  return to_jsonb(source) - 'secrets_sealed';
+end
+$$;
+comment on function private.set_webhook_source_active(uuid, boolean, timestamptz) is 'Turns a source off, or on again.';
+
+create function public.set_webhook_source_active(source_id uuid, is_active boolean) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.set_webhook_source_active(source_id, is_active, private.clock_now())
+$$;
+comment on function public.set_webhook_source_active(uuid, boolean) is
+  'Turns a source off or on again: what it sends while it is off is refused, or kept as an orphan. Needs webhook.manage.';
+
+
+-- Words that nobody has mapped ----------------------------------------------------------------------------------------------------
+
+create function private.note_unmapped(
+  organization uuid, provider text, words jsonb, event uuid, at timestamptz
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  if words is null or jsonb_typeof(words) <> 'array' then
+    return;
+  end if;
+  insert into private.unmapped_values as known (organization_id, source, field, value, event_id, first_seen_at, last_seen_at)
+  select distinct organization, provider, left(word ->> 'field', 100), left(word ->> 'value', 200), event, at, at
+  from jsonb_array_elements(words) as word
+  where word ->> 'field' <> '' and word ->> 'value' is not null
+  order by 3, 4
+  limit 20
+  on conflict (organization_id, source, field, value) do update
+  set seen = known.seen + 1, event_id = excluded.event_id, last_seen_at = excluded.last_seen_at;
+end
+$$;
+comment on function private.note_unmapped(uuid, text, jsonb, uuid, timestamptz) is
+  'Counts the words of an event that map to none of ours: [{"field","value"}].';
+
+create function private.list_unmapped_values(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+begin
+  return (
+    select coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'source', word.source, 'field', word.field, 'value', word.value, 'seen', word.seen, 'event_id', word.event_id,
+          'first_seen_at', word.first_seen_at, 'last_seen_at', word.last_seen_at
+        )
+        order by word.last_seen_at desc, word.source, word.field, word.value
+      ),
+      '[]'
+    )
+    from (
+      select unmapped.*
+      from private.unmapped_values as unmapped
+      where unmapped.organization_id = organization
+      order by unmapped.last_seen_at desc
+      limit 1000
+    ) as word
+  );
+end
+$$;
+comment on function private.list_unmapped_values(timestamptz) is 'The words of providers in the caller''s organization that map to none of ours, latest first.';
+
+create function public.list_unmapped_values() returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.list_unmapped_values(private.clock_now())
+$$;
+comment on function public.list_unmapped_values() is
+  'What providers said that nobody has mapped: [{"source","field","value","seen","event_id","first_seen_at","last_seen_at"}], latest first. '
+  'Needs webhook.manage.';
 
 
 -- apply_event ---------------------------------------------------------------------------------------------------------------------
@@ -8794,29 +9455,100 @@ $$;
 comment on function private.raise_alarm(public.call_logs, text, jsonb, timestamptz) is
   'Puts into the outbox what a person has to look at, once for each attempt and call of the carrier.';
 
+create function private.later_word(words text[], known text, told text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select words[greatest(array_position(words, known), array_position(words, told))]
+$$;
+comment on function private.later_word(text[], text, text) is 'Of two words in the order of their rank the later; the one there is where the other is null.';
+
+create function private.merge_call(attempt public.call_logs, call jsonb, at timestamptz) returns public.call_logs
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  streams   constant text[] := array['started', 'degraded', 'stopped', 'failed'];
+  transfers constant text[] := array['initiated', 'ringing', 'cancelled', 'failed', 'no_answer', 'busy', 'answered', 'completed'];
+  latest    constant timestamptz := greatest(coalesce(attempt.ended_at, at), attempt.created_at);
+  status    constant public.attempt_status := (call ->> 'status')::public.attempt_status;
+  machine   constant boolean := (call ->> 'machine')::boolean;
+  recording constant jsonb := nullif(call -> 'recording', 'null');
+  stream    constant jsonb := nullif(call -> 'stream', 'null');
+  transfer  constant jsonb := nullif(call -> 'transfer', 'null');
+  merged    public.call_logs := attempt;
+begin
+  merged.call_sid := coalesce(attempt.call_sid, call ->> 'provider_call_id');
+  merged.answered_at := coalesce(
+    attempt.answered_at, private.clamp_time(call ->> 'answered_at', attempt.created_at, latest), case when status = 'in_progress' then latest end
+  );
+  if status = 'ringing' or attempt.ringing_at > merged.answered_at then
+    -- It rang before it was answered, also where we heard of it later.
+    merged.ringing_at := least(coalesce(attempt.ringing_at, latest), merged.answered_at);
+  end if;
+  -- Seconds that were counted stand; a call given up as lost may still turn out to have had some.
+  merged.duration := coalesce(nullif(attempt.duration, 0), (call ->> 'duration_seconds')::integer, attempt.duration);
+  merged.bill_duration_seconds := coalesce(
+    nullif(attempt.bill_duration_seconds, 0), (call ->> 'bill_duration_seconds')::integer, attempt.bill_duration_seconds
+  );
+  if attempt.carrier_cost_micros is null and call ->> 'cost_micros' is not null then
+    merged.carrier_cost_micros := (call ->> 'cost_micros')::bigint;
+    merged.carrier_cost_currency := upper(call ->> 'cost_currency');
+  end if;
+  merged.machine := coalesce(attempt.machine or machine, machine, attempt.machine);
+  -- An agent's recording, which has no id, gives way to the carrier's, whichever is told first.
+  if recording is not null and attempt.recording_id is null then
+    merged.recording_url := recording ->> 'url';
+    merged.recording_id := recording ->> 'id';
+    merged.recording_seconds := (recording ->> 'duration_seconds')::integer;
+  elsif recording ->> 'id' = attempt.recording_id then
+    merged.recording_seconds := coalesce(attempt.recording_seconds, (recording ->> 'duration_seconds')::integer);
+  end if;
+  if stream is not null then
+    merged.stream_status := private.later_word(streams, attempt.stream_status, stream ->> 'status');
+    merged.stream_id := least(attempt.stream_id, stream ->> 'id');
+    merged.stream_error := coalesce(attempt.stream_error, stream ->> 'error');
+  end if;
+  if transfer is not null then
+    merged.transfer_status := private.later_word(transfers, attempt.transfer_status, transfer ->> 'status');
+    merged.transfer_sid := case
+      when merged.transfer_status = attempt.transfer_status then coalesce(attempt.transfer_sid, transfer ->> 'leg')
+      else coalesce(transfer ->> 'leg', attempt.transfer_sid)
+    end;
+    if merged.transfer_status in ('answered', 'completed') then
+      merged.transferred := true;
+      merged.transferred_at := coalesce(attempt.transferred_at, latest);
+    end if;
+  end if;
+  return merged;
+end
+$$;
+comment on function private.merge_call(public.call_logs, jsonb, timestamptz) is
+  'A leg with what a carrier''s event tells of it added: what is known is kept, and no order of events ends in another row.';
+
 create function private.apply_call_event(
   source text, source_id text, attempt_id uuid, call jsonb, at timestamptz,
   out result public.event_status, out error text, out organization_id uuid
 )
 language plpgsql volatile security definer set search_path = '' as $$
 declare
-  attempt     public.call_logs;
-  updated     public.call_logs;
-  call_id     text := call ->> 'provider_call_id';
-  status      public.attempt_status := (call ->> 'status')::public.attempt_status;
-  outcome     public.call_outcome := (call ->> 'outcome')::public.call_outcome;
-  recording   jsonb := nullif(call -> 'recording', 'null');
-  machine     boolean := (call ->> 'machine')::boolean;
-  latest      timestamptz;
-  answer_time timestamptz;
+  attempt   public.call_logs;
+  updated   public.call_logs;
+  wanted    uuid := apply_call_event.attempt_id;
+  call_id   text := call ->> 'provider_call_id';
+  status    public.attempt_status := (call ->> 'status')::public.attempt_status;
+  outcome   public.call_outcome := (call ->> 'outcome')::public.call_outcome;
+  latest    timestamptz;
+  has_ended boolean;
+  unknown   text := 'unknown_attempt';
 begin
+  if wanted is null and (call ->> 'inbound')::boolean then
+    select opened.leg_id, coalesce(opened.error, unknown) into wanted, unknown
+    from private.open_inbound_leg(apply_call_event.source, apply_call_event.source_id, call, at) as opened;
+  end if;
   select log.* into attempt
   from public.call_logs as log
-  where log.id = apply_call_event.attempt_id
+  where log.id = wanted
   for no key update;
   if attempt.id is null then
     result := 'orphan';
-    error := 'unknown_attempt';
+    error := unknown;
     return;
   end if;
   if attempt.carrier_account_id::text <> lower(apply_call_event.source_id) then
@@ -8837,10 +9569,9 @@ begin
   end if;
 
   -- What is known is kept, what is new is added, and the status only moves forward.
-  updated := attempt;
+  updated := private.merge_call(attempt, call, at);
+  has_ended := status = 'ended' and attempt.status <> 'ended';
   latest := greatest(coalesce(attempt.ended_at, at), attempt.created_at);
-  answer_time := private.clamp_time(call ->> 'answered_at', attempt.created_at, latest);
-  updated.call_sid := coalesce(attempt.call_sid, call_id);
   if attempt.direction = 'outbound' and not attempt.dialled
     and apply_call_event.source <> 'reconcile' and (status is not null or call_id is not null)
   then
@@ -8851,32 +9582,7 @@ begin
       perform private.raise_alarm(attempt, 'dialled_after_refusal', jsonb_build_object('provider_call_id', call_id), at);
     end if;
   end if;
-  updated.answered_at := coalesce(attempt.answered_at, answer_time, case when status = 'in_progress' then latest end);
-  if status = 'ringing' then
-    updated.ringing_at := coalesce(attempt.ringing_at, least(latest, updated.answered_at));
-  end if;
-  updated.duration := coalesce(attempt.duration, (call ->> 'duration_seconds')::integer);
-  -- Seconds that were counted stand; a call given up as lost may still turn out to have had some.
-  updated.bill_duration_seconds := coalesce(
-    nullif(attempt.bill_duration_seconds, 0), (call ->> 'bill_duration_seconds')::integer, attempt.bill_duration_seconds
-  );
-  if attempt.carrier_cost_micros is null and call ->> 'cost_micros' is not null then
-    updated.carrier_cost_micros := (call ->> 'cost_micros')::bigint;
-    updated.carrier_cost_currency := upper(call ->> 'cost_currency');
-  end if;
-  if attempt.hangup_cause_code is null and attempt.hangup_cause_name is null then
-    updated.hangup_cause_code := call ->> 'cause_code';
-    updated.hangup_cause_name := call ->> 'cause_name';
-    updated.hangup_source := call ->> 'cause_source';
-  end if;
-  updated.machine := coalesce(attempt.machine or machine, machine, attempt.machine);
-  if recording is not null and attempt.recording_url is null then
-    updated.recording_url := recording ->> 'url';
-    updated.recording_id := recording ->> 'id';
-    updated.recording_seconds := (recording ->> 'duration_seconds')::integer;
-  end if;
-
-  if status = 'ended' and attempt.status <> 'ended' then
+  if has_ended then
     updated.ended_at := greatest(
       private.clamp_time(call ->> 'ended_at', attempt.created_at, latest), updated.ringing_at, updated.answered_at
     );
@@ -8890,13 +9596,28 @@ begin
     if updated.duration is null and updated.answered_at is not null then
       updated.duration := floor(extract(epoch from updated.ended_at - updated.answered_at));
     end if;
-    outcome := coalesce(
+  end if;
+  if (call ->> 'bill_talk')::boolean and updated.ended_at is not null then
+    -- This carrier tells no seconds; the answer may be told after the end.
+    updated.duration := coalesce(nullif(updated.duration, 0), floor(extract(epoch from updated.ended_at - updated.answered_at)), updated.duration);
+    updated.bill_duration_seconds := coalesce(nullif(updated.bill_duration_seconds, 0), updated.duration, updated.bill_duration_seconds);
+  end if;
+  -- The cause goes with the end that stays.
+  if coalesce(call ->> 'cause_code', call ->> 'cause_name') is not null and (
+    attempt.hangup_cause_code is null and attempt.hangup_cause_name is null
+    or private.outcome_rank(private.settled_outcome(updated, outcome), private.has_talked(updated))
+      > private.outcome_rank(attempt.call_status, private.has_talked(updated))
+  ) then
+    updated.hangup_cause_code := call ->> 'cause_code';
+    updated.hangup_cause_name := call ->> 'cause_name';
+    updated.hangup_source := call ->> 'cause_source';
+  end if;
+
+  if has_ended then
+    outcome := private.settled_outcome(updated, coalesce(
       outcome,
       case when updated.answered_at is not null or updated.bill_duration_seconds > 0 then 'answered' else 'failed' end::public.call_outcome
-    );
-    if outcome = 'answered' and updated.machine then
-      outcome := 'machine';
-    end if;
+    ));
     perform private.end_attempt(updated, outcome, at);
     result := 'applied';
   elsif attempt.status = 'ended' then
@@ -8915,12 +9636,68 @@ begin
       result := 'applied';
     end if;
   end if;
+  if call ->> 'notice' is not null then
+    error := call ->> 'notice';
+    perform private.raise_alarm(
+      attempt, 'carrier_fault', jsonb_build_object('provider_call_id', coalesce(call_id, attempt.call_sid), 'notice', error), at
+    );
+  end if;
 end
 $$;
 comment on function private.apply_call_event(text, text, uuid, jsonb, timestamptz) is
   'What one event means for its attempt: binds the carrier''s call, moves the status forward, adds what was not known, or ends it.';
 
-create function private.apply_event(request jsonb, at timestamptz) returns jsonb
+create function private.apply_payload(
+  event private.webhook_events, at timestamptz, out result public.event_status, out error text, out organization_id uuid
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  applied record;
+  source  public.webhook_sources;
+begin
+  if event.payload_type = 'call' then
+    select * into applied
+    from private.apply_call_event(event.source, event.source_id, event.attempt_id, coalesce(event.payload, '{}'), at);
+    result := applied.result;
+    error := applied.error;
+    organization_id := applied.organization_id;
+    return;
+  end if;
+
+  -- The handler remembers a source for minutes: one that was turned off or deleted meanwhile changes nothing any more.
+  select known.* into source
+  from public.webhook_sources as known
+  where known.id = private.to_uuid(event.source_id) and known.provider = event.source and known.is_active;
+  organization_id := source.organization_id;
+  if source.id is null then
+    result := 'orphan';
+    error := 'unknown_source';
+    return;
+  end if;
+  case event.payload_type
+    when 'nothing' then
+      result := 'ignored';
+      return;
+    when 'agent' then
+      select * into applied from private.apply_agent_event(event, source, at);
+    when 'store' then
+      select * into applied from private.apply_store_event(event, source, at);
+    when 'payment' then
+      select * into applied from private.apply_payment_event(event, source, at);
+    else
+      result := 'ignored';
+      error := 'unknown_payload';
+      return;
+  end case;
+  result := applied.result;
+  error := applied.error;
+  organization_id := coalesce(applied.organization_id, organization_id);
+end
+$$;
+comment on function private.apply_payload(private.webhook_events, timestamptz) is
+  'Applies a stored event by the one function of its payload''s type; each gives the result, an error, and whose event it was.';
+
+create function private.store_event(request jsonb, told jsonb, at timestamptz) returns private.webhook_events
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   event   private.webhook_events;
@@ -8928,58 +9705,113 @@ declare
 begin
   event.source := request ->> 'source';
   event.source_id := request ->> 'source_id';
-  event.dedupe_key := request ->> 'dedupe_key';
-  event.kind := request ->> 'kind';
+  event.dedupe_key := told ->> 'dedupe_key';
+  event.kind := told ->> 'kind';
   if event.source is null or event.source_id is null or event.dedupe_key is null or event.kind is null then
     perform private.raise_error(400, 'malformed_event', 'source, source_id, kind and dedupe_key are required');
   end if;
-  if (request ->> 'verified')::boolean is not true then
-    perform private.raise_error(403, 'unverified_event', 'An event is verified before it is stored');
-  end if;
   event.id := private.uuid_v7();
   event.received_at := at;
+  event.headers := request -> 'headers';
+  event.body := request ->> 'body';
+  event.tries := 1;
+  -- The call of a carrier may stand beside its event, as it did before there were other payloads.
+  event.payload := case when told ? 'payload' then told -> 'payload' else nullif(told -> 'call', 'null') end;
+  event.payload_type := case
+    when not told ? 'payload' then 'call'
+    when told -> 'payload' ->> 'type' ~ '^[a-z][a-z_]{0,30}$' then told -> 'payload' ->> 'type'
+    else 'nothing'
+  end;
 
   -- The key decides, in the transaction of the effect: the second of two at once waits here for the first.
   insert into private.webhook_event_keys (source, source_id, dedupe_key, event_id, received_at)
   values (event.source, event.source_id, event.dedupe_key, event.id, at)
   on conflict (source, source_id, dedupe_key) do nothing;
   if not found then
-    return jsonb_build_object('result', 'duplicate');
+    return event;
   end if;
 
   begin
-    event.attempt_id := (request ->> 'attempt_id')::uuid;
-    select * into applied
-    from private.apply_call_event(event.source, event.source_id, event.attempt_id, coalesce(request -> 'call', '{}'), at);
+    -- Known before it is applied, so that the sweep can lock it with others in order.
+    event.attempt_id := coalesce(
+      (told ->> 'attempt_id')::uuid, case when event.payload_type = 'agent' then private.attempt_of_agent(event) end
+    );
+    select * into applied from private.apply_payload(event, at);
+    if event.attempt_id is null and (event.payload ->> 'inbound')::boolean then
+      event.attempt_id := (select log.id from public.call_logs as log where log.call_sid = event.payload ->> 'provider_call_id');
+    end if;
     event.status := applied.result;
-    event.error := applied.error;
+    event.error := coalesce(applied.error, case when applied.result = 'ignored' then told ->> 'note' end);
     event.organization_id := applied.organization_id;
   exception when others then
     event.status := 'failed';
     event.error := sqlstate || ' ' || sqlerrm;
     event.next_try_at := now() + interval '1 minute';
+    event.organization_id := (
+      select source.organization_id from public.webhook_sources as source where source.id = private.to_uuid(event.source_id)
+    );
   end;
 
-  insert into private.webhook_events (
-    id, received_at, organization_id, source, source_id, dedupe_key, kind, attempt_id, headers, body, call, status, error, next_try_at
-  )
-  values (
-    event.id, event.received_at, event.organization_id, event.source, event.source_id, event.dedupe_key, event.kind, event.attempt_id,
-    request -> 'headers', request ->> 'body', request -> 'call', event.status, event.error, event.next_try_at
+  insert into private.webhook_events select event.*;
+  perform private.note_unmapped(event.organization_id, event.source, told -> 'unmapped', event.id, at);
+  return event;
+end
+$$;
+comment on function private.store_event(jsonb, jsonb, timestamptz) is
+  'Stores one event of a request under its key and applies it; without a status it was here before.';
+
+create function private.apply_event(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  told         jsonb;
+  event        private.webhook_events;
+  results      text[] := '{}'::text[];
+  organization uuid;
+  answer       jsonb;
+begin
+  if (request ->> 'verified')::boolean is not true then
+    perform private.raise_error(403, 'unverified_event', 'An event is verified before it is stored');
+  end if;
+  for told in
+    select element.value
+    from jsonb_array_elements(coalesce(nullif(request -> 'events', 'null'), jsonb_build_array(request - array['headers', 'body'])))
+      with ordinality as element (value, place)
+    order by element.place
+  loop
+    event := private.store_event(request, told, at);
+    organization := coalesce(event.organization_id, organization);
+    results := results || coalesce(event.status::text, 'duplicate');
+  end loop;
+  -- Of several the one that a person would want to hear of.
+  answer := jsonb_build_object(
+    'result', coalesce(
+      (
+        select known.result
+        from unnest(array['failed', 'orphan', 'applied', 'ignored', 'duplicate']) with ordinality as known (result, place)
+        where known.result = any (results)
+        order by known.place
+        limit 1
+      ),
+      'ignored'
+    ),
+    'organization_id', organization,
+    'results', case when cardinality(results) > 1 then to_jsonb(results) end
   );
-  return jsonb_strip_nulls(jsonb_build_object('result', event.status, 'organization_id', event.organization_id));
+  return jsonb_strip_nulls(answer);
 end
 $$;
 comment on function private.apply_event(jsonb, timestamptz) is
-  'Stores one verified event and applies it, once for each (source, source_id, dedupe_key). If applying fails, the event stays, failed, and is tried again.';
+  'Stores the verified events of one request and applies them, each once for its (source, source_id, dedupe_key). If applying one fails, it '
+  'stays, failed, and is tried again.';
 
 create function public.apply_event(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.apply_event($1, private.clock_now())
 $$;
 comment on function public.apply_event(jsonb) is
-  '{"v":1,"source","source_id","kind","attempt_id","dedupe_key","verified":true,"headers","body","call":{...}} -> '
-  '{"result":"applied|duplicate|ignored|orphan|failed","organization_id"}.';
+  '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
+  '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several}. '
+  'A single event may stand at the top, a call as "call":{…}.';
 
 
 -- sweep_events --------------------------------------------------------------------------------------------------------------------
@@ -9018,11 +9850,10 @@ begin
     order by waiting.received_at, waiting.id
   loop
     begin
-      select * into applied
-      from private.apply_call_event(event.source, event.source_id, event.attempt_id, coalesce(event.call, '{}'), at);
+      select * into applied from private.apply_payload(event, at);
       update private.webhook_events as stored
       set
-        status = applied.result, error = applied.error, organization_id = applied.organization_id,
+        status = applied.result, error = applied.error, organization_id = coalesce(applied.organization_id, stored.organization_id),
         tries = event.tries + 1, next_try_at = null
       where stored.id = event.id and stored.received_at = event.received_at;
       done := done + 1;
@@ -9041,11 +9872,40 @@ begin
       end if;
     end;
   end loop;
+  -- What an agent told before the carrier had named the call is known by now, or is about a call that is not ours.
+  for event in
+    select waiting.*
+    from private.webhook_events as waiting
+    where waiting.status = 'orphan' and waiting.payload_type = 'agent' and waiting.received_at > at - interval '15 minutes'
+      and waiting.error = 'unknown_attempt' and waiting.payload ->> 'provider_call_id' is not null
+      and private.attempt_of_agent(waiting) is not null
+    order by waiting.received_at, waiting.id
+    limit 50
+    for no key update skip locked
+  loop
+    begin
+      select * into applied from private.apply_payload(event, at);
+      update private.webhook_events as stored
+      set
+        status = applied.result, error = applied.error, organization_id = coalesce(applied.organization_id, stored.organization_id),
+        attempt_id = private.attempt_of_agent(event), tries = event.tries + 1
+      where stored.id = event.id and stored.received_at = event.received_at;
+      done := done + 1;
+    exception when others then
+      update private.webhook_events as stored
+      set
+        status = 'failed', error = sqlstate || ' ' || sqlerrm, tries = event.tries + 1, next_try_at = now() + interval '1 minute',
+        attempt_id = private.attempt_of_agent(event)
+      where stored.id = event.id and stored.received_at = event.received_at;
+      failed := failed + 1;
+    end;
+  end loop;
   return jsonb_build_object('applied', done, 'failed', failed, 'dead', dead);
 end
 $$;
 comment on function private.sweep_events(jsonb, timestamptz) is
-  'Applies again the events that failed and are due: after 1, 2, 4 … minutes, eight times in all, then they are dead and wait for a person.';
+  'Applies again the events that failed and are due: after 1, 2, 4 … minutes, eight times in all, then they are dead and wait for a person. '
+  'An agent''s event that came before its call was known is applied once it is.';
 
 create function public.sweep_events(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -9055,15 +9915,30 @@ comment on function public.sweep_events(jsonb) is '{"v":1,"limit":100} -> {"appl
 
 
 revoke execute on function
-  private.open_source(jsonb, timestamptz), private.apply_event(jsonb, timestamptz), private.sweep_events(jsonb, timestamptz),
-  private.apply_call_event(text, text, uuid, jsonb, timestamptz), private.clamp_time(text, timestamptz, timestamptz),
-  private.raise_alarm(public.call_logs, text, jsonb, timestamptz),
-  public.open_source(jsonb), public.apply_event(jsonb), public.sweep_events(jsonb)
+  private.to_uuid(text), private.open_source(jsonb, timestamptz), private.apply_event(jsonb, timestamptz),
+  private.sweep_events(jsonb, timestamptz), private.apply_call_event(text, text, uuid, jsonb, timestamptz),
+  private.clamp_time(text, timestamptz, timestamptz), private.later_word(text[], text, text),
+  private.merge_call(public.call_logs, jsonb, timestamptz), private.raise_alarm(public.call_logs, text, jsonb, timestamptz),
+  private.apply_payload(private.webhook_events, timestamptz), private.store_event(jsonb, jsonb, timestamptz),
+  private.note_unmapped(uuid, text, jsonb, uuid, timestamptz), private.claim_webhook_source(uuid),
+  private.create_webhook_source(uuid, text, text, text, jsonb, uuid, timestamptz),
+  private.rotate_webhook_source_secret(uuid, text, integer, timestamptz),
+  private.set_webhook_source_active(uuid, boolean, timestamptz), private.list_unmapped_values(timestamptz),
+  public.open_source(jsonb), public.apply_event(jsonb), public.sweep_events(jsonb),
+  public.create_webhook_source(uuid, text, text, text, jsonb, uuid), public.rotate_webhook_source_secret(uuid, text, integer),
+  public.set_webhook_source_active(uuid, boolean), public.list_unmapped_values()
 from public, anon, authenticated, service_role;
 grant execute on function
   private.open_source(jsonb, timestamptz), private.apply_event(jsonb, timestamptz), private.sweep_events(jsonb, timestamptz),
   public.open_source(jsonb), public.apply_event(jsonb), public.sweep_events(jsonb)
 to service_role;
+grant execute on function
+  private.create_webhook_source(uuid, text, text, text, jsonb, uuid, timestamptz),
+  private.rotate_webhook_source_secret(uuid, text, integer, timestamptz),
+  private.set_webhook_source_active(uuid, boolean, timestamptz), private.list_unmapped_values(timestamptz),
+  public.create_webhook_source(uuid, text, text, text, jsonb, uuid), public.rotate_webhook_source_secret(uuid, text, integer),
+  public.set_webhook_source_active(uuid, boolean), public.list_unmapped_values()
+to authenticated;
 -- 11_functions_call_dispatch.sql
 
 -- What call-dispatch calls, and what ends an attempt. The locks are always taken in the order that 06_campaigns_and_calling.sql names.
@@ -9202,7 +10077,14 @@ begin
     recording_url = attempt.recording_url,
     recording_id = attempt.recording_id,
     recording_seconds = attempt.recording_seconds,
-    disconnect_reason = attempt.disconnect_reason
+    disconnect_reason = attempt.disconnect_reason,
+    stream_id = attempt.stream_id,
+    stream_status = attempt.stream_status,
+    stream_error = attempt.stream_error,
+    transferred = attempt.transferred,
+    transferred_at = attempt.transferred_at,
+    transfer_sid = attempt.transfer_sid,
+    transfer_status = attempt.transfer_status
   where log.id = attempt.id;
 end
 $$;
@@ -9251,7 +10133,7 @@ begin
   attempt.ended_at := coalesce(attempt.ended_at, greatest(at, attempt.created_at));
   attempt.refusal_reason := coalesce(reason, attempt.refusal_reason);
   attempt.lease_until := null;
-  if attempt.dialled then
+  if attempt.dialled or attempt.direction = 'inbound' then
     attempt.disconnect_reason := coalesce(attempt.disconnect_reason, outcome::text);
   end if;
 
@@ -9274,6 +10156,13 @@ begin
     for no key update;
 
     attempts := queue.attempt_count + counted::integer;
+    -- They asked to be called at a time, which ends no lead and is no retry.
+    if final is null and next_at is null and queue.metadata ? 'callback_at' then
+      next_at := private.next_dial_at(
+        attempt, campaign, greatest((queue.metadata ->> 'callback_at')::timestamptz, attempt.ended_at)
+      );
+      reason := 'callback';
+    end if;
     if final is null and next_at is null then
       if outcome = 'answered' then
         final := 'called';
@@ -9307,7 +10196,9 @@ begin
       attempt_count = attempts,
       next_retry_at = coalesce(next_at, waiting.next_retry_at),
       wait_reason = case when final is null then coalesce(reason, 'retry_' || outcome) end,
-      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end
+      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end,
+      max_attempts = case when reason = 'callback' then greatest(waiting.max_attempts, attempts + 1) else waiting.max_attempts end,
+      metadata = waiting.metadata - 'callback_at'
     where waiting.id = queue.id;
     update public.campaign_leads as enrolled
     set
@@ -9335,7 +10226,7 @@ begin
   end if;
 
   perform private.meter_call(attempt, at);
-  if attempt.dialled then
+  if attempt.dialled or attempt.direction = 'inbound' then
     perform private.emit(
       attempt.organization_id, 'call.ended', attempt.id::text,
       jsonb_build_object(
@@ -9373,6 +10264,48 @@ end
 $$;
 comment on function private.campaign_completed(uuid, uuid, timestamptz) is 'Tells that a campaign is complete; whoever completed it calls this in the same transaction.';
 
+create function private.has_talked(attempt public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select coalesce(greatest(attempt.duration, attempt.bill_duration_seconds) > 0, attempt.answered_at is not null)
+$$;
+comment on function private.has_talked(public.call_logs) is
+  'Whether a leg had a second of talk: by the carrier''s seconds, and where it tells none, by its answer.';
+
+create function private.settled_outcome(attempt public.call_logs, reported public.call_outcome) returns public.call_outcome
+language sql immutable parallel safe set search_path = '' as $$
+  select case
+    when reported in ('answered', 'our_fault') and attempt.machine then 'machine'::public.call_outcome
+    when reported = 'answered' and attempt.stream_status = 'failed' and coalesce(attempt.duration, 0) < 5 then 'our_fault'::public.call_outcome
+    else reported
+  end
+$$;
+comment on function private.settled_outcome(public.call_logs, public.call_outcome) is
+  'What an end means beside what else is known of the leg: who answered may be a machine, and whom no agent spoke to was not answered by us.';
+
+create function private.outcome_rank(outcome public.call_outcome, has_talked boolean) returns integer
+language sql immutable parallel safe set search_path = '' as $$
+  select case outcome
+    when 'lost' then 0
+    when 'expired' then 0
+    when 'failed' then 10
+    when 'answered' then case when has_talked then 90 else 20 end
+    when 'cancelled' then 30
+    when 'capacity' then 40
+    when 'config' then 41
+    when 'carrier_transient' then 42
+    when 'our_fault' then case when has_talked then 95 else 43 end
+    when 'no_answer' then 50
+    when 'rejected' then 60
+    when 'busy' then 70
+    when 'invalid_number' then 80
+    when 'spam_blocked' then 81
+    when 'machine' then 99
+  end
+$$;
+comment on function private.outcome_rank(public.call_outcome, boolean) is
+  'Which of two ends that a carrier told of one call stays, whichever came first: the one that says more. A guess is nothing, a plain end '
+  'without a second of talk says less than the reason for it, and talk says more than any reason why there was none.';
+
 create function private.amend_attempt(
   attempt public.call_logs, amended public.call_logs, outcome public.call_outcome, at timestamptz
 ) returns boolean
@@ -9381,27 +10314,21 @@ declare
   queue    public.call_queue;
   member   public.campaign_leads;
   campaign public.campaigns;
-  -- A guess gives way to what the carrier says, and a call without a second of talk to the reason why there was none.
-  corrects boolean := coalesce(
-    outcome <> attempt.call_status
-    and (
-      attempt.call_status in ('lost', 'expired')
-      or not attempt.dialled and amended.dialled
-      or outcome = 'answered' and attempt.call_status in ('failed', 'no_answer', 'cancelled') and amended.answered_at is not null
-      or attempt.call_status = 'answered' and outcome in ('busy', 'no_answer', 'rejected', 'machine')
-        and coalesce(amended.duration, 0) = 0 and coalesce(amended.bill_duration_seconds, 0) = 0
-    ),
-    false
+  settled  constant public.call_outcome := private.settled_outcome(amended, coalesce(outcome, attempt.call_status));
+  -- Who was dialled after all has no reason any more why he was not.
+  corrects constant boolean := settled <> attempt.call_status and (
+    outcome is not null and not attempt.dialled and amended.dialled
+    or private.outcome_rank(settled, private.has_talked(amended)) > private.outcome_rank(attempt.call_status, private.has_talked(amended))
   );
   completes boolean := false;
 begin
-  if outcome = 'answered' and amended.machine then
-    outcome := 'machine';
-    corrects := corrects and attempt.call_status <> 'machine';
-  end if;
+  outcome := settled;
   if corrects then
     amended.call_status := outcome;
-    amended.disconnect_reason := outcome;
+    -- What the agent said of the end stands, whichever of the two was told first.
+    if attempt.metadata #>> '{agent,ranks,disconnect_reason}' is null then
+      amended.disconnect_reason := outcome;
+    end if;
   end if;
   if amended is not distinct from attempt then
     return false;
@@ -9575,6 +10502,11 @@ begin
         select
         from public.suppressions as suppression
         where suppression.organization_id = zoned.organization_id and suppression.phone_number = zoned.phone
+      )
+      or exists (
+        select
+        from private.erased_numbers as erased
+        where erased.organization_id = zoned.organization_id and erased.phone_hash = private.hash_number(zoned.phone)
       ) as suppressed,
       exists (
         select
@@ -9801,6 +10733,9 @@ declare
   able       private.candidate[] := array[]::private.candidate[];
   over       private.candidate[] := array[]::private.candidate[];
   granted    uuid[] := array[]::uuid[];
+  limits     integer[] := array[]::integer[];
+  holds      private.call_holds[] := array[]::private.call_holds[];
+  holding    record;
   room       integer;
   moved      integer := 0;
   given      integer;
@@ -9850,26 +10785,25 @@ begin
   end if;
   able := private.choose_candidates(able, room);
 
-  -- The plan's quota last, organization by organization: nothing but usage counters is locked after a usage counter.
+  -- What the calls may cost last, organization by organization: nothing but wallets is locked after usage counters.
   for tenant in
-    select (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows
+    select
+      (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows,
+      array_agg((able[place]).max_call_seconds order by place) as wanted
     from generate_subscripts(able, 1) as place
     group by (able[place]).organization_id
     order by (able[place]).organization_id
   loop
-    given := cardinality(tenant.rows);
-    if not private.reserve_usage(tenant.id, 'ai_calls', given, at) then
-      given := 0;
-      while given < cardinality(tenant.rows) and private.reserve_usage(tenant.id, 'ai_calls', 1, at) loop
-        given := given + 1;
-      end loop;
-    end if;
+    holding := private.hold_calls(tenant.id, tenant.wanted, at);
+    given := cardinality(holding.limits);
     if given < cardinality(tenant.rows) then
       insert into private.dispatch_holds as hold (organization_id, held_until, reason)
-      values (tenant.id, at + interval '5 minutes', 'quota_exhausted')
+      values (tenant.id, at + interval '5 minutes', holding.reason)
       on conflict (organization_id) do update set held_until = excluded.held_until, reason = excluded.reason;
     end if;
     granted := granted || tenant.rows[:given];
+    limits := limits || holding.limits;
+    holds := holds || holding.holds;
   end loop;
 
   with attempt as (
@@ -9880,12 +10814,19 @@ begin
     select
       candidate.organization_id, candidate.campaign_id, candidate.lead_id, candidate.project_id, candidate.queue_id,
       candidate.attempt_no, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number, candidate.agent_id,
-      candidate.record_call, candidate.ring_timeout_seconds, candidate.max_call_seconds, at,
+      candidate.record_call, candidate.ring_timeout_seconds, allowed.seconds, at,
       now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
     from unnest(able) as candidate
-    where candidate.queue_id = any (granted)
+    join unnest(granted, limits) as allowed (queue_id, seconds) on allowed.queue_id = candidate.queue_id
     on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
     returning id, organization_id, campaign_id, lead_id, queue_id, not_after
+  ),
+  held as (
+    insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+    select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+    from generate_subscripts(granted, 1) as place
+    join attempt on attempt.queue_id = granted[place]
+    cross join lateral (select (holds[place]).*) as hold
   ),
   taken as (
     update public.call_queue as queue
@@ -9910,16 +10851,15 @@ begin
   from attempt;
   if given < cardinality(granted) then
     -- Somebody else began to call the number meanwhile: what was held for this row goes back.
-    for tenant in
-      select candidate.organization_id as id, count(*) as rows
-      from unnest(able) as candidate
-      join public.call_queue as queue on queue.id = candidate.queue_id
-      where candidate.queue_id = any (granted) and queue.status = 'queued'
-      group by candidate.organization_id
-      order by candidate.organization_id
-    loop
-      perform private.release_usage(tenant.id, 'ai_calls', tenant.rows, at);
-    end loop;
+    perform private.give_back_holds(
+      array(
+        select holds[place]
+        from generate_subscripts(granted, 1) as place
+        join public.call_queue as queue on queue.id = granted[place]
+        where queue.status = 'queued'
+      ),
+      at
+    );
   end if;
 
   -- Full hands, or rows that stepped aside in the last look: another one would find more.
@@ -9965,11 +10905,7 @@ begin
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
         when campaign.status <> 'running' then 'campaign_' || campaign.status
-        when lead.do_not_call or exists (
-          select
-          from public.suppressions as suppression
-          where suppression.organization_id = log.organization_id and suppression.phone_number = log.callee_number
-        ) then 'opted_out'
+        when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
         when lead.phone is distinct from log.callee_number then 'number_changed'
@@ -10025,7 +10961,7 @@ begin
           'provider', account.provider,
           'carrier_account_id', account.id,
           'account_sid', account.account_sid,
-          'auth_token_sealed', account.auth_token_sealed,
+          'credentials_sealed', account.credentials_sealed,
           'api_base', account.api_base,
           'from', log.caller_number,
           'to', log.callee_number,
@@ -10211,7 +11147,8 @@ begin
     select log.id
     from public.call_logs as log
     where log.status in ('submitting', 'submission_unknown', 'queued', 'initiated', 'ringing', 'in_progress')
-      and log.direction = 'outbound'
+      -- A call to us is known by the carrier's id of it alone.
+      and (log.direction = 'outbound' or log.call_sid is not null)
       and log.lease_until < now()
     order by log.lease_until
     limit most
@@ -10231,7 +11168,7 @@ begin
       'provider', account.provider,
       'carrier_account_id', account.id,
       'account_sid', account.account_sid,
-      'auth_token_sealed', account.auth_token_sealed,
+      'credentials_sealed', account.credentials_sealed,
       'api_base', account.api_base,
       'provider_call_id', claimed.call_sid,
       'from', claimed.caller_number,
@@ -10655,9 +11592,9 @@ to authenticated;
 -- Counting: quotas that are taken and given back, usage that is recorded once, and what an organization has used.
 --
 -- One transaction writes an event's key, the event, its day and its period. Locks are always taken in the same order (keys, then
--- counters by meter and period, then days), so that writers wait for each other and never deadlock. The counter of a period is
--- also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or finds the
--- counter closed and counts in the next period. Nothing falls between.
+-- counters by meter and period, then days, then wallets), so that writers wait for each other and never deadlock. The counter of a
+-- period is also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or
+-- finds the counter closed and counts in the next period. Nothing falls between.
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
@@ -11003,6 +11940,8 @@ declare
   said bytea := case when billed > 0 then private.usage_hash(billed::text) end;
   is_first boolean;
   is_new boolean;
+  hold private.call_holds;
+  charged bigint := 0;
 begin
   if attempt.ended_at is null then
     return;
@@ -11023,9 +11962,24 @@ begin
       and known.body_hash is null;
     is_new := found;
   end if;
+  if not is_first and not is_new then
+    return;
+  end if;
 
+  -- Under the counters' locks a hold becomes use: whoever asks what is left sees the one or the other, never both and never neither.
+  perform
+  from public.usage_logs as log
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('ai_calls', 'call_seconds')
+    and (log.closed_at is null or log.reserved > 0)
+  order by log.feature_key, log.period_start
+  for no key update;
+  delete from private.call_holds as held where held.attempt_id = attempt.id returning held.* into hold;
   if is_first and attempt.direction = 'outbound' then
     perform private.release_usage(attempt.organization_id, 'ai_calls', 1, at);
+  end if;
+  if hold.seconds > 0 then
+    perform private.release_usage(attempt.organization_id, 'call_seconds', hold.seconds, at);
   end if;
   if is_new then
     perform private.count_usage(
@@ -11038,12 +11992,454 @@ begin
       at
     );
   end if;
+  if is_new or hold.credit_minor > 0 then
+    charged := private.charge_call(attempt, case when is_new then billed else 0 end, hold, at);
+  end if;
+
+  -- More is left than before: who waits for it is asked again.
+  if hold.attempt_id is not null and (not is_new or hold.seconds > billed or hold.credit_minor > charged) then
+    perform private.lift_dispatch_hold(attempt.organization_id, array['quota_exhausted', 'credit_exhausted']);
+  end if;
 end
 $$;
 revoke all on function private.meter_call(public.call_logs, timestamptz) from public;
 comment on function private.meter_call(public.call_logs, timestamptz) is
-  'Settles one ended attempt: gives back the call that was held for it, once, and counts the call and its billed seconds, once, also '
-  'when the carrier reports them later.';
+  'Settles one ended attempt: gives back what was held for it, once, counts the call and its billed seconds and charges what is beyond '
+  'the plan, once, also when the carrier reports them later.';
+
+create function private.lift_dispatch_hold(organization_id uuid, reasons text[]) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  -- Whoever has it locked without the caller's lock is lifting it too.
+  delete from private.dispatch_holds as hold
+  where hold.organization_id in (
+    select waiting.organization_id
+    from private.dispatch_holds as waiting
+    where waiting.organization_id = lift_dispatch_hold.organization_id and waiting.reason = any (reasons)
+    for update skip locked
+  );
+  return found;
+end
+$$;
+revoke all on function private.lift_dispatch_hold(uuid, text[]) from public;
+comment on function private.lift_dispatch_hold(uuid, text[]) is
+  'Lets an organization be released for again that waits for one of these reasons, and says whether it did. The caller holds the lock '
+  'of what there is more of.';
+
+-- What a call may cost, and what it cost ------------------------------------------------------------------------------------------
+--
+-- A second of calling is paid by what the plan includes, then by prepaid credit, then by overage where the plan prices it. What pays
+-- is decided when the call ends, by what is left then; the hold of the release only makes sure that it is there. The locks are the
+-- counters of the organization, then its wallet.
+
+create function private.credit_cost(seconds bigint, term public.plan_price_meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(
+    div(seconds::numeric + term.credit_pulse - 1, term.credit_pulse) * term.credit_pulse * term.credit_price_minor, term.credit_unit);
+end
+$$;
+comment on function private.credit_cost(bigint, public.plan_price_meters) is
+  'What seconds of one call cost in prepaid credit: started pulses, rounded once.';
+
+create function private.credit_reach(amount_minor bigint, term public.plan_price_meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if term.credit_price_minor = 0 then
+    return 2147483647;
+  end if;
+  return least(
+    div(greatest(amount_minor, 0)::numeric * term.credit_unit, term.credit_price_minor::numeric * term.credit_pulse) * term.credit_pulse,
+    2147483647
+  )::bigint;
+end
+$$;
+comment on function private.credit_reach(bigint, public.plan_price_meters) is 'How many seconds of one call an amount of credit pays for, in whole pulses.';
+
+create function private.shortest_call() returns integer
+language sql immutable set search_path = ''
+as $$
+  select 30
+$$;
+comment on function private.shortest_call() is
+  'Nobody is called for fewer seconds than these, the shortest that a campaign may ask for: where less is left, the lead waits.';
+
+create function private.hold_calls(
+  organization_id uuid, wanted integer[], at timestamptz,
+  out limits integer[], out holds private.call_holds[], out reason text
+)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  period record;
+  calls public.plan_price_meters;
+  talk public.plan_price_meters;
+  term public.plan_price_meters;
+  counter record;
+  open_holds record;
+  money text;
+  wallet_id uuid;
+  is_metered boolean;
+  is_beyond boolean;
+  calls_left bigint;
+  calls_covered bigint;
+  seconds_left bigint;
+  seconds_covered bigint;
+  credit_left bigint;
+  granted bigint;
+  covered bigint;
+  paid bigint;
+  cost bigint;
+  seconds_held bigint := 0;
+  credit_held bigint := 0;
+begin
+  limits := '{}';
+  holds := '{}';
+
+  for try in 1..3 loop
+    subscription := private.live_subscription(organization_id);
+    if subscription.id is null or subscription.status not in ('trialing', 'active', 'past_due') then
+      reason := 'quota_exhausted';
+      return;
+    end if;
+    period := private.usage_period(
+      subscription, organization_id, subscription.timezone, (at at time zone subscription.timezone)::date, at);
+    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
+    select own.* into calls
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
+    select own.* into talk
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+    is_metered := coalesce(talk.included_units >= 0, false) or private.meter_cap(talk) is not null;
+
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
+    select hold_calls.organization_id, meter.key, period.period_start, period.period_end
+    from unnest(array['ai_calls', case when is_metered then 'call_seconds' end]) as meter (key)
+    where meter.key is not null
+      and not exists (
+        select
+        from public.usage_logs as log
+        where log.organization_id = hold_calls.organization_id and log.feature_key = meter.key and log.period_start = period.period_start
+      )
+    order by meter.key
+    on conflict do nothing;
+
+    -- What is still held from earlier periods will be used in this one.
+    with locked as (
+      select log.*
+      from public.usage_logs as log
+      where log.organization_id = hold_calls.organization_id
+        and log.feature_key in ('ai_calls', 'call_seconds')
+        and (log.period_start = period.period_start or log.period_start < period.period_start and log.reserved > 0)
+      order by log.feature_key, log.period_start
+      for no key update
+    )
+    select
+      coalesce(bool_or(locked.closed_at is not null) filter (where locked.period_start = period.period_start), true) as is_closed,
+      sum(locked.usage_count) filter (where locked.feature_key = 'ai_calls' and locked.period_start = period.period_start)::bigint as calls,
+      sum(locked.prepaid) filter (where locked.feature_key = 'ai_calls' and locked.period_start = period.period_start)::bigint as paid_calls,
+      sum(locked.reserved) filter (where locked.feature_key = 'ai_calls')::bigint as held_calls,
+      sum(locked.usage_count) filter (where locked.feature_key = 'call_seconds' and locked.period_start = period.period_start)::bigint as seconds,
+      sum(locked.prepaid) filter (where locked.feature_key = 'call_seconds' and locked.period_start = period.period_start)::bigint as paid_seconds,
+      sum(locked.reserved) filter (where locked.feature_key = 'call_seconds')::bigint as held_seconds
+    into counter
+    from locked;
+    exit when not counter.is_closed;
+    -- The period was closed in between: look again which one is current.
+  end loop;
+  if counter.is_closed then
+    reason := 'quota_exhausted';
+    return;
+  end if;
+
+  -- Null is without end. Calls under way use up what is included only as far as no credit is held for them.
+  select count(*) filter (where held.is_beyond) as calls, coalesce(sum(held.credit_seconds) filter (where not held.is_beyond), 0) as seconds
+  into open_holds
+  from private.call_holds as held
+  where held.organization_id = hold_calls.organization_id;
+  calls_left := private.meter_cap(calls) - counter.calls - counter.held_calls;
+  seconds_left := private.meter_cap(talk) - counter.seconds - counter.held_seconds;
+  if calls.credit_price_minor is not null and calls.included_units >= 0 then
+    calls_covered := calls.included_units - (counter.calls - counter.paid_calls) - (counter.held_calls - open_holds.calls);
+  end if;
+  if talk.credit_price_minor is not null and talk.included_units >= 0 then
+    seconds_covered := talk.included_units - (counter.seconds - counter.paid_seconds) - (counter.held_seconds - open_holds.seconds);
+  end if;
+
+  for place in 1..cardinality(wanted) loop
+    granted := least(wanted[place], seconds_left);
+    if calls_left <= 0 or granted < private.shortest_call() then
+      reason := 'quota_exhausted';
+      exit;
+    end if;
+
+    term := null;
+    covered := granted;
+    is_beyond := coalesce(calls_covered <= 0, false);
+    if is_beyond then
+      term := calls;
+      covered := 0;
+    elsif seconds_covered < granted then
+      term := talk;
+      covered := greatest(seconds_covered, 0);
+    end if;
+    paid := 0;
+    cost := 0;
+    if covered < granted then
+      if credit_left is null then
+        wallet_id := private.lock_wallet(organization_id, money, at);
+        credit_left := coalesce((
+          select own.balance_minor - own.held_minor from public.call_credits as own where own.id = wallet_id
+        ), 0);
+      end if;
+      paid := least(granted - covered, private.credit_reach(credit_left, term));
+      cost := private.credit_cost(paid, term);
+      if term.overage_price_minor is null then
+        granted := covered + paid;
+        if granted < private.shortest_call() then
+          reason := 'credit_exhausted';
+          exit;
+        end if;
+      end if;
+    end if;
+
+    limits := limits || granted::integer;
+    holds := holds || row(
+      null, organization_id, case when is_metered then granted else 0 end, paid, is_beyond,
+      case when paid > 0 and wallet_id is not null then money end, cost
+    )::private.call_holds;
+    calls_left := calls_left - 1;
+    seconds_left := seconds_left - granted;
+    calls_covered := calls_covered - (not is_beyond)::integer;
+    seconds_covered := seconds_covered - covered;
+    credit_left := credit_left - cost;
+    seconds_held := seconds_held + case when is_metered then granted else 0 end;
+    credit_held := credit_held + cost;
+  end loop;
+
+  update public.usage_logs as log
+  set reserved = log.reserved + case log.feature_key when 'ai_calls' then cardinality(limits) else seconds_held end
+  where log.organization_id = hold_calls.organization_id
+    and log.period_start = period.period_start
+    and (log.feature_key = 'ai_calls' and cardinality(limits) > 0 or log.feature_key = 'call_seconds' and seconds_held > 0);
+  if credit_held > 0 then
+    update public.call_credits as own set held_minor = own.held_minor + credit_held where own.id = wallet_id;
+  end if;
+end
+$$;
+comment on function private.hold_calls(uuid, integer[], timestamptz) is
+  'Holds what calls of one organization may cost at most, in the order of their time limits `wanted`, as many as fit: the call, its '
+  'seconds, and credit for what is beyond the plan. Gives for each the limit it may last, which is less where less is left, and what it '
+  'holds; where not all fit, the reason why the next one has to wait.';
+
+create function private.give_back_holds(holds private.call_holds[], at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  tenant record;
+begin
+  for tenant in
+    select
+      held.organization_id as id, count(*) as calls, sum(held.seconds)::bigint as seconds, max(held.currency) as currency,
+      sum(held.credit_minor)::bigint as credit
+    from unnest(holds) as held
+    group by held.organization_id
+    order by held.organization_id
+  loop
+    perform private.release_usage(tenant.id, 'ai_calls', tenant.calls, at);
+    if tenant.seconds > 0 then
+      perform private.release_usage(tenant.id, 'call_seconds', tenant.seconds, at);
+    end if;
+    if tenant.credit > 0 then
+      update public.call_credits as own
+      set held_minor = own.held_minor - tenant.credit
+      where own.organization_id = tenant.id and own.currency = tenant.currency;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.give_back_holds(private.call_holds[], timestamptz) is
+  'Gives back what was held for calls that were not made after all, in the transaction that held it.';
+
+create function private.charge_call(attempt public.call_logs, billed bigint, hold private.call_holds, at timestamptz) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  calls public.plan_price_meters;
+  talk public.plan_price_meters;
+  term public.plan_price_meters;
+  money text;
+  wallet_id uuid;
+  counted_on date;
+  counter record;
+  beyond bigint := 0;
+  paid bigint;
+  cost bigint;
+  taken bigint := 0;
+begin
+  if billed > 0 then
+    subscription := private.live_subscription(attempt.organization_id);
+    select own.* into calls
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
+    select own.* into talk
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+  end if;
+
+  if calls.credit_price_minor is not null and calls.included_units >= 0
+    or talk.credit_price_minor is not null and talk.included_units >= 0 then
+    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
+    select event.day
+    into strict counted_on
+    from private.usage_events as event
+    where event.occurred_at = attempt.ended_at
+      and event.organization_id = attempt.organization_id
+      and event.meter_key = 'call_seconds'
+      and event.source = 'call'
+      and event.key = attempt.id::text;
+    -- With this call, and without what credit paid before.
+    select
+      sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'ai_calls')::bigint as calls,
+      sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'call_seconds')::bigint as seconds
+    into counter
+    from public.usage_logs as log
+    where log.organization_id = attempt.organization_id
+      and log.feature_key in ('ai_calls', 'call_seconds')
+      and log.period_start <= counted_on and counted_on < log.period_end;
+    if calls.credit_price_minor is not null and calls.included_units >= 0 and counter.calls > calls.included_units then
+      term := calls;
+      beyond := billed;
+    elsif talk.credit_price_minor is not null and talk.included_units >= 0 and counter.seconds > talk.included_units then
+      term := talk;
+      beyond := least(billed, counter.seconds - talk.included_units);
+    end if;
+  end if;
+  if beyond = 0 and coalesce(hold.credit_minor, 0) = 0 then
+    return 0;
+  end if;
+
+  -- The plan may have changed its currency since the release: then there are two wallets.
+  perform
+  from public.call_credits as own
+  where own.organization_id = attempt.organization_id and own.currency in (hold.currency, money)
+  order by own.currency
+  for no key update;
+  if hold.credit_minor > 0 then
+    update public.call_credits as own
+    set held_minor = own.held_minor - hold.credit_minor
+    where own.organization_id = attempt.organization_id and own.currency = hold.currency;
+  end if;
+  if beyond = 0 then
+    return 0;
+  end if;
+
+  paid := beyond;
+  if term.overage_price_minor is not null then
+    -- What credit does not pay for in whole pulses is billed.
+    wallet_id := private.lock_wallet(attempt.organization_id, money, at);
+    paid := least(beyond, private.credit_reach(
+      coalesce((select own.balance_minor from public.call_credits as own where own.id = wallet_id), 0), term
+    ));
+  end if;
+  cost := private.credit_cost(paid, term);
+  if cost > 0 then
+    taken := private.debit_credit(
+      attempt.organization_id, money, cost, 'call ' || attempt.id, at, true, 'consumption', 'call', attempt.id);
+  end if;
+  insert into public.call_charges (
+    call_log_id, organization_id, plan_price_id, meter_key, day, seconds, credit_seconds, overage_seconds, currency, charged_minor,
+    uncollected_minor, transaction_id, created_at
+  )
+  values (
+    attempt.id, attempt.organization_id, subscription.plan_price_id, term.meter_key, counted_on, beyond,
+    case when taken < cost then div(paid::numeric * taken, cost)::bigint else paid end, beyond - paid, money, taken, cost - taken,
+    (
+      select transaction.id
+      from public.credit_transactions as transaction
+      where transaction.organization_id = attempt.organization_id and transaction.idempotency_key = 'call ' || attempt.id
+    ),
+    at
+  );
+  update public.usage_logs as log
+  set prepaid = log.prepaid + case log.feature_key when 'ai_calls' then 1 else paid end
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('call_seconds', term.meter_key)
+    and log.period_start <= counted_on and counted_on < log.period_end;
+  update public.usage_days as total
+  set prepaid = total.prepaid + case total.meter_key when 'ai_calls' then 1 else paid end
+  where total.organization_id = attempt.organization_id
+    and total.meter_key in ('call_seconds', term.meter_key)
+    and total.day = counted_on;
+  return taken;
+end
+$$;
+comment on function private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz) is
+  'Lets go of the credit that was held for a call and takes what its seconds beyond the plan cost, as far as the balance goes, and says '
+  'how much. The call is counted already, its counters are locked, and nobody charges it twice.';
+
+create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  with live as (
+    select log.organization_id, log.id
+    from public.call_logs as log
+    where log.direction = 'outbound' and log.status <> 'ended' and (log.organization_id = $1 or $1 is null)
+  ),
+  held as (
+    select own.organization_id, count(*) as calls, sum(own.seconds) as seconds
+    from private.call_holds as own
+    where own.organization_id = $1 or $1 is null
+    group by own.organization_id
+  ),
+  counted as (
+    select
+      log.organization_id,
+      sum(log.reserved) filter (where log.feature_key = 'ai_calls') as calls,
+      sum(log.reserved) filter (where log.feature_key = 'call_seconds') as seconds
+    from public.usage_logs as log
+    where log.organization_id = $1 or $1 is null
+    group by log.organization_id
+  )
+  select coalesce(own.organization_id, live.organization_id), format('attempt %s', coalesce(own.attempt_id, live.id))
+    || case when live.id is null then ' has ended and holds something' else ' has not ended and holds nothing' end
+  from (select hold.* from private.call_holds as hold where hold.organization_id = $1 or $1 is null) as own
+  full join live on live.id = own.attempt_id
+  where own.attempt_id is null or live.id is null
+  union all
+  select
+    tenant.id,
+    format(
+      '%s calls and %s seconds held, %s and %s counted', coalesce(held.calls, 0), coalesce(held.seconds, 0), coalesce(counted.calls, 0),
+      coalesce(counted.seconds, 0)
+    )
+  from public.organizations as tenant
+  left join held on held.organization_id = tenant.id
+  left join counted on counted.organization_id = tenant.id
+  where (tenant.id = $1 or $1 is null)
+    and (coalesce(held.calls, 0), coalesce(held.seconds, 0)) <> (coalesce(counted.calls, 0), coalesce(counted.seconds, 0))
+  union all
+  select wallet.organization_id, format('%s of credit held, the wallet says %s', coalesce(sum(own.credit_minor), 0), wallet.held_minor)
+  from public.call_credits as wallet
+  left join private.call_holds as own on own.organization_id = wallet.organization_id and own.currency = wallet.currency
+  where wallet.organization_id = $1 or $1 is null
+  group by wallet.id
+  having wallet.held_minor <> coalesce(sum(own.credit_minor), 0)
+$$;
+comment on function private.check_holds(uuid) is
+  'Compares what is held with the attempts that hold it and returns what disagrees: nothing, ever. For one organization or all.';
+
+revoke all on function
+  private.credit_cost(bigint, public.plan_price_meters), private.credit_reach(bigint, public.plan_price_meters), private.shortest_call(),
+  private.hold_calls(uuid, integer[], timestamptz), private.give_back_holds(private.call_holds[], timestamptz),
+  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid)
+from public;
 
 -- Events of an organization's own systems -----------------------------------------------------------------------------------------
 
@@ -11267,7 +12663,7 @@ begin
           'included', nullif(term.included_units, -1),
           'limit', nullif(term.limit_units, -1),
           'overage', case
-            when term.included_units >= 0 then greatest(coalesce(log.usage_count, 0) - term.included_units, 0)
+            when term.included_units >= 0 then greatest(coalesce(log.usage_count - log.prepaid, 0) - term.included_units, 0)
             else 0
           end
         )
@@ -11304,6 +12700,7 @@ as $$
 declare
   log public.usage_logs;
   moved bigint;
+  moved_prepaid bigint;
 begin
   for log in
     select counter.*
@@ -11315,18 +12712,20 @@ begin
     if log.period_start = from_day then
       update public.usage_logs as counter set period_end = cut_usage_periods.period_end where counter.id = log.id;
     elsif log.period_start < from_day then
-      select coalesce(sum(total.quantity), 0)::bigint
-      into moved
+      select coalesce(sum(total.quantity), 0)::bigint, coalesce(sum(total.prepaid), 0)::bigint
+      into moved, moved_prepaid
       from public.usage_days as total
       where total.organization_id = cut_usage_periods.organization_id
         and total.meter_key = log.feature_key
         and total.day >= from_day and total.day < log.period_end;
       update public.usage_logs as counter
-      set period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved, closed_at = at
+      set
+        period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved,
+        prepaid = counter.prepaid - moved_prepaid, closed_at = at
       where counter.id = log.id;
       if moved > 0 then
-        insert into public.usage_logs (organization_id, feature_key, usage_count, period_start, period_end)
-        values (cut_usage_periods.organization_id, log.feature_key, moved, from_day, cut_usage_periods.period_end);
+        insert into public.usage_logs (organization_id, feature_key, usage_count, prepaid, period_start, period_end)
+        values (cut_usage_periods.organization_id, log.feature_key, moved, moved_prepaid, from_day, cut_usage_periods.period_end);
       end if;
     end if;
   end loop;
@@ -11662,6 +13061,9 @@ begin
   if expires_at <= at then
     perform private.raise_error(422, 'invalid_expiry', 'The credit would have expired already', 'expires_at');
   end if;
+  if private.lift_dispatch_hold(organization_id, array['credit_exhausted']) then
+    perform private.nudge('call-dispatch');
+  end if;
   return private.write_credit(
     wallet_id, type, amount_minor, key,
     array[
@@ -11707,6 +13109,12 @@ begin
   if known.id is not null then
     return known.amount_minor;
   end if;
+  -- What is held for calls under way is theirs; only a call that has ended takes from all there is.
+  if not allow_partial and exists (
+    select from public.call_credits as own where own.id = wallet_id and own.balance_minor - own.held_minor < debit_credit.amount_minor
+  ) then
+    return 0;
+  end if;
 
   -- Monthly before promotional before purchased, and within each what expires first.
   with held as (
@@ -11750,7 +13158,8 @@ comment on function private.debit_credit(
   uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text
 ) is
   'Takes credit out of an organization''s wallet, once a key, and returns how much: all of it, or 0 and nothing changed when the balance '
-  'is too small. With `allow_partial` it takes what there is: for a call that ran over, which is recorded in full all the same.';
+  'is too small, less what is held. With `allow_partial` it takes what there is: for a call that ran over, which is recorded in full all '
+  'the same.';
 
 create function private.refund_credit(
   organization_id uuid, transaction_id uuid, amount_minor bigint, key text, at timestamptz, description text default null
@@ -11793,7 +13202,11 @@ begin
   if original.type = 'purchase' then
     accounts := array[private.credit_account(organization_id, original.currency, 'purchased')];
     if not exists (
-      select from public.credit_accounts as account where account.id = accounts[1] and account.balance_minor >= refund_credit.amount_minor
+      select
+      from public.credit_accounts as account, public.call_credits as own
+      where account.id = accounts[1]
+        and own.id = wallet_id
+        and least(account.balance_minor, own.balance_minor - own.held_minor) >= refund_credit.amount_minor
     ) then
       perform private.raise_error(422, 'insufficient_credit', 'The credit that was bought is used up', 'amount_minor');
     end if;
@@ -12095,8 +13508,9 @@ begin
     select
       ended.invoice_id, term.*, meter.name, meter.unit, meter.position,
       nullif(term.included_units, -1) as allowance,
+      -- What prepaid credit paid is settled: it is neither included nor billed again.
       coalesce((
-        select sum(total.quantity)
+        select sum(total.quantity - total.prepaid)
         from public.usage_days as total
         where total.organization_id = ended.organization_id
           and total.meter_key = term.meter_key
@@ -12283,8 +13697,8 @@ begin
         on log.organization_id = subscription.organization_id
         and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
       where subscription.id = any (due)
-        and log.usage_count <> (
-          select coalesce(sum(total.quantity), 0)
+        and (log.usage_count, log.prepaid) <> (
+          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
           from public.usage_days as total
           where total.organization_id = log.organization_id
             and total.meter_key = log.feature_key
@@ -12890,6 +14304,8 @@ begin
   )
   on conflict on constraint payment_methods_token_key do update
   set
+    -- What it is by name says more than that it is the gateway's, whichever is told first.
+    type = case when excluded.type in ('razorpay', 'stripe') then known.type else excluded.type end,
     gateway_customer_id = coalesce(excluded.gateway_customer_id, known.gateway_customer_id),
     last4 = coalesce(excluded.last4, known.last4),
     brand = coalesce(excluded.brand, known.brand),
@@ -13155,6 +14571,3534 @@ grant execute on function
   private.issue_credit_note(jsonb, timestamptz), public.open_payment(jsonb), public.record_payment(jsonb), public.record_refund(jsonb),
   public.save_payment_method(jsonb), public.remove_payment_method(jsonb), public.issue_credit_note(jsonb)
 to service_role;
+-- 14_functions_agents.sql
+
+-- What a voice agent's events mean. An event finds its attempt by our id, which the agent was given with the call, by the carrier's call,
+-- or by the agent's own. Events come in any order and more than once: of two values the one that knows more stays, so that the row in
+-- which a call's events end is the same. Locks are taken in the order that 06_campaigns_and_calling.sql names.
+
+
+create function private.attempt_of_agent(event private.webhook_events) returns uuid
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  told   jsonb := event.payload;
+  tenant uuid := (
+    select source.organization_id from public.webhook_sources as source where source.id = private.to_uuid(event.source_id)
+  );
+  found_id uuid;
+begin
+  select log.id into found_id from public.call_logs as log where log.id = private.to_uuid(told ->> 'attempt_id');
+  if found_id is null and told ->> 'provider_call_id' is not null then
+    select log.id into found_id
+    from public.call_logs as log
+    where log.call_sid = told ->> 'provider_call_id' and log.organization_id = coalesce(tenant, log.organization_id);
+  end if;
+  if found_id is null and told ->> 'agent_call_id' is not null then
+    select log.id into found_id
+    from public.call_logs as log
+    where log.agent_call_id = left(told ->> 'agent_call_id', 200) and log.organization_id = coalesce(tenant, log.organization_id)
+    order by log.created_at desc
+    limit 1;
+  end if;
+  return found_id;
+end
+$$;
+comment on function private.attempt_of_agent(private.webhook_events) is
+  'Which attempt an agent''s event is about, within the organization of its source; null when it is not known.';
+
+create function private.knows_more(ranks jsonb, field text, rank integer, known text, told text) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select told is not null and (
+    known is null
+    or (rank, length(told), told collate "C") > (coalesce((ranks ->> field)::integer, -1), length(known), known collate "C")
+  )
+$$;
+comment on function private.knows_more(jsonb, text, integer, text, text) is
+  'Whether a value that is told replaces the one that is known: it comes of a later kind of event, or is longer. A total order, so that '
+  'the order of events does not matter.';
+
+create function private.number_of_person(attempt public.call_logs) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end
+$$;
+comment on function private.number_of_person(public.call_logs) is 'The number of the person in a call, whoever dialled.';
+
+create function private.lock_person(attempt public.call_logs, everywhere boolean) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  people uuid[] := array(
+    select lead.id
+    from public.leads as lead
+    where lead.organization_id = attempt.organization_id
+      and (lead.id = attempt.lead_id or everywhere and lead.phone = private.number_of_person(attempt))
+  );
+begin
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = attempt.organization_id
+    and (queue.id = attempt.queue_id or everywhere and queue.lead_id = any (people))
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = attempt.organization_id and member.lead_id = any (people)
+    and (everywhere or member.campaign_id = attempt.campaign_id)
+  order by member.id
+  for no key update;
+  perform from public.leads as lead where lead.id = any (people) order by lead.id for no key update;
+  perform
+  from public.campaigns as campaign
+  where campaign.id = attempt.campaign_id
+    or campaign.id in (
+      select queue.campaign_id
+      from public.call_queue as queue
+      where everywhere and queue.organization_id = attempt.organization_id and queue.lead_id = any (people)
+    )
+  order by campaign.id
+  for no key update;
+end
+$$;
+comment on function private.lock_person(public.call_logs, boolean) is
+  'Locks what a word of the person called may change, table by table and by id: of this call''s campaign, or of all of the organization''s.';
+
+create function private.opt_out(organization uuid, phone text, reason text, at timestamptz) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  waiting  uuid[];
+  closed   record;
+  campaign public.campaigns;
+begin
+  if phone is null or phone !~ '^\+[1-9][0-9]{6,14}$' then
+    return false;
+  end if;
+  insert into public.suppressions (organization_id, phone_number, source, reason)
+  values (organization, phone, 'call', reason)
+  on conflict (organization_id, phone_number) do nothing;
+  waiting := array(
+    select queue.id
+    from public.leads as lead
+    join public.call_queue as queue on queue.organization_id = lead.organization_id and queue.lead_id = lead.id
+    where lead.organization_id = organization and lead.phone = opt_out.phone and queue.status = 'queued'
+    order by queue.id
+  );
+  update public.call_queue as queue
+  set status = 'failed', last_error = 'opted_out', wait_reason = null
+  where queue.id = any (waiting);
+  update public.campaign_leads as member
+  set status = 'opted_out', skip_reason = 'opted_out', opted_out_at = at, opt_out_reason = reason
+  from public.call_queue as queue
+  where queue.id = any (waiting)
+    and member.organization_id = queue.organization_id
+    and member.campaign_id = queue.campaign_id
+    and member.lead_id = queue.lead_id;
+  update public.leads as lead
+  set
+    do_not_call = true, status = 'do_not_call', opted_out_at = coalesce(lead.opted_out_at, at),
+    opt_out_reason = coalesce(lead.opt_out_reason, reason), callback_time = null
+  where lead.organization_id = organization and lead.phone = opt_out.phone
+    and (not lead.do_not_call or lead.status <> 'do_not_call' or lead.callback_time is not null);
+
+  for closed in
+    select queue.campaign_id as id, count(*)::integer as leads
+    from public.call_queue as queue
+    where queue.id = any (waiting)
+    group by queue.campaign_id
+    order by queue.campaign_id
+  loop
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - closed.leads,
+      status = case
+        when running.open_leads = closed.leads and running.auto_complete and running.status in ('running', 'paused') then 'completed'
+        else running.status
+      end,
+      completed_at = case
+        when running.open_leads = closed.leads and running.auto_complete and running.status in ('running', 'paused') then at
+        else running.completed_at
+      end
+    where running.id = closed.id
+    returning running.* into campaign;
+    if campaign.status = 'completed' then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end loop;
+  return true;
+end
+$$;
+comment on function private.opt_out(uuid, text, text, timestamptz) is
+  'Somebody does not want to be called: the number is suppressed, its leads are marked, and all that waits to call it in any campaign of the '
+  'organization is cancelled, in one transaction. Again, and nothing changes. The caller holds the locks of private.lock_person().';
+
+create function private.call_back(attempt public.call_logs, moment timestamptz, at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queue    public.call_queue;
+  campaign public.campaigns;
+  next_at  timestamptz;
+begin
+  if moment is null or moment <= at or moment > at + interval '90 days' or exists (
+    select
+    from public.suppressions as suppression
+    where suppression.organization_id = attempt.organization_id
+      and suppression.phone_number = private.number_of_person(attempt)
+  ) then
+    return;
+  end if;
+  update public.leads as lead
+  set callback_time = moment
+  where lead.organization_id = attempt.organization_id and lead.id = attempt.lead_id and lead.callback_time is distinct from moment;
+
+  select waiting.* into queue from public.call_queue as waiting where waiting.id = attempt.queue_id;
+  -- A later attempt has its own say.
+  if queue.id is null or queue.dispatch_count <> attempt.attempt_no then
+    return;
+  end if;
+  if queue.status = 'processing' then
+    -- The end of the call reads it.
+    update public.call_queue as waiting
+    set metadata = waiting.metadata || jsonb_build_object('callback_at', moment)
+    where waiting.id = queue.id;
+    return;
+  end if;
+  select running.* into campaign from public.campaigns as running where running.id = queue.campaign_id;
+  if campaign.status not in ('scheduled', 'running', 'paused') then
+    return;
+  end if;
+  next_at := private.next_dial_at(attempt, campaign, greatest(moment, attempt.ended_at));
+  update public.call_queue as waiting
+  set
+    status = 'queued', next_retry_at = next_at, wait_reason = 'callback',
+    max_attempts = greatest(waiting.max_attempts, waiting.attempt_count + 1)
+  where waiting.id = queue.id;
+  if queue.status <> 'queued' then
+    update public.campaign_leads as member
+    set status = 'queued', skip_reason = null
+    where member.organization_id = queue.organization_id
+      and member.campaign_id = queue.campaign_id
+      and member.lead_id = queue.lead_id;
+    update public.campaigns as running set open_leads = running.open_leads + 1 where running.id = campaign.id;
+  end if;
+end
+$$;
+comment on function private.call_back(public.call_logs, timestamptz, timestamptz) is
+  'Somebody asked to be called at a time: the lead says so, and the queue row of this attempt, locked already, waits for then, also when the '
+  'call had closed it. A campaign that is over is not opened again.';
+
+create function private.note_activity(
+  attempt public.call_logs, key text, type text, content jsonb, happened_at timestamptz
+) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  if attempt.lead_id is null then
+    return false;
+  end if;
+  insert into public.lead_activities as activity (id, organization_id, lead_id, type, content, created_by, created_at)
+  values (
+    md5(attempt.id || '|' || key)::uuid, attempt.organization_id, attempt.lead_id, note_activity.type,
+    jsonb_strip_nulls(jsonb_build_object('call_id', attempt.id) || content), null, happened_at
+  )
+  on conflict (id) do update
+  set content = excluded.content
+  where activity.content is distinct from excluded.content;
+  return found;
+end
+$$;
+comment on function private.note_activity(public.call_logs, text, text, jsonb, timestamptz) is
+  'One line in a lead''s timeline for one thing that happened in a call; told again it is the same line.';
+
+create function private.follow_conversation(
+  attempt public.call_logs, told jsonb, replaces boolean, is_over boolean, at timestamptz
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  call         public.calls;
+  conversation public.conversations;
+  agent        jsonb := attempt.metadata -> 'agent';
+  ended        timestamptz;
+begin
+  select mine.* into call
+  from public.calls as mine
+  where mine.organization_id = attempt.organization_id and mine.call_log_id = attempt.id
+  for no key update;
+  if call.id is null then
+    return;
+  end if;
+  select held.* into conversation
+  from public.conversations as held
+  where held.organization_id = call.organization_id and held.store_id = call.store_id and held.id = call.conversation_id
+  for no key update;
+  if conversation.id is null then
+    insert into public.conversations (
+      organization_id, store_id, conversation_key, order_id, customer_id, channel, customer_identifier, start_time, last_activity_at
+    )
+    values (
+      call.organization_id, call.store_id, 'agent:' || attempt.id, call.order_id, call.customer_id, 'voice',
+      private.to_call_party(private.number_of_person(attempt)), call.start_time, call.start_time
+    )
+    on conflict (organization_id, store_id, conversation_key) do update set channel = 'voice'
+    returning * into conversation;
+  end if;
+  update public.calls as mine
+  set conversation_id = conversation.id, call_id = coalesce(mine.call_id, left(attempt.agent_call_id, 100))
+  where mine.id = call.id
+    and (mine.conversation_id is distinct from conversation.id or mine.call_id is null and attempt.agent_call_id is not null);
+
+  if replaces then
+    insert into public.conversation_messages as message (
+      organization_id, store_id, conversation_id, message_index, external_message_id, role, type, content, timestamp
+    )
+    select
+      conversation.organization_id, conversation.store_id, conversation.id, (said.place - 1)::integer, 'agent:' || said.place,
+      (said.value ->> 'role')::public.message_role, 'text', said.value ->> 'text',
+      coalesce(private.clamp_time(said.value ->> 'at', conversation.start_time, greatest(at, conversation.start_time)), conversation.start_time)
+    from jsonb_array_elements(told -> 'messages') with ordinality as said (value, place)
+    on conflict (organization_id, store_id, conversation_id, external_message_id) do update
+    set role = excluded.role, content = excluded.content, timestamp = excluded.timestamp
+    where (message.role, message.content, message.timestamp) is distinct from (excluded.role, excluded.content, excluded.timestamp);
+    delete from public.conversation_messages as message
+    where message.organization_id = conversation.organization_id
+      and message.store_id = conversation.store_id
+      and message.conversation_id = conversation.id
+      and message.external_message_id like 'agent:%'
+      and substr(message.external_message_id, 7)::integer > jsonb_array_length(told -> 'messages');
+  end if;
+
+  ended := greatest(private.clamp_time(agent ->> 'ended_at', conversation.start_time, at), conversation.start_time);
+  update public.conversations as held
+  set
+    summary = coalesce(attempt.summary, held.summary),
+    sentiment_score = coalesce(attempt.sentiment_score, held.sentiment_score),
+    escalated_to_human = held.escalated_to_human or attempt.transferred,
+    escalation_reason = coalesce(attempt.transfer_reason, held.escalation_reason),
+    ai_context = held.ai_context || jsonb_strip_nulls(jsonb_build_object('language', agent -> 'language')),
+    status = case when is_over and held.status in ('active', 'paused', 'escalated') then 'completed' else held.status end,
+    end_time = case when is_over or held.end_time is not null then coalesce(ended, held.end_time, greatest(at, held.start_time)) end
+  where held.organization_id = conversation.organization_id
+    and held.store_id = conversation.store_id
+    and held.id = conversation.id;
+end
+$$;
+comment on function private.follow_conversation(public.call_logs, jsonb, boolean, boolean, timestamptz) is
+  'The conversation of a call that is a store''s: opened, its messages written, summed up and closed as the agent tells it.';
+
+create function private.apply_agent_event(
+  event private.webhook_events, source public.webhook_sources, at timestamptz,
+  out result public.event_status, out error text, out organization_id uuid
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  told     jsonb := event.payload;
+  agent_id text := left(nullif(told ->> 'agent_call_id', ''), 200);
+  rank     integer := coalesce(array_position(array['status', 'tool', 'started', 'ended', 'analyzed'], told ->> 'event'), 1) - 1;
+  is_over  boolean := coalesce(told ->> 'event' in ('ended', 'analyzed'), false);
+  attempt  public.call_logs;
+  updated  public.call_logs;
+  ranks    jsonb;
+  agent    jsonb;
+  tool     jsonb;
+  tools    jsonb := case jsonb_typeof(told -> 'tools') when 'array' then told -> 'tools' else '[]' end;
+  message_count integer := case jsonb_typeof(told -> 'messages') when 'array' then jsonb_array_length(told -> 'messages') end;
+  replaces boolean := false;
+  noted    boolean := false;
+  latest   timestamptz;
+  used_at  timestamptz;
+  moment   timestamptz;
+  reason   text;
+  orphan   private.webhook_events;
+  applied  record;
+begin
+  organization_id := source.organization_id;
+  -- Two events of one conversation, of which one tells what the other needs to find its call, see each other.
+  if agent_id is not null then
+    perform pg_advisory_xact_lock(hashtextextended('trunkline.agent:' || event.source_id || ':' || agent_id, 0));
+  end if;
+  select log.* into attempt
+  from public.call_logs as log
+  where log.id = private.attempt_of_agent(event)
+  for no key update;
+  if attempt.id is null then
+    result := 'orphan';
+    error := 'unknown_attempt';
+    return;
+  end if;
+  if source.organization_id <> attempt.organization_id then
+    result := 'orphan';
+    error := 'other_organization';
+    return;
+  end if;
+  organization_id := attempt.organization_id;
+  if attempt.agent_call_id <> agent_id then
+    result := 'orphan';
+    error := 'other_conversation';
+    return;
+  end if;
+  if jsonb_array_length(tools) > 0 then
+    perform private.lock_person(attempt, tools @? '$[*] ? (@.name == "opt_out")');
+  end if;
+
+  updated := attempt;
+  latest := greatest(at, attempt.created_at);
+  agent := coalesce(attempt.metadata -> 'agent', '{}');
+  ranks := coalesce(agent -> 'ranks', '{}');
+  updated.agent_call_id := coalesce(attempt.agent_call_id, agent_id);
+  if private.knows_more(ranks, 'transcript', rank, attempt.conversation_transcript, told ->> 'transcript') then
+    updated.conversation_transcript := told ->> 'transcript';
+    ranks := ranks || jsonb_build_object('transcript', rank);
+  end if;
+  if private.knows_more(ranks, 'summary', rank, attempt.summary, told ->> 'summary') then
+    updated.summary := told ->> 'summary';
+    ranks := ranks || jsonb_build_object('summary', rank);
+  end if;
+  if private.knows_more(ranks, 'analysis', rank, attempt.ai_analysis::text, nullif(told -> 'analysis', 'null')::text) then
+    updated.ai_analysis := told -> 'analysis';
+    ranks := ranks || jsonb_build_object('analysis', rank);
+  end if;
+  if private.knows_more(ranks, 'sentiment', rank, attempt.sentiment_score::text, round((told ->> 'sentiment')::numeric, 2)::text) then
+    updated.sentiment_score := round((told ->> 'sentiment')::numeric, 2);
+    ranks := ranks || jsonb_build_object('sentiment', rank);
+  end if;
+  if private.knows_more(ranks, 'interest_level', rank, attempt.interest_level, told ->> 'interest_level') then
+    updated.interest_level := told ->> 'interest_level';
+    ranks := ranks || jsonb_build_object('interest_level', rank);
+  end if;
+  if private.knows_more(ranks, 'disconnect_reason', rank,
+    case when ranks ? 'disconnect_reason' then attempt.disconnect_reason end, told ->> 'disconnect_reason')
+  then
+    updated.disconnect_reason := told ->> 'disconnect_reason';
+    updated.disconnect_notes := told ->> 'disconnect_code';
+    ranks := ranks || jsonb_build_object('disconnect_reason', rank);
+  end if;
+  -- A recording of the carrier's has an id, and stays.
+  if attempt.recording_id is null
+    and private.knows_more(ranks, 'recording_url', rank, attempt.recording_url, told ->> 'recording_url')
+  then
+    updated.recording_url := told ->> 'recording_url';
+    ranks := ranks || jsonb_build_object('recording_url', rank);
+  end if;
+  if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
+    agent := agent || jsonb_build_object('language', told ->> 'language');
+    ranks := ranks || jsonb_build_object('language', rank);
+  end if;
+  if message_count > 0 and (rank, message_count)
+    > (coalesce((ranks ->> 'messages')::integer, -1), coalesce((agent ->> 'message_count')::integer, 0))
+  then
+    replaces := true;
+    agent := agent || jsonb_build_object('message_count', message_count);
+    ranks := ranks || jsonb_build_object('messages', rank);
+  end if;
+  agent := agent || jsonb_strip_nulls(jsonb_build_object(
+    'provider', source.provider,
+    'started_at', least((agent ->> 'started_at')::timestamptz, (told ->> 'started_at')::timestamptz),
+    'ended_at', greatest((agent ->> 'ended_at')::timestamptz, (told ->> 'ended_at')::timestamptz),
+    'duration_seconds', greatest((agent ->> 'duration_seconds')::integer, (told ->> 'duration_seconds')::integer)
+  ));
+
+  for tool in select element.value from jsonb_array_elements(tools) as element loop
+    used_at := private.clamp_time(
+      coalesce(tool ->> 'at', told ->> 'ended_at', told ->> 'started_at'), attempt.created_at, latest
+    );
+    used_at := coalesce(used_at, latest);
+    moment := private.to_business((tool ->> 'when')::timestamptz);
+    reason := left(coalesce(tool #>> '{arguments,reason}', tool #>> '{arguments,message}'), 500);
+    if private.note_activity(
+      attempt, 'tool|' || coalesce(tool ->> 'id', ''),
+      case tool ->> 'name'
+        when 'transfer' then 'transfer' when 'callback' then 'callback' when 'opt_out' then 'opt_out' when 'site_visit' then 'site_visit'
+        else 'agent_tool'
+      end,
+      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment), used_at
+    ) then
+      noted := true;
+    end if;
+    case tool ->> 'name'
+      when 'transfer' then
+        updated.transferred := true;
+        updated.transferred_at := least(updated.transferred_at, used_at);
+        if private.knows_more(ranks, 'transfer_reason', 0, updated.transfer_reason, reason) then
+          updated.transfer_reason := reason;
+        end if;
+        if private.knows_more(ranks, 'transfer_department', 0, updated.transfer_department,
+          left(coalesce(tool #>> '{arguments,department}', tool #>> '{arguments,destination}'), 200))
+        then
+          updated.transfer_department := left(coalesce(tool #>> '{arguments,department}', tool #>> '{arguments,destination}'), 200);
+        end if;
+      when 'callback' then
+        if moment is not null then
+          agent := agent || jsonb_build_object('callback_at', greatest((agent ->> 'callback_at')::timestamptz, moment));
+        end if;
+      when 'opt_out' then
+        agent := agent || jsonb_build_object('opted_out', true);
+        perform private.opt_out(attempt.organization_id, private.number_of_person(attempt), coalesce(reason, 'said so in a call'), at);
+      else
+        null;
+    end case;
+  end loop;
+
+  updated.metadata := attempt.metadata || jsonb_build_object('agent', agent || jsonb_build_object('ranks', ranks));
+  if updated is distinct from attempt then
+    noted := true;
+    update public.call_logs as log
+    set
+      agent_call_id = updated.agent_call_id, conversation_transcript = updated.conversation_transcript, ai_analysis = updated.ai_analysis,
+      summary = updated.summary, sentiment_score = updated.sentiment_score, interest_level = updated.interest_level,
+      transferred = updated.transferred, transferred_at = updated.transferred_at, transfer_reason = updated.transfer_reason,
+      transfer_department = updated.transfer_department, disconnect_reason = updated.disconnect_reason,
+      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata
+    where log.id = attempt.id;
+  end if;
+  if updated.transferred and not attempt.transferred then
+    update public.campaigns as campaign
+    set transferred_calls = campaign.transferred_calls + 1
+    where campaign.id = attempt.campaign_id;
+  end if;
+  if (agent ->> 'callback_at') is distinct from (attempt.metadata #>> '{agent,callback_at}') then
+    perform private.call_back(updated, (agent ->> 'callback_at')::timestamptz, at);
+  end if;
+  perform private.follow_conversation(updated, told, replaces, is_over, at);
+  if is_over or updated.metadata #>> '{agent,ended_at}' is not null then
+    perform private.note_activity(
+      updated, 'call', 'call',
+      jsonb_build_object(
+        'summary', updated.summary, 'sentiment', updated.sentiment_score, 'interest_level', updated.interest_level,
+        'disconnect_reason', case when ranks ? 'disconnect_reason' then updated.disconnect_reason end,
+        'duration_seconds', agent -> 'duration_seconds'
+      ),
+      coalesce(private.clamp_time(agent ->> 'ended_at', attempt.created_at, latest), latest)
+    );
+  end if;
+  result := case when noted or replaces then 'applied' else 'ignored' end::public.event_status;
+
+  -- What came before anybody knew whose conversation it was.
+  if attempt.agent_call_id is null and updated.agent_call_id is not null then
+    for orphan in
+      select waiting.*
+      from private.webhook_events as waiting
+      where waiting.source_id = event.source_id and waiting.payload ->> 'agent_call_id' = told ->> 'agent_call_id'
+        and waiting.status = 'orphan' and waiting.payload_type = 'agent' and waiting.error = 'unknown_attempt'
+      order by waiting.received_at, waiting.id
+      for no key update
+    loop
+      select * into applied from private.apply_agent_event(orphan, source, at);
+      update private.webhook_events as stored
+      set
+        status = applied.result, error = applied.error, organization_id = applied.organization_id, attempt_id = attempt.id,
+        tries = stored.tries + 1
+      where stored.id = orphan.id and stored.received_at = orphan.received_at;
+    end loop;
+  end if;
+end
+$$;
+comment on function private.apply_agent_event(private.webhook_events, public.webhook_sources, timestamptz) is
+  'What an agent''s event means for its attempt: transcript, analysis, recording and tools land in the call, the conversation and the lead. '
+  'The state of the call is the carrier''s to tell.';
+
+revoke execute on function
+  private.attempt_of_agent(private.webhook_events), private.knows_more(jsonb, text, integer, text, text),
+  private.number_of_person(public.call_logs), private.lock_person(public.call_logs, boolean), private.opt_out(uuid, text, text, timestamptz),
+  private.call_back(public.call_logs, timestamptz, timestamptz),
+  private.note_activity(public.call_logs, text, text, jsonb, timestamptz),
+  private.follow_conversation(public.call_logs, jsonb, boolean, boolean, timestamptz),
+  private.apply_agent_event(private.webhook_events, public.webhook_sources, timestamptz)
+from public, anon, authenticated, service_role;
+-- 15_functions_stores_and_payments.sql
+
+-- What shops and payment gateways tell: each event of theirs changes the row that it names, in whatever order it comes.
+-- Called by apply_event() through private.apply_payload(); users call only what is at the end.
+
+
+-- Words and numbers of others -----------------------------------------------------------------------------------------------------
+
+create function private.to_minor(amount text, currency text) returns bigint
+language sql immutable parallel safe set search_path = '' as $$
+  select round(
+    amount::numeric * case
+      when currency in (
+        'BIF', 'CLP', 'DJF', 'GNF', 'ISK', 'JPY', 'KMF', 'KRW', 'PYG', 'RWF', 'UGX', 'VND', 'VUV', 'XAF', 'XOF', 'XPF'
+      ) then 1
+      when currency in ('BHD', 'IQD', 'JOD', 'KWD', 'LYD', 'OMR', 'TND') then 1000
+      else 100
+    end
+  )::bigint
+$$;
+comment on function private.to_minor(text, text) is
+  'A decimal amount in the minor unit of its currency (ISO 4217), exactly; what is finer than that is rounded half away from zero.';
+
+create function private.plain_email(written text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select case when length(written) <= 254 and btrim(written) ~ '^[^@\s]+@[^@\s]+$' then lower(btrim(written)) end
+$$;
+comment on function private.plain_email(text) is 'An address as it is compared and stored; null for what is none.';
+
+create function private.plain_phone(written text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select case
+    when written ~ '^\s*(\+|00)[0-9 ().\-/]+$' and number.digits ~ '^[1-9][0-9]{6,14}$' then '+' || number.digits
+  end
+  from (select regexp_replace(regexp_replace(written, '[^0-9]', '', 'g'), '^00', '')) as number (digits)
+$$;
+comment on function private.plain_phone(text) is
+  'The E.164 form of a number that says its country; null for any other, as nobody may guess whom to call.';
+
+create function private.store_time(written text) returns timestamptz
+language sql stable set search_path = '' as $$
+  select private.to_business(private.parse_instant(written))
+$$;
+comment on function private.store_time(text) is 'A platform''s RFC 3339 time as business time; null for what is none.';
+
+create function private.text_array(list jsonb) returns text[]
+language sql immutable parallel safe set search_path = '' as $$
+  select coalesce(array_agg(item.value order by item.place), '{}')
+  from jsonb_array_elements_text(case when jsonb_typeof(list) = 'array' then list else '[]' end) with ordinality as item (value, place)
+$$;
+comment on function private.text_array(jsonb) is 'The texts of a JSON array; none when it is none.';
+
+
+-- Versions ------------------------------------------------------------------------------------------------------------------------
+-- A platform's timestamps are of a whole second, and two changes may share one. Of two versions of the same second the one that is
+-- further on stands, and of two equally far the one with the greater hash: which comes first never matters.
+
+create function private.store_version(told jsonb, rank integer) returns text
+language sql immutable set search_path = '' as $$
+  select lpad(least(greatest(coalesce(rank, 0), 0), 99)::text, 2, '0')
+    || left(encode(extensions.digest(convert_to(told::text, 'utf8'), 'sha256'), 'hex'), 48)
+$$;
+comment on function private.store_version(jsonb, integer) is
+  'What decides between two versions of one second, kept in sync_hash: how far on it is, then the content''s hash.';
+
+create function private.lock_store_object(store uuid, kind text, external_id text) returns void
+language sql volatile set search_path = '' as $$
+  select pg_advisory_xact_lock(hashtextextended('trunkline.store.' || store || '.' || kind || '.' || external_id, 0))
+$$;
+comment on function private.lock_store_object(uuid, text, text) is
+  'One event of a platform''s object at a time, also of one that is not there yet: an order before its customer.';
+
+create function private.bury(source public.webhook_sources, kind text, external_id text, redacted boolean, at timestamptz) returns void
+language sql volatile security definer set search_path = '' as $$
+  insert into private.store_tombstones as known (organization_id, store_id, kind, external_id, is_redacted, deleted_at)
+  values (source.organization_id, source.store_id, kind, external_id, redacted, at)
+  on conflict (organization_id, store_id, kind, external_id) do update
+  set is_redacted = known.is_redacted or excluded.is_redacted
+$$;
+comment on function private.bury(public.webhook_sources, text, text, boolean, timestamptz) is
+  'Remembers that the platform deleted an object, so that a late event does not bring it back.';
+
+create function private.is_buried(source public.webhook_sources, kind text, external_id text, restored boolean) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  if restored then
+    delete from private.store_tombstones as known
+    where known.organization_id = source.organization_id
+      and known.store_id = source.store_id
+      and known.kind = is_buried.kind
+      and known.external_id = is_buried.external_id
+      and not known.is_redacted;
+  end if;
+  return exists (
+    select
+    from private.store_tombstones as known
+    where known.organization_id = source.organization_id
+      and known.store_id = source.store_id
+      and known.kind = is_buried.kind
+      and known.external_id = is_buried.external_id
+  );
+end
+$$;
+comment on function private.is_buried(public.webhook_sources, text, text, boolean) is
+  'Whether the platform deleted an object; one that it took out of its bin again is not.';
+
+
+-- Products ------------------------------------------------------------------------------------------------------------------------
+
+create function private.apply_product(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  told     constant jsonb := payload -> 'product';
+  external constant text := told ->> 'external_id';
+  version  constant timestamptz := private.parse_instant(payload ->> 'version_at');
+  currency constant text := coalesce(told ->> 'currency', store.currency_code);
+  product  uuid;
+begin
+  perform private.lock_store_object(store.id, 'product', external);
+  if private.is_buried(source, 'product', external, (payload ->> 'restored')::boolean) then
+    result := 'ignored';
+    error := 'deleted';
+    return;
+  end if;
+  insert into public.products as known (
+    organization_id, store_id, external_id, external_variant_id, title, description, handle, product_type, vendor, tags, price_minor,
+    compare_at_price_minor, currency_code, sku, barcode, inventory_quantity, inventory_tracked, availability, weight, weight_unit, status,
+    is_published, published_at, platform_data, source_updated_at, last_synced_at, sync_hash
+  )
+  values (
+    store.organization_id, store.id, external, told ->> 'external_variant_id',
+    left(coalesce(nullif(btrim(told ->> 'title'), ''), 'Product ' || external), 500), told ->> 'description', told ->> 'handle',
+    told ->> 'product_type', told ->> 'vendor', private.text_array(told -> 'tags'),
+    greatest(coalesce(private.to_minor(told ->> 'price', currency), 0), 0),
+    greatest(private.to_minor(told ->> 'compare_at_price', currency), 0), currency, told ->> 'sku', told ->> 'barcode',
+    least(greatest(coalesce((told ->> 'inventory_quantity')::numeric, 0), 0), 2147483647)::integer,
+    coalesce((told ->> 'inventory_tracked')::boolean, false),
+    coalesce(told ->> 'availability', 'in_stock')::public.product_availability,
+    case when (told ->> 'weight')::numeric between 0 and 99999 then (told ->> 'weight')::numeric end,
+    coalesce(told ->> 'weight_unit', 'kg'), coalesce(told ->> 'status', 'active')::public.product_status,
+    coalesce((told ->> 'is_published')::boolean, true), private.store_time(told ->> 'published_at'),
+    coalesce(told -> 'platform', '{}'), version, at, private.store_version(told, 0)
+  )
+  on conflict (organization_id, store_id, external_id) do update
+  set
+    external_variant_id = excluded.external_variant_id, title = excluded.title, description = excluded.description,
+    handle = excluded.handle, product_type = excluded.product_type, vendor = excluded.vendor, tags = excluded.tags,
+    price_minor = excluded.price_minor, compare_at_price_minor = excluded.compare_at_price_minor,
+    currency_code = excluded.currency_code, sku = excluded.sku, barcode = excluded.barcode,
+    inventory_quantity = excluded.inventory_quantity, inventory_tracked = excluded.inventory_tracked,
+    availability = excluded.availability, weight = excluded.weight, weight_unit = excluded.weight_unit,
+    -- A word that nobody has mapped leaves what was known.
+    status = coalesce((told ->> 'status')::public.product_status, known.status),
+    is_published = excluded.is_published, published_at = excluded.published_at,
+    platform_data = known.platform_data || excluded.platform_data, source_updated_at = excluded.source_updated_at,
+    last_synced_at = excluded.last_synced_at, sync_hash = excluded.sync_hash
+  where known.source_updated_at is null
+    or excluded.source_updated_at > known.source_updated_at
+    or excluded.source_updated_at = known.source_updated_at
+      and excluded.sync_hash collate "C" > coalesce(known.sync_hash, '') collate "C"
+  returning known.id into product;
+  if product is null then
+    result := 'ignored';
+    error := 'older_version';
+    return;
+  end if;
+
+  delete from public.product_images as image
+  where image.organization_id = store.organization_id
+    and image.store_id = store.id
+    and image.product_id = product
+    and image.external_id is not null
+    and not exists (
+      select from jsonb_array_elements(coalesce(told -> 'images', '[]')) as item (value) where item.value ->> 'external_id' = image.external_id
+    );
+  insert into public.product_images as known (organization_id, store_id, product_id, external_id, url, alt_text, position)
+  select distinct on (item.external_id)
+    store.organization_id, store.id, product, item.external_id, item.url, item.alt_text, greatest(coalesce(item.position, 0), 0)
+  from jsonb_to_recordset(coalesce(told -> 'images', '[]')) as item (external_id text, url text, alt_text text, position integer)
+  where item.external_id is not null and item.url ~ '^https?://'
+  order by item.external_id
+  on conflict (organization_id, store_id, product_id, external_id) do update
+  set url = excluded.url, alt_text = excluded.alt_text, position = excluded.position
+  where (known.url, known.alt_text, known.position) is distinct from (excluded.url, excluded.alt_text, excluded.position);
+
+  -- Orders that named it before it was known.
+  update public.order_line_items as line
+  set product_id = product
+  where line.organization_id = store.organization_id
+    and line.store_id = store.id
+    and line.external_product_id = external
+    and line.product_id is null;
+  result := 'applied';
+end
+$$;
+comment on function private.apply_product(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'A product as its platform says it: the row and its images, by source version.';
+
+
+-- Customers -----------------------------------------------------------------------------------------------------------------------
+
+create function private.apply_customer(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  told     constant jsonb := payload -> 'customer';
+  external constant text := told ->> 'external_id';
+  version  constant timestamptz := private.parse_instant(payload ->> 'version_at');
+  unlinked uuid[];
+  customer uuid;
+  is_newer boolean;
+begin
+  perform private.lock_store_object(store.id, 'customer', external);
+  if private.is_buried(source, 'customer', external, (payload ->> 'restored')::boolean) then
+    result := 'ignored';
+    error := 'deleted';
+    return;
+  end if;
+  -- Orders are locked before their customer.
+  unlinked := array(
+    select purchase.id
+    from public.orders as purchase
+    where purchase.organization_id = store.organization_id
+      and purchase.store_id = store.id
+      and purchase.customer_external_id = external
+      and purchase.customer_id is null
+    order by purchase.id
+    for no key update
+  );
+  insert into public.customers as known (
+    organization_id, store_id, external_id, email, phone, first_name, last_name, accepts_marketing, preferred_language, tags, platform_data,
+    source_updated_at, last_synced_at, sync_hash
+  )
+  values (
+    store.organization_id, store.id, external, private.plain_email(told ->> 'email'), private.plain_phone(told ->> 'phone'),
+    left(told ->> 'first_name', 255), left(told ->> 'last_name', 255), coalesce((told ->> 'accepts_marketing')::boolean, false),
+    case when told ->> 'language' ~ '^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$' then told ->> 'language' else 'en' end,
+    private.text_array(told -> 'tags'), coalesce(told -> 'platform', '{}'), version, at, private.store_version(told, 0)
+  )
+  on conflict (organization_id, store_id, external_id) do update
+  set
+    email = excluded.email, phone = excluded.phone, first_name = excluded.first_name, last_name = excluded.last_name,
+    accepts_marketing = excluded.accepts_marketing, preferred_language = excluded.preferred_language, tags = excluded.tags,
+    platform_data = known.platform_data || excluded.platform_data, source_updated_at = excluded.source_updated_at,
+    last_synced_at = excluded.last_synced_at, sync_hash = excluded.sync_hash
+  where known.source_updated_at is null
+    or excluded.source_updated_at > known.source_updated_at
+    or excluded.source_updated_at = known.source_updated_at
+      and excluded.sync_hash collate "C" > coalesce(known.sync_hash, '') collate "C"
+  returning known.id into customer;
+  is_newer := customer is not null;
+  if cardinality(unlinked) > 0 then
+    update public.orders as purchase
+    set customer_id = person.id
+    from public.customers as person
+    where purchase.id = any (unlinked)
+      and person.organization_id = store.organization_id
+      and person.store_id = store.id
+      and person.external_id = external;
+  end if;
+  result := case when is_newer or cardinality(unlinked) > 0 then 'applied' else 'ignored' end::public.event_status;
+  error := case when not is_newer then 'older_version' end;
+end
+$$;
+comment on function private.apply_customer(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'A customer as their platform says it, by source version; orders that named them before they were known are linked.';
+
+
+-- Orders --------------------------------------------------------------------------------------------------------------------------
+
+create function private.order_refunds(refunds jsonb) returns bigint
+language sql immutable parallel safe set search_path = '' as $$
+  select coalesce(sum(entry.value::bigint), 0)::bigint
+  from jsonb_each_text(case when jsonb_typeof(refunds) = 'object' then refunds else '{}' end) as entry (key, value)
+$$;
+comment on function private.order_refunds(jsonb) is 'The sum of an order''s refunds, each kept under its id and so counted once.';
+
+create function private.apply_order(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  told     constant jsonb := payload -> 'order';
+  external constant text := told ->> 'external_id';
+  buyer    constant text := told ->> 'customer_external_id';
+  version  constant timestamptz := private.parse_instant(payload ->> 'version_at');
+  currency constant text := coalesce(upper(told ->> 'currency'), store.currency_code);
+  fresh    public.orders;
+  person   private.store_tombstones;
+  written  uuid;
+begin
+  perform private.lock_store_object(store.id, 'order', external);
+  if private.is_buried(source, 'order', external, (payload ->> 'restored')::boolean) then
+    result := 'ignored';
+    error := 'deleted';
+    return;
+  end if;
+  if buyer is not null then
+    perform private.lock_store_object(store.id, 'customer', buyer);
+    select known.* into person
+    from private.store_tombstones as known
+    where known.organization_id = store.organization_id
+      and known.store_id = store.id
+      and known.kind = 'customer'
+      and known.external_id = buyer;
+    if person.external_id is null then
+      -- The order may come before its customer: a row that any event of theirs completes.
+      insert into public.customers (organization_id, store_id, external_id)
+      values (store.organization_id, store.id, buyer)
+      on conflict (organization_id, store_id, external_id) do nothing;
+      select known.id into fresh.customer_id
+      from public.customers as known
+      where known.organization_id = store.organization_id and known.store_id = store.id and known.external_id = buyer;
+    end if;
+  end if;
+
+  -- Who asked to be forgotten is not written down again by their order.
+  if person.is_redacted is not true then
+    fresh.customer_email := private.plain_email(told ->> 'customer_email');
+    fresh.customer_phone := left(told ->> 'customer_phone', 50);
+    fresh.customer_first_name := left(told ->> 'customer_first_name', 255);
+    fresh.customer_last_name := left(told ->> 'customer_last_name', 255);
+    fresh.shipping_address := nullif(told -> 'shipping_address', 'null');
+    fresh.billing_address := nullif(told -> 'billing_address', 'null');
+    fresh.customer_notes := told ->> 'customer_notes';
+    fresh.customer_external_id := buyer;
+  end if;
+  fresh.status := (told ->> 'status')::public.order_status;
+  fresh.payment_status := (told ->> 'payment_status')::public.payment_status;
+  fresh.fulfillment_status := (told ->> 'fulfillment_status')::public.fulfillment_status;
+  fresh.platform_data := coalesce(told -> 'platform', '{}') || jsonb_build_object('refunds', (
+    select coalesce(jsonb_object_agg(item.external_id, greatest(coalesce(private.to_minor(item.amount, currency), 0), 0)), '{}')
+    from jsonb_to_recordset(coalesce(told -> 'refunds', '[]')) as item (external_id text, amount text)
+    where item.external_id is not null
+  ));
+
+  insert into public.orders as known (
+    organization_id, store_id, customer_id, external_id, order_number, customer_email, customer_phone, customer_first_name,
+    customer_last_name, customer_external_id, subtotal_price_minor, total_tax_minor, total_shipping_minor, total_discounts_minor,
+    total_price_minor, total_refunded_minor, currency_code, status, payment_status, fulfillment_status, shipping_address, billing_address,
+    shipping_method, tracking_number, tracking_url, order_date, shipped_date, delivered_date, cancelled_date, platform_data, customer_notes,
+    source_updated_at, last_synced_at, sync_hash
+  )
+  values (
+    store.organization_id, store.id, fresh.customer_id, external, left(told ->> 'order_number', 255), fresh.customer_email,
+    fresh.customer_phone, fresh.customer_first_name, fresh.customer_last_name, fresh.customer_external_id,
+    greatest(coalesce(private.to_minor(told ->> 'subtotal', currency), 0), 0),
+    greatest(coalesce(private.to_minor(told ->> 'tax', currency), 0), 0),
+    greatest(coalesce(private.to_minor(told ->> 'shipping', currency), 0), 0),
+    greatest(coalesce(private.to_minor(told ->> 'discounts', currency), 0), 0),
+    greatest(private.to_minor(told ->> 'total', currency), 0), private.order_refunds(fresh.platform_data -> 'refunds'), currency,
+    coalesce(fresh.status, 'pending'), coalesce(fresh.payment_status, 'pending'), coalesce(fresh.fulfillment_status, 'unfulfilled'),
+    fresh.shipping_address, fresh.billing_address, told ->> 'shipping_method', told ->> 'tracking_number',
+    case when told ->> 'tracking_url' ~ '^https?://' then told ->> 'tracking_url' end,
+    coalesce(private.store_time(told ->> 'ordered_at'), private.to_business(version)), private.store_time(told ->> 'shipped_at'),
+    private.store_time(told ->> 'delivered_at'), private.store_time(told ->> 'cancelled_at'), fresh.platform_data, fresh.customer_notes,
+    version, at, private.store_version(told, (payload ->> 'rank')::integer)
+  )
+  on conflict (organization_id, store_id, external_id) do update
+  set
+    customer_id = case when buyer is null then known.customer_id else excluded.customer_id end,
+    order_number = excluded.order_number, customer_email = excluded.customer_email, customer_phone = excluded.customer_phone,
+    customer_first_name = excluded.customer_first_name, customer_last_name = excluded.customer_last_name,
+    customer_external_id = excluded.customer_external_id, subtotal_price_minor = excluded.subtotal_price_minor,
+    total_tax_minor = excluded.total_tax_minor, total_shipping_minor = excluded.total_shipping_minor,
+    total_discounts_minor = excluded.total_discounts_minor, total_price_minor = excluded.total_price_minor,
+    -- A refund that was told by itself is not forgotten, whichever version of the order comes after it.
+    total_refunded_minor = private.order_refunds(
+      coalesce(known.platform_data -> 'refunds', '{}') || (excluded.platform_data -> 'refunds')
+    ),
+    currency_code = excluded.currency_code, status = coalesce(fresh.status, known.status),
+    payment_status = coalesce(fresh.payment_status, known.payment_status),
+    fulfillment_status = coalesce(fresh.fulfillment_status, known.fulfillment_status),
+    shipping_address = excluded.shipping_address, billing_address = excluded.billing_address, shipping_method = excluded.shipping_method,
+    tracking_number = excluded.tracking_number, tracking_url = excluded.tracking_url, order_date = excluded.order_date,
+    shipped_date = excluded.shipped_date, delivered_date = excluded.delivered_date, cancelled_date = excluded.cancelled_date,
+    platform_data = known.platform_data || excluded.platform_data || jsonb_build_object(
+      'refunds', coalesce(known.platform_data -> 'refunds', '{}') || (excluded.platform_data -> 'refunds')
+    ),
+    customer_notes = excluded.customer_notes, source_updated_at = excluded.source_updated_at, last_synced_at = excluded.last_synced_at,
+    sync_hash = excluded.sync_hash
+  where known.source_updated_at is null
+    or excluded.source_updated_at > known.source_updated_at
+    or excluded.source_updated_at = known.source_updated_at
+      and excluded.sync_hash collate "C" > coalesce(known.sync_hash, '') collate "C"
+  returning known.id into written;
+  if written is null then
+    result := 'ignored';
+    error := 'older_version';
+    return;
+  end if;
+
+  -- Lines that only a user wrote have no id of the platform's, and stay.
+  delete from public.order_line_items as line
+  where line.organization_id = store.organization_id
+    and line.store_id = store.id
+    and line.order_id = written
+    and line.external_id is not null
+    and not exists (
+      select from jsonb_array_elements(coalesce(told -> 'lines', '[]')) as item (value) where item.value ->> 'external_id' = line.external_id
+    );
+  insert into public.order_line_items as known (
+    organization_id, store_id, order_id, product_id, external_id, external_product_id, external_variant_id, title, variant_title, sku,
+    price_minor, quantity, total_price_minor, properties, fulfillment_status, fulfilled_quantity
+  )
+  select distinct on (item.external_id)
+    store.organization_id, store.id, written, product.id, item.external_id, item.external_product_id, item.external_variant_id,
+    left(coalesce(nullif(btrim(item.title), ''), 'Line ' || item.external_id), 500), item.variant_title, item.sku,
+    greatest(coalesce(private.to_minor(item.price, currency), 0), 0), item.quantity,
+    greatest(
+      coalesce(
+        private.to_minor(item.total, currency),
+        private.to_minor(item.price, currency) * item.quantity - coalesce(private.to_minor(item.discount, currency), 0),
+        0
+      ),
+      0
+    ),
+    coalesce(item.properties, '{}'), coalesce(item.fulfillment_status, 'unfulfilled'),
+    least(greatest(coalesce(item.fulfilled_quantity, 0), 0), item.quantity)
+  from jsonb_to_recordset(coalesce(told -> 'lines', '[]')) as item (
+    external_id text, external_product_id text, external_variant_id text, title text, variant_title text, sku text, price text, total text,
+    discount text, quantity integer, properties jsonb, fulfillment_status public.fulfillment_status, fulfilled_quantity integer
+  )
+  left join public.products as product
+    on product.organization_id = store.organization_id
+    and product.store_id = store.id
+    and product.external_id = item.external_product_id
+  where item.external_id is not null and item.quantity > 0
+  order by item.external_id
+  on conflict (organization_id, store_id, order_id, external_id) do update
+  set
+    product_id = coalesce(excluded.product_id, known.product_id), external_product_id = excluded.external_product_id,
+    external_variant_id = excluded.external_variant_id, title = excluded.title, variant_title = excluded.variant_title, sku = excluded.sku,
+    price_minor = excluded.price_minor, quantity = excluded.quantity, total_price_minor = excluded.total_price_minor,
+    properties = excluded.properties, fulfillment_status = excluded.fulfillment_status, fulfilled_quantity = excluded.fulfilled_quantity
+  where (
+    known.product_id, known.external_product_id, known.external_variant_id, known.title, known.variant_title, known.sku, known.price_minor,
+    known.quantity, known.total_price_minor, known.properties, known.fulfillment_status, known.fulfilled_quantity
+  ) is distinct from (
+    coalesce(excluded.product_id, known.product_id), excluded.external_product_id, excluded.external_variant_id, excluded.title,
+    excluded.variant_title, excluded.sku, excluded.price_minor, excluded.quantity, excluded.total_price_minor, excluded.properties,
+    excluded.fulfillment_status, excluded.fulfilled_quantity
+  );
+
+  -- What the order says of a customer of whom no event has come.
+  if fresh.customer_id is not null then
+    update public.customers as known
+    set
+      email = coalesce(fresh.customer_email, known.email), phone = coalesce(private.plain_phone(fresh.customer_phone), known.phone),
+      first_name = coalesce(fresh.customer_first_name, known.first_name), last_name = coalesce(fresh.customer_last_name, known.last_name)
+    where known.organization_id = store.organization_id
+      and known.store_id = store.id
+      and known.id = fresh.customer_id
+      and known.source_updated_at is null;
+  end if;
+  result := 'applied';
+end
+$$;
+comment on function private.apply_order(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'An order as its platform says it, with its lines and the row of its customer, by source version: an older version changes nothing.';
+
+create function private.apply_order_refund(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  external constant text := payload ->> 'order_external_id';
+  known    public.orders;
+  refunds  jsonb;
+begin
+  perform private.lock_store_object(store.id, 'order', external);
+  if private.is_buried(source, 'order', external, false) then
+    result := 'ignored';
+    error := 'deleted';
+    return;
+  end if;
+  select purchase.* into known
+  from public.orders as purchase
+  where purchase.organization_id = store.organization_id and purchase.store_id = store.id and purchase.external_id = external
+  for no key update;
+  if known.id is null then
+    -- Kept, and tried again until the order is here.
+    raise exception 'the order % of the refund has not come yet', external using errcode = 'no_data_found';
+  end if;
+  refunds := coalesce(known.platform_data -> 'refunds', '{}') || jsonb_build_object(
+    payload #>> '{refund,external_id}', greatest(coalesce(private.to_minor(payload #>> '{refund,amount}', known.currency_code), 0), 0)
+  );
+  if refunds = known.platform_data -> 'refunds' then
+    result := 'ignored';
+    return;
+  end if;
+  update public.orders as purchase
+  set
+    total_refunded_minor = private.order_refunds(refunds),
+    platform_data = known.platform_data || jsonb_build_object('refunds', refunds)
+  where purchase.id = known.id;
+  result := 'applied';
+end
+$$;
+comment on function private.apply_order_refund(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'A refund of a shop''s order, told by itself: counted once, also when the order tells it too.';
+
+
+-- The end of things ---------------------------------------------------------------------------------------------------------------
+
+create function private.apply_store_deletion(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  kind     constant text := split_part(payload ->> 'event', '_', 1);
+  external constant text := payload ->> 'external_id';
+begin
+  perform private.lock_store_object(store.id, kind, external);
+  perform private.bury(source, kind, external, false, at);
+  case kind
+    when 'product' then
+      delete from public.products as gone
+      where gone.organization_id = store.organization_id and gone.store_id = store.id and gone.external_id = external;
+    when 'order' then
+      delete from public.orders as gone
+      where gone.organization_id = store.organization_id and gone.store_id = store.id and gone.external_id = external;
+    when 'customer' then
+      -- Orders before their customer: what refers to the row is set free in that order.
+      update public.orders as purchase
+      set customer_id = null
+      where purchase.organization_id = store.organization_id
+        and purchase.store_id = store.id
+        and purchase.customer_id = (
+          select known.id
+          from public.customers as known
+          where known.organization_id = store.organization_id and known.store_id = store.id and known.external_id = external
+        );
+      delete from public.customers as gone
+      where gone.organization_id = store.organization_id and gone.store_id = store.id and gone.external_id = external;
+  end case;
+  result := 'applied';
+end
+$$;
+comment on function private.apply_store_deletion(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'What the platform deleted is deleted, and stays so when an older event comes after it.';
+
+create function private.apply_store_uninstall(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  connected public.store_status;
+begin
+  select known.status into connected
+  from public.stores as known
+  where known.organization_id = store.organization_id and known.id = store.id
+  for no key update;
+  delete from private.store_credentials as known
+  where known.organization_id = store.organization_id and known.store_id = store.id;
+  update public.stores as known
+  set status = 'disconnected', token_expires_at = null
+  where known.organization_id = store.organization_id and known.id = store.id and known.status <> 'disconnected';
+  if connected = 'disconnected' then
+    result := 'ignored';
+    return;
+  end if;
+  perform private.audit(store.organization_id, 'store.disconnected', 'store', store.id, jsonb_build_object('platform', store.platform), at);
+  perform private.emit(
+    store.organization_id, 'store.disconnected', store.id || ' ' || at::text, jsonb_build_object('store_id', store.id, 'platform', store.platform), at
+  );
+  result := 'applied';
+end
+$$;
+comment on function private.apply_store_uninstall(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'The shop took our app out: the store is disconnected and what opened it is dropped. The source stays, since the shop''s last wish comes later.';
+
+
+-- Privacy -------------------------------------------------------------------------------------------------------------------------
+
+create function private.forget_store_events(source public.webhook_sources, external_customer text, external_orders text[])
+returns void
+language sql volatile security definer set search_path = '' as $$
+  update private.webhook_events as stored
+  set body = null, payload = null
+  from private.webhook_event_keys as key
+  where key.source = forget_store_events.source.provider
+    and key.source_id = forget_store_events.source.id::text
+    and stored.id = key.event_id
+    and stored.received_at = key.received_at
+    and (stored.body is not null or stored.payload is not null)
+    and (
+      external_customer is null
+      or stored.payload #>> '{customer,external_id}' = external_customer
+      or stored.payload #>> '{order,customer_external_id}' = external_customer
+      or stored.payload ->> 'external_id' = external_customer and stored.payload ->> 'event' = 'customer_deleted'
+      or stored.payload #>> '{order,external_id}' = any (external_orders)
+    )
+$$;
+comment on function private.forget_store_events(public.webhook_sources, text, text[]) is
+  'Takes what a source told of one customer, or without one of anybody, out of the events as they came.';
+
+create function private.note_privacy_request(
+  source public.webhook_sources, wish text, payload jsonb, customer uuid, done boolean, at timestamptz
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  request uuid;
+begin
+  insert into public.privacy_requests (
+    organization_id, store_id, kind, external_id, customer_id, customer_external_id, order_external_ids, requested_at, due_at, completed_at
+  )
+  values (
+    source.organization_id, source.store_id, wish, payload ->> 'request_id', customer,
+    case when not done then payload #>> '{customer,external_id}' end,
+    case when not done then private.text_array(payload -> 'order_external_ids') else '{}' end,
+    at, at + interval '30 days', case when done then at end
+  )
+  returning id into request;
+  perform private.audit(source.organization_id, 'privacy.' || wish, 'privacy_request', request, '{}', at);
+  perform private.emit(
+    source.organization_id, 'privacy.' || wish, request::text,
+    jsonb_build_object('privacy_request_id', request, 'store_id', source.store_id, 'completed', done), at
+  );
+end
+$$;
+comment on function private.note_privacy_request(public.webhook_sources, text, jsonb, uuid, boolean, timestamptz) is
+  'Writes down what a person or a shop asked for, and until when it has to be done.';
+
+create function private.apply_customer_redact(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  external constant text := payload #>> '{customer,external_id}';
+  orders   constant text[] := private.text_array(payload -> 'order_external_ids');
+  customer public.customers;
+  theirs   uuid[];
+  contact  record;
+begin
+  perform private.lock_store_object(store.id, 'customer', external);
+  perform private.bury(source, 'customer', external, true, at);
+  theirs := array(
+    select purchase.id
+    from public.orders as purchase
+    where purchase.organization_id = store.organization_id
+      and purchase.store_id = store.id
+      and (
+        purchase.customer_external_id = external
+        or purchase.external_id = any (orders)
+        or purchase.customer_id = (
+          select known.id
+          from public.customers as known
+          where known.organization_id = store.organization_id and known.store_id = store.id and known.external_id = external
+        )
+      )
+    order by purchase.id
+    for no key update
+  );
+  select known.* into customer
+  from public.customers as known
+  where known.organization_id = store.organization_id and known.store_id = store.id and known.external_id = external
+  for update;
+
+  -- By every number and address that is known of them, wherever else it is written down.
+  for contact in
+    select distinct known.phone, known.email
+    from (
+      select private.plain_phone(payload #>> '{customer,phone}') as phone, private.plain_email(payload #>> '{customer,email}') as email
+      union
+      select customer.phone, customer.email
+      union
+      select private.plain_phone(purchase.customer_phone), purchase.customer_email
+      from public.orders as purchase
+      where purchase.id = any (theirs) and purchase.customer_external_id = external
+    ) as known
+    order by known.phone, known.email
+  loop
+    perform private.erase(
+      jsonb_strip_nulls(jsonb_build_object(
+        'v', 1, 'organization_id', store.organization_id, 'store_id', store.id, 'customer_external_id', external,
+        'phone', contact.phone, 'email', contact.email
+      )), at
+    );
+  end loop;
+
+  update public.orders as purchase
+  set
+    customer_id = null, customer_email = null, customer_phone = null, customer_first_name = null, customer_last_name = null,
+    customer_external_id = null, shipping_address = null, billing_address = null, customer_notes = null, internal_notes = null,
+    tracking_number = null, tracking_url = null
+  where purchase.id = any (theirs);
+  delete from public.customers as known where known.id = customer.id;
+  perform private.forget_store_events(source, external, orders);
+  perform private.note_privacy_request(source, 'customer_redact', payload, null, true, at);
+  result := 'applied';
+end
+$$;
+comment on function private.apply_customer_redact(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'A customer who asked to be forgotten: their row goes, their orders keep amounts alone, and no late event writes them down again.';
+
+create function private.apply_shop_redact(
+  source public.webhook_sources, store public.stores, payload jsonb, at timestamptz, out result public.event_status, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  perform from public.stores as known
+  where known.organization_id = store.organization_id and known.id = store.id
+  for no key update;
+  -- Everybody of the store, wherever else they are written down; what was only the store's is then taken away.
+  perform private.erase(jsonb_build_object('v', 1, 'organization_id', store.organization_id, 'store_id', store.id), at);
+  delete from public.calls as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  delete from public.conversations as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  delete from public.orders as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  delete from public.customers as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  delete from public.products as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  delete from private.store_credentials as gone where gone.organization_id = store.organization_id and gone.store_id = store.id;
+  update public.stores as known
+  set status = 'disconnected', token_expires_at = null, owner_email = null, owner_name = null
+  where known.organization_id = store.organization_id and known.id = store.id;
+  perform private.forget_store_events(source, null, '{}');
+  perform private.note_privacy_request(source, 'shop_redact', payload, null, true, at);
+  result := 'applied';
+end
+$$;
+comment on function private.apply_shop_redact(public.webhook_sources, public.stores, jsonb, timestamptz) is
+  'A shop that left asks to be forgotten: everything it told, and everybody it told of.';
+
+create function private.forget_redact_event() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  -- The wish to be forgotten names the person; once granted it need not.
+  if new.status = 'applied' and new.payload ->> 'event' in ('customer_redact', 'shop_redact') then
+    new.body := null;
+    new.payload := new.payload - array['customer', 'order_external_ids'];
+  end if;
+  return new;
+end
+$$;
+comment on function private.forget_redact_event() is 'Trigger: an event that had somebody erased keeps nothing of them itself.';
+create trigger forget_redact_event before insert or update of status on private.webhook_events
+  for each row when (new.payload_type = 'store') execute function private.forget_redact_event();
+
+create function private.complete_privacy_request(request_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('store.edit');
+  done         public.privacy_requests;
+begin
+  update public.privacy_requests as request
+  set completed_at = at, customer_external_id = null, order_external_ids = '{}'
+  where request.organization_id = organization and request.id = request_id and request.completed_at is null
+  returning request.* into done;
+  if done.id is null then
+    perform private.raise_error(404, 'privacy_request_not_found', 'There is no such request that is still open', 'request_id');
+  end if;
+  return jsonb_build_object('id', done.id, 'kind', done.kind, 'completed_at', done.completed_at);
+end
+$$;
+comment on function private.complete_privacy_request(uuid, timestamptz) is 'Marks a request in the caller''s organization as done.';
+
+create function public.complete_privacy_request(request_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.complete_privacy_request(request_id, private.clock_now())
+$$;
+comment on function public.complete_privacy_request(uuid) is
+  'Says that a customer was given their data; 404 unless the request is open. Needs store.edit. Returns {"id","kind","completed_at"}.';
+
+
+-- apply_store_event ---------------------------------------------------------------------------------------------------------------
+
+create function private.apply_store_event(
+  event private.webhook_events, source public.webhook_sources, at timestamptz,
+  out result public.event_status, out error text, out organization_id uuid
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  payload constant jsonb := event.payload;
+  store   public.stores;
+  known   text[];
+  applied record;
+begin
+  organization_id := source.organization_id;
+  if source.provider not in ('shopify', 'woocommerce') then
+    result := 'orphan';
+    error := 'no_shop';
+    return;
+  end if;
+  select mine.* into store
+  from public.stores as mine
+  where mine.organization_id = source.organization_id and mine.id = source.store_id and mine.platform::text = source.provider;
+  if store.id is null then
+    result := 'orphan';
+    error := 'unknown_store';
+    return;
+  end if;
+  -- Whose event it is, as the header says, and as the signed body says where it does. One app's secret signs for all of its shops.
+  known := array[store.domain, lower(source.settings ->> 'shop_domain')];
+  if payload ->> 'shop' is not null and not lower(payload ->> 'shop') = any (array_remove(known, null))
+    or jsonb_array_length(coalesce(nullif(payload -> 'signed_shops', 'null'), '[]')) > 0
+      and not array(select lower(said.name) from jsonb_array_elements_text(payload -> 'signed_shops') as said (name)) && known
+  then
+    result := 'orphan';
+    error := 'other_shop';
+    return;
+  end if;
+
+  case payload ->> 'event'
+    when 'product' then
+      select * into applied from private.apply_product(source, store, payload, at);
+    when 'customer' then
+      select * into applied from private.apply_customer(source, store, payload, at);
+    when 'order' then
+      select * into applied from private.apply_order(source, store, payload, at);
+    when 'refund' then
+      select * into applied from private.apply_order_refund(source, store, payload, at);
+    when 'product_deleted', 'order_deleted', 'customer_deleted' then
+      select * into applied from private.apply_store_deletion(source, store, payload, at);
+    when 'uninstalled' then
+      select * into applied from private.apply_store_uninstall(source, store, payload, at);
+    when 'customer_redact' then
+      select * into applied from private.apply_customer_redact(source, store, payload, at);
+    when 'shop_redact' then
+      select * into applied from private.apply_shop_redact(source, store, payload, at);
+    when 'data_request' then
+      perform private.note_privacy_request(
+        source, 'data_request', payload,
+        (
+          select customer.id
+          from public.customers as customer
+          where customer.organization_id = store.organization_id
+            and customer.store_id = store.id
+            and customer.external_id = payload #>> '{customer,external_id}'
+        ), false, at
+      );
+      result := 'applied';
+      return;
+    else
+      result := 'ignored';
+      error := 'unknown_event';
+      return;
+  end case;
+  result := applied.result;
+  error := applied.error;
+  if result = 'applied' and payload ->> 'event' in ('product', 'customer', 'order', 'refund') then
+    update public.stores as mine
+    set last_sync_at = at
+    where mine.organization_id = store.organization_id and mine.id = store.id
+      and (mine.last_sync_at is null or mine.last_sync_at < at - interval '1 minute');
+  end if;
+end
+$$;
+comment on function private.apply_store_event(private.webhook_events, public.webhook_sources, timestamptz) is
+  'What a shop''s event changes. A shop speaks for its own store alone.';
+
+
+-- Payments ------------------------------------------------------------------------------------------------------------------------
+
+create function private.apply_payment_event(
+  event private.webhook_events, source public.webhook_sources, at timestamptz,
+  out result public.event_status, out error text, out organization_id uuid
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  request  jsonb := coalesce(nullif(event.payload -> 'request', 'null'), '{}') || jsonb_build_object('v', 1, 'gateway', source.provider);
+  payment  public.payments;
+  answer   jsonb;
+  refund   jsonb;
+  outcomes text[] := '{}'::text[];
+begin
+  -- Anybody may make a source of their own, and sign what they please with its secret: money is told by the platform's sources alone.
+  if source.organization_id is not null or source.provider not in ('stripe', 'razorpay') then
+    result := 'orphan';
+    error := 'not_a_gateway';
+    organization_id := source.organization_id;
+    return;
+  end if;
+
+  case event.payload ->> 'event'
+    when 'payment' then
+      answer := private.record_payment(request, at);
+      organization_id := (answer #>> '{payment,organization_id}')::uuid;
+      outcomes := array[answer ->> 'result'];
+      if organization_id is not null and request ->> 'invoice_id' is not null
+        and (answer #>> '{invoice,id}') is distinct from lower(request ->> 'invoice_id')
+      then
+        -- The order is the invoice's that it was opened for, whatever is written beside it.
+        outcomes := outcomes || 'other_invoice'::text;
+        perform private.emit(
+          organization_id, 'payment.conflict', (answer #>> '{payment,id}') || ' ' || lower(request ->> 'invoice_id'),
+          jsonb_build_object('payment_id', answer #>> '{payment,id}', 'invoice_id', request ->> 'invoice_id'), at
+        );
+      end if;
+      error := coalesce(answer #>> '{payment,problem}', nullif(nullif(outcomes[cardinality(outcomes)], 'applied'), 'duplicate'));
+
+    when 'refunds' then
+      for refund in
+        select item.value from jsonb_array_elements(event.payload -> 'requests') as item (value) order by item.value ->> 'refund_id'
+      loop
+        refund := refund || jsonb_build_object('v', 1, 'gateway', source.provider);
+        answer := private.record_refund(refund, at);
+        select known.* into payment
+        from public.payments as known
+        where known.gateway = source.provider::public.payment_gateway and known.gateway_payment_id = refund ->> 'payment_id';
+        organization_id := payment.organization_id;
+        if answer ->> 'result' = 'orphan' then
+          -- Kept, and tried again: gateways tell of a refund before they tell of the payment's capture.
+          raise exception 'the payment of refund % has not come yet', refund ->> 'refund_id' using errcode = 'no_data_found';
+        end if;
+        if answer ->> 'result' = 'ignored' and refund ->> 'status' = 'failed' and answer #>> '{refund,status}' = 'processed' then
+          -- Money that was counted as gone came back to us: a person has to look at it.
+          perform private.emit(
+            payment.organization_id, 'refund.failed_late', refund ->> 'refund_id',
+            jsonb_build_object('payment_id', payment.id, 'refund_id', answer #>> '{refund,id}'), at
+          );
+          error := 'failed_late';
+        end if;
+        outcomes := outcomes || (answer ->> 'result');
+      end loop;
+      if event.payload ->> 'refunded_minor' is not null then
+        select known.* into payment
+        from public.payments as known
+        where known.gateway = source.provider::public.payment_gateway
+          and known.gateway_payment_id = event.payload ->> 'payment_id';
+        organization_id := payment.organization_id;
+        if payment.id is null or payment.refunded_minor < (event.payload ->> 'refunded_minor')::bigint then
+          -- The charge says how much is gone, the refunds say which: until they have come, it waits.
+          raise exception 'refunds of payment % have not come yet', event.payload ->> 'payment_id' using errcode = 'no_data_found';
+        end if;
+      end if;
+      error := coalesce(error, case when 'conflict' = any (outcomes) then 'conflict' end);
+
+    when 'method' then
+      if request ->> 'organization_id' is null then
+        request := request || jsonb_build_object('organization_id', (
+          select known.organization_id
+          from public.payment_methods as known
+          where known.gateway = source.provider::public.payment_gateway
+            and (
+              known.gateway_payment_method_id = request ->> 'payment_method_id'
+              or known.gateway_customer_id = request ->> 'customer_id'
+            )
+          order by known.gateway_payment_method_id = request ->> 'payment_method_id' desc, known.created_at
+          limit 1
+        ));
+      end if;
+      if not exists (select from public.organizations as tenant where tenant.id = private.to_uuid(request ->> 'organization_id')) then
+        result := 'orphan';
+        error := 'unknown_customer';
+        return;
+      end if;
+      organization_id := (request ->> 'organization_id')::uuid;
+      perform private.save_payment_method(request, at);
+      outcomes := array['applied'];
+
+    when 'method_removed' then
+      organization_id := (
+        select known.organization_id
+        from public.payment_methods as known
+        where known.gateway = source.provider::public.payment_gateway
+          and known.gateway_payment_method_id = request ->> 'payment_method_id'
+      );
+      outcomes := array[
+        case when (private.remove_payment_method(request, at) ->> 'removed')::boolean then 'applied' else 'ignored' end
+      ];
+
+    when 'order_expired' then
+      update public.payments as known
+      set failure_code = 'expired', failure_message = 'Nobody paid before the order expired'
+      where known.gateway = source.provider::public.payment_gateway
+        and known.gateway_order_id = request ->> 'order_id'
+        and known.gateway_payment_id is null
+        and known.status = 'pending'
+        and known.failure_code is distinct from 'expired'
+      returning known.* into payment;
+      organization_id := payment.organization_id;
+      outcomes := array[case when payment.id is not null then 'applied' else 'ignored' end];
+
+    when 'dispute' then
+      update public.payments as known
+      set
+        dispute_status = left(request ->> 'status', 50), disputed_minor = private.read_minor(request, 'amount_minor'),
+        disputed_at = private.parse_instant(request ->> 'occurred_at')
+      where known.gateway = source.provider::public.payment_gateway
+        and known.gateway_payment_id = request ->> 'payment_id'
+        and (
+          known.disputed_at is null
+          or known.disputed_at < private.parse_instant(request ->> 'occurred_at')
+          or known.disputed_at = private.parse_instant(request ->> 'occurred_at')
+            and coalesce(known.dispute_status, '') < left(request ->> 'status', 50)
+        )
+      returning known.* into payment;
+      if payment.id is null and not exists (
+        select
+        from public.payments as known
+        where known.gateway = source.provider::public.payment_gateway and known.gateway_payment_id = request ->> 'payment_id'
+      ) then
+        raise exception 'the payment of a dispute has not come yet' using errcode = 'no_data_found';
+      end if;
+      organization_id := payment.organization_id;
+      if payment.id is not null then
+        perform private.audit(
+          payment.organization_id, 'payment.disputed', 'payment', payment.id,
+          jsonb_build_object('status', payment.dispute_status, 'amount_minor', payment.disputed_minor, 'currency', payment.currency), at
+        );
+        perform private.emit(
+          payment.organization_id, 'payment.disputed', payment.id || ' ' || (request ->> 'dispute_id') || ' ' || payment.dispute_status,
+          jsonb_build_object(
+            'payment_id', payment.id, 'status', payment.dispute_status, 'amount_minor', payment.disputed_minor,
+            'currency', payment.currency, 'reason', left(request ->> 'reason', 100)
+          ), at
+        );
+      end if;
+      outcomes := array[case when payment.id is not null then 'applied' else 'ignored' end];
+
+    else
+      result := 'ignored';
+      error := 'unknown_event';
+      return;
+  end case;
+
+  result := case
+    when outcomes && array['applied', 'conflict', 'unmatched', 'other_invoice'] then 'applied'
+    when 'orphan' = any (outcomes) then 'orphan'
+    else 'ignored'
+  end::public.event_status;
+end
+$$;
+comment on function private.apply_payment_event(private.webhook_events, public.webhook_sources, timestamptz) is
+  'What a gateway''s event changes: payments, refunds, payment methods, disputes. Only the platform''s own sources speak of money.';
+
+
+revoke execute on function
+  private.to_minor(text, text), private.plain_email(text), private.plain_phone(text), private.store_time(text), private.text_array(jsonb),
+  private.store_version(jsonb, integer), private.lock_store_object(uuid, text, text),
+  private.bury(public.webhook_sources, text, text, boolean, timestamptz), private.is_buried(public.webhook_sources, text, text, boolean),
+  private.apply_product(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.apply_customer(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.order_refunds(jsonb), private.apply_order(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.apply_order_refund(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.apply_store_deletion(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.apply_store_uninstall(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.forget_store_events(public.webhook_sources, text, text[]),
+  private.note_privacy_request(public.webhook_sources, text, jsonb, uuid, boolean, timestamptz),
+  private.apply_customer_redact(public.webhook_sources, public.stores, jsonb, timestamptz),
+  private.apply_shop_redact(public.webhook_sources, public.stores, jsonb, timestamptz), private.forget_redact_event(),
+  private.apply_store_event(private.webhook_events, public.webhook_sources, timestamptz),
+  private.apply_payment_event(private.webhook_events, public.webhook_sources, timestamptz)
+from public, anon, authenticated, service_role;
+revoke execute on function private.complete_privacy_request(uuid, timestamptz), public.complete_privacy_request(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.complete_privacy_request(uuid, timestamptz), public.complete_privacy_request(uuid) to authenticated;
+-- 16_functions_inbound_calls.sql
+
+-- Calls to the numbers of stores and organizations. The carriers have one URL for all that happens to such a call, and their events come
+-- in any order: whichever comes first opens the rows.
+
+
+create function private.open_inbound_leg(
+  source text, source_id text, call jsonb, at timestamptz,
+  out leg_id uuid, out error text
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  call_id constant text := call ->> 'provider_call_id';
+  account public.carrier_accounts;
+  number  public.store_phone_numbers;
+  leg     public.call_logs;
+begin
+  if call_id is null then
+    error := 'unknown_call';
+    return;
+  end if;
+  select log.id into leg_id from public.call_logs as log where log.call_sid = call_id;
+  if leg_id is not null then
+    return;
+  end if;
+  select known.* into account
+  from public.carrier_accounts as known
+  where known.id = private.to_uuid(open_inbound_leg.source_id) and known.provider::text = open_inbound_leg.source and known.is_active;
+  if account.id is null then
+    error := 'unknown_account';
+    return;
+  end if;
+
+  -- Whose number it is: a store's, or one that an organization calls from. It counts only on the account on which it rings.
+  select known.* into number
+  from public.store_phone_numbers as known
+  where known.phone_number = call ->> 'to' and known.is_active
+    and coalesce(known.carrier_account_id, account.id) = account.id
+    and coalesce(account.organization_id, known.organization_id) = known.organization_id;
+  leg.organization_id := number.organization_id;
+  if leg.organization_id is null then
+    select known.organization_id into leg.organization_id
+    from public.caller_numbers as known
+    where known.phone_number = call ->> 'to' and known.is_active and known.carrier_account_id = account.id;
+    -- Who calls back is the lead of that number, where there is one and no other.
+    select (array_agg(lead.id))[1], (array_agg(lead.project_id))[1] into leg.lead_id, leg.project_id
+    from public.leads as lead
+    where lead.organization_id = leg.organization_id and lead.phone = call ->> 'from' and lead.archived_at is null
+    having count(*) = 1;
+  end if;
+  if leg.organization_id is null then
+    error := 'unknown_number';
+    return;
+  end if;
+
+  insert into public.call_logs (
+    organization_id, lead_id, project_id, direction, carrier_account_id, call_sid, caller_number, callee_number, status,
+    time_limit_seconds, begun_at, created_at, lease_until
+  )
+  values (
+    leg.organization_id, leg.lead_id, leg.project_id, 'inbound', account.id, call_id, coalesce(call ->> 'from', 'anonymous'), call ->> 'to',
+    'initiated', 3600, now(), at, now() + interval '2 minutes'
+  )
+  on conflict (call_sid) do nothing
+  returning id into leg_id;
+  if leg_id is null then
+    -- Another event of the same call was faster.
+    select log.id into leg_id from public.call_logs as log where log.call_sid = call_id;
+    return;
+  end if;
+  if number.id is not null then
+    insert into public.calls (organization_id, store_id, call_log_id, customer_id, from_phone, to_phone, direction, start_time)
+    select
+      number.organization_id, number.store_id, leg_id,
+      -- The customer of that number, where there is one and no other.
+      (
+        select (array_agg(customer.id))[1]
+        from public.customers as customer
+        where customer.organization_id = number.organization_id and customer.store_id = number.store_id
+          and customer.phone = call ->> 'from'
+        having count(*) = 1
+      ),
+      'anonymous', number.phone_number, 'inbound', at;
+  end if;
+end
+$$;
+comment on function private.open_inbound_leg(text, text, jsonb, timestamptz) is
+  'The leg of a call to one of our numbers, by the carrier''s id of it; the first event of a call makes it, and a store''s view of it.';
+
+create function private.open_inbound_call(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  applied constant jsonb := private.apply_event(request, at);
+  leg     public.call_logs;
+begin
+  select log.* into leg
+  from public.call_logs as log
+  where log.call_sid = request #>> '{events,0,payload,provider_call_id}'
+    and log.carrier_account_id = private.to_uuid(request ->> 'source_id')
+    and log.direction = 'inbound'
+    and log.status <> 'ended';
+  return jsonb_strip_nulls(applied || jsonb_build_object(
+    'call', case when leg.id is not null then jsonb_build_object(
+      'attempt_id', leg.id, 'carrier_account_id', leg.carrier_account_id, 'agent_id', leg.agent_id, 'record', leg.record_call
+    ) end
+  ));
+end
+$$;
+comment on function private.open_inbound_call(jsonb, timestamptz) is
+  'Stores the event of a call to one of our numbers as apply_event() does, and tells what its answer is made of; without a call there is '
+  'nobody to connect it with.';
+
+create function public.open_inbound_call(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.open_inbound_call($1, private.clock_now())
+$$;
+comment on function public.open_inbound_call(jsonb) is
+  'An apply_event request with one event of a call to us -> {"result","organization_id"?,"call"?:{"attempt_id","carrier_account_id","agent_id"?,"record"}}. '
+  'The same call again gives the same rows.';
+
+revoke execute on function
+  private.open_inbound_leg(text, text, jsonb, timestamptz), private.open_inbound_call(jsonb, timestamptz), public.open_inbound_call(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function private.open_inbound_call(jsonb, timestamptz), public.open_inbound_call(jsonb) to service_role;
+-- 17_functions_operate.sql
+
+-- What it takes to operate the intake: recordings copied, events found and sent through again, old months dropped, persons erased.
+
+
+-- Recordings ----------------------------------------------------------------------------------------------------------------------
+
+create function private.note_recording() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  waiting private.recordings;
+begin
+  insert into private.recordings as known (organization_id, attempt_id, url, state, reason, next_try_at, created_at, settled_at)
+  values (
+    new.organization_id, new.id, new.recording_url,
+    case when new.record_call then 'pending' else 'refused' end,
+    case when not new.record_call then 'no_consent' end,
+    case when new.record_call then now() end,
+    private.clock_now(),
+    case when not new.record_call then private.clock_now() end
+  )
+  -- The carrier's own recording may follow the agent's, and then takes its place.
+  on conflict (attempt_id) do update
+  set
+    url = excluded.url, state = 'pending', reason = null, tries = 0, next_try_at = now(), nudged_at = null, lease_token = null,
+    settled_at = null
+  where known.url is distinct from excluded.url and known.state in ('pending', 'copied', 'failed') and excluded.state = 'pending'
+  returning known.* into waiting;
+  if waiting.state = 'pending' then
+    perform set_config(
+      'trunkline.recordings',
+      coalesce(nullif(current_setting('trunkline.recordings', true), ''), '') || ' ' || new.organization_id || '/' || new.id,
+      true
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.note_recording() is
+  'Trigger: a leg that has a recording leaves the work of copying it, once, in the transaction that told of it. Without consent it is refused.';
+create trigger note_new_recording after insert on public.call_logs
+  for each row when (new.recording_url like 'http%') execute function private.note_recording();
+create trigger note_recording after update of recording_url on public.call_logs
+  for each row when (new.recording_url like 'http%' and new.recording_url is distinct from old.recording_url)
+  execute function private.note_recording();
+
+create function private.take_recordings() returns jsonb
+language plpgsql volatile set search_path = '' as $$
+declare
+  noted text := nullif(btrim(current_setting('trunkline.recordings', true)), '');
+begin
+  if noted is null then
+    return null;
+  end if;
+  perform set_config('trunkline.recordings', '', true);
+  return (
+    select jsonb_agg(jsonb_build_object('organization_id', split_part(leg.name, '/', 1), 'id', split_part(leg.name, '/', 2)))
+    from (select distinct unnest(string_to_array(noted, ' ')) as name) as leg
+  );
+end
+$$;
+comment on function private.take_recordings() is
+  'The recordings that this transaction left to be copied, [{"organization_id","id": the attempt}]; null when there are none.';
+
+create function private.with_recordings(answer jsonb) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  return answer || jsonb_strip_nulls(jsonb_build_object('recordings', private.take_recordings()));
+end
+$$;
+comment on function private.with_recordings(jsonb) is 'What became of an event, and which recordings whoever applied it tells the queue of.';
+
+create function private.due_recordings(most integer) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  due jsonb;
+begin
+  -- Its first message went out with the event; the sweep is for those that were lost, or have failed before.
+  with late as (
+    select waiting.id
+    from private.recordings as waiting
+    where waiting.state = 'pending' and waiting.next_try_at < now() - interval '1 minute'
+      and (waiting.nudged_at is null or waiting.nudged_at < now() - interval '5 minutes')
+    order by waiting.next_try_at
+    limit most
+    for update skip locked
+  ),
+  nudged as (
+    update private.recordings as waiting
+    set nudged_at = now()
+    from late
+    where waiting.id = late.id
+    returning waiting.organization_id, waiting.attempt_id
+  )
+  select coalesce(jsonb_agg(jsonb_build_object('organization_id', nudged.organization_id, 'id', nudged.attempt_id)), '[]') into due from nudged;
+  return due;
+end
+$$;
+comment on function private.due_recordings(integer) is 'Recordings whose copy is due and that no message seems to be about; at most once in five minutes each.';
+
+create function private.with_due_work(answer jsonb) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  return answer || jsonb_build_object(
+    'recordings', private.due_recordings(100) || coalesce(private.take_recordings(), '[]'),
+    'deletions', (select count(*) from private.storage_deletions as doomed where doomed.next_try_at <= now())
+  );
+end
+$$;
+comment on function private.with_due_work(jsonb) is 'What a sweep did, and what it leaves to the function: recordings to put on the queue, objects to delete.';
+
+-- Replaces the one before: an event's answer also names the recordings that it told of.
+create or replace function public.apply_event(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.with_recordings(private.apply_event($1, private.clock_now()))
+$$;
+comment on function public.apply_event(jsonb) is
+  '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
+  '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several,'
+  '"recordings"?:[{"organization_id","id"}] to copy}. A single event may stand at the top, a call as "call":{…}.';
+
+-- Replaces the one before: the sweep also finds recordings that nobody copied, and objects that are to be gone.
+create or replace function public.sweep_events(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.with_due_work(private.sweep_events($1, private.clock_now()))
+$$;
+comment on function public.sweep_events(jsonb) is
+  '{"v":1,"limit":100} -> {"applied":n,"failed":n,"dead":n,"recordings":[{"organization_id","id"}] to copy,"deletions": n that are due}. '
+  'Also makes the coming months'' partitions.';
+
+create function private.claim_recordings(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  token   constant uuid := (request ->> 'lease_token')::uuid;
+  claimed uuid[];
+begin
+  if token is null or jsonb_typeof(request -> 'ids') is distinct from 'array' then
+    perform private.raise_error(400, 'malformed_request', 'lease_token and ids are required');
+  end if;
+  with mine as (
+    select waiting.id
+    from private.recordings as waiting
+    where waiting.attempt_id in (select named.id::uuid from jsonb_array_elements_text(request -> 'ids') as named (id))
+      and waiting.state = 'pending' and (waiting.next_try_at <= now() or waiting.lease_token = token)
+    order by waiting.id
+    for update skip locked
+  ),
+  leased as (
+    update private.recordings as waiting
+    set
+      tries = case when waiting.lease_token is distinct from token then waiting.tries + 1 else waiting.tries end,
+      lease_token = token,
+      next_try_at = now() + interval '3 minutes'
+    from mine
+    where waiting.id = mine.id
+    returning waiting.id
+  )
+  select coalesce(array_agg(leased.id), '{}') into claimed from leased;
+
+  -- Whoever withdrew the consent meanwhile is not copied either.
+  update private.recordings as waiting
+  set state = 'refused', reason = 'no_consent', next_try_at = null, settled_at = at
+  from public.call_logs as log
+  where waiting.id = any (claimed) and log.id = waiting.attempt_id and not log.record_call;
+
+  return jsonb_build_object('recordings', (
+    select coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'id', waiting.attempt_id, 'organization_id', waiting.organization_id, 'url', waiting.url, 'tries', waiting.tries,
+          'provider', account.provider, 'carrier_account_id', account.id, 'account_sid', account.account_sid,
+          'credentials_sealed', account.credentials_sealed, 'api_base', account.api_base
+        )
+        order by waiting.id
+      ),
+      '[]'
+    )
+    from private.recordings as waiting
+    join public.call_logs as log on log.id = waiting.attempt_id
+    join public.carrier_accounts as account on account.id = log.carrier_account_id
+    where waiting.id = any (claimed) and waiting.state = 'pending'
+  ));
+end
+$$;
+comment on function private.claim_recordings(jsonb, timestamptz) is
+  'Hands recordings to a worker for three minutes, each to one; what is settled, not due or somebody else''s is left out.';
+
+create function public.claim_recordings(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_recordings($1, private.clock_now())
+$$;
+comment on function public.claim_recordings(jsonb) is
+  '{"v":1,"lease_token":uuid,"ids":[attempt]} -> {"recordings":[{"id","organization_id","url","provider","carrier_account_id","account_sid",'
+  '"credentials_sealed","api_base","tries"}]}. The same token again gets the same.';
+
+create function private.record_recordings(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  most    constant integer := 8;
+  token   constant uuid := (request ->> 'lease_token')::uuid;
+  outcome jsonb;
+  copy    private.recordings;
+  settled integer := 0;
+begin
+  for outcome in
+    select result.value from jsonb_array_elements(request -> 'results') as result (value) order by result.value ->> 'id'
+  loop
+    -- The leg before its recording, as whoever erases locks them.
+    perform from public.call_logs as log where log.id = (outcome ->> 'id')::uuid for no key update;
+    select waiting.* into copy
+    from private.recordings as waiting
+    where waiting.attempt_id = (outcome ->> 'id')::uuid
+    for update;
+    if copy.state = 'erased' or copy.id is null then
+      -- The person was erased while the copy was under way: it goes too.
+      if outcome ->> 'result' = 'copied' then
+        insert into private.storage_deletions (path, requested_at) values (outcome ->> 'path', at) on conflict do nothing;
+      end if;
+      continue;
+    end if;
+    continue when copy.state <> 'pending' or copy.lease_token is distinct from token;
+    settled := settled + 1;
+    if outcome ->> 'result' = 'copied' then
+      update private.recordings as waiting
+      set
+        state = 'copied', reason = null, path = outcome ->> 'path', bytes = (outcome ->> 'bytes')::bigint,
+        content_type = outcome ->> 'content_type', next_try_at = null, lease_token = null, settled_at = at
+      where waiting.id = copy.id;
+      update public.call_logs as log set recording_url = outcome ->> 'path' where log.id = copy.attempt_id;
+    elsif outcome ->> 'result' = 'refused' or copy.tries >= most then
+      update private.recordings as waiting
+      set
+        state = case when outcome ->> 'result' = 'refused' then 'refused' else 'failed' end,
+        reason = left(outcome ->> 'reason', 500), next_try_at = null, lease_token = null, settled_at = at
+      where waiting.id = copy.id;
+      perform private.emit(
+        copy.organization_id, 'alarm.recording_' || case when outcome ->> 'result' = 'refused' then 'refused' else 'failed' end,
+        copy.attempt_id::text, jsonb_build_object('attempt_id', copy.attempt_id, 'reason', left(outcome ->> 'reason', 500)), at
+      );
+    else
+      update private.recordings as waiting
+      set
+        reason = left(outcome ->> 'reason', 500), lease_token = null,
+        next_try_at = now() + interval '1 minute' * (2 ^ (copy.tries - 1))
+      where waiting.id = copy.id;
+    end if;
+  end loop;
+  return jsonb_build_object('settled', settled);
+end
+$$;
+comment on function private.record_recordings(jsonb, timestamptz) is
+  'What became of copies: copied, refused for good, or failed, to be tried again after 1, 2, 4 … minutes, eight times in all. What is over is told to a person.';
+
+create function public.record_recordings(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.record_recordings($1, private.clock_now())
+$$;
+comment on function public.record_recordings(jsonb) is
+  '{"v":1,"lease_token":uuid,"results":[{"id":attempt,"result":"copied|refused|failed","reason"?,"path"?,"bytes"?,"content_type"?}]} -> {"settled":n}.';
+
+create function private.open_recording(call_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('call.listen');
+  attempt      uuid;
+  copy         private.recordings;
+begin
+  -- A leg by its own id, or by that of the store's call.
+  select log.id into attempt from public.call_logs as log where log.organization_id = organization and log.id = open_recording.call_id;
+  if attempt is null then
+    select call.call_log_id into attempt from public.calls as call where call.organization_id = organization and call.id = open_recording.call_id;
+  end if;
+  select known.* into copy
+  from private.recordings as known
+  where known.organization_id = organization and known.attempt_id = attempt;
+  if copy.state = 'pending' then
+    perform private.raise_error(409, 'recording_not_ready', 'The recording is still at the carrier');
+  end if;
+  if copy.state is distinct from 'copied' then
+    perform private.raise_error(404, 'recording_not_found', 'There is no recording of such a call', 'call_id');
+  end if;
+  perform private.audit(organization, 'recording.opened', 'call_log', attempt, '{}', at);
+  return jsonb_build_object('path', copy.path, 'content_type', copy.content_type, 'bytes', copy.bytes);
+end
+$$;
+comment on function private.open_recording(uuid, timestamptz) is 'Where a call''s recording is, for who may listen; that it was opened is on record.';
+
+create function public.open_recording(call_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.open_recording(call_id, private.clock_now())
+$$;
+comment on function public.open_recording(uuid) is
+  'Called by POST webhook-intake/calls/{id}/recording, which makes a link of it that ends soon. Needs call.listen. Returns {"path","content_type","bytes"}.';
+
+create function private.claim_deletions(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  paths jsonb;
+begin
+  with due as (
+    select doomed.path
+    from private.storage_deletions as doomed
+    where doomed.next_try_at <= now()
+    order by doomed.next_try_at
+    limit least(greatest(coalesce((request ->> 'limit')::integer, 100), 1), 1000)
+    for update skip locked
+  ),
+  claimed as (
+    update private.storage_deletions as doomed
+    set tries = doomed.tries + 1, next_try_at = now() + least(interval '5 minutes' * (doomed.tries + 1), interval '1 day')
+    from due
+    where doomed.path = due.path
+    returning doomed.path
+  )
+  select coalesce(jsonb_agg(claimed.path order by claimed.path), '[]') into paths from claimed;
+  return jsonb_build_object('paths', paths);
+end
+$$;
+comment on function private.claim_deletions(jsonb, timestamptz) is 'Objects that are to be gone, for one worker for a while.';
+
+create function public.claim_deletions(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_deletions($1, private.clock_now())
+$$;
+comment on function public.claim_deletions(jsonb) is '{"v":1,"limit":100} -> {"paths":[text]}: objects of the bucket recordings to delete.';
+
+create function private.record_deletions(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  gone integer;
+begin
+  delete from private.storage_deletions as doomed
+  where doomed.path in (select named.path from jsonb_array_elements_text(request -> 'paths') as named (path));
+  get diagnostics gone = row_count;
+  return jsonb_build_object('gone', gone);
+end
+$$;
+comment on function private.record_deletions(jsonb, timestamptz) is 'Objects that are gone.';
+
+create function public.record_deletions(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.record_deletions($1, private.clock_now())
+$$;
+comment on function public.record_deletions(jsonb) is '{"v":1,"paths":[text]} -> {"gone":n}.';
+
+-- The bucket, where there is Supabase Storage. Its own policies are the wall for whoever asks Storage directly.
+do $$
+begin
+  if to_regclass('storage.buckets') is null or to_regclass('storage.objects') is null then
+    return;
+  end if;
+  insert into storage.buckets (id, name, public)
+  values ('recordings', 'recordings', false)
+  on conflict (id) do update set public = false;
+  create policy "Who listens to calls may read the recordings" on storage.objects
+    for select to authenticated
+    using (bucket_id = 'recordings' and split_part(name, '/', 1) = (select private.org_with('call.listen'))::text);
+exception when insufficient_privilege then
+  raise notice 'The bucket recordings and its policy are to be made by hand: %', sqlerrm;
+end
+$$;
+
+
+-- Events: found, looked at, sent through again ------------------------------------------------------------------------------------
+
+create function private.find_events(organization uuid, filter jsonb, most integer) returns setof private.webhook_events
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return query
+  select event.*
+  from private.webhook_events as event
+  where (find_events.organization is null or event.organization_id = find_events.organization)
+    and (filter ->> 'organization_id' is null or event.organization_id = (filter ->> 'organization_id')::uuid)
+    and (filter ->> 'before' is null or event.id < (filter ->> 'before')::uuid)
+    and (filter ->> 'source' is null or event.source = filter ->> 'source')
+    and (filter ->> 'source_id' is null or event.source_id = filter ->> 'source_id')
+    and (filter ->> 'kind' is null or event.kind = filter ->> 'kind')
+    and (filter ->> 'status' is null or event.status::text = any (string_to_array(filter ->> 'status', ',')))
+    and (filter ->> 'attempt_id' is null or event.attempt_id = (filter ->> 'attempt_id')::uuid)
+    and (filter ->> 'since' is null or event.received_at >= (filter ->> 'since')::timestamptz)
+    and (filter ->> 'until' is null or event.received_at < (filter ->> 'until')::timestamptz)
+  order by event.id desc
+  limit most;
+end
+$$;
+comment on function private.find_events(uuid, jsonb, integer) is
+  'Events that match a filter, latest first, from one before which the page begins: organization_id, source, source_id, kind, status (several by comma), '
+  'attempt_id, since, until, before. Of one organization, or, with null, of all.';
+
+create function private.list_events(organization uuid, filter jsonb) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  most   constant integer := least(greatest(coalesce((filter ->> 'limit')::integer, 50), 1), 500);
+  events jsonb;
+begin
+  select coalesce(
+    jsonb_agg(
+      jsonb_strip_nulls(jsonb_build_object(
+        'id', event.id, 'received_at', event.received_at, 'organization_id', event.organization_id, 'source', event.source,
+        'source_id', event.source_id, 'kind', event.kind, 'attempt_id', event.attempt_id, 'status', event.status, 'error', event.error,
+        'tries', event.tries, 'next_try_at', event.next_try_at
+      ))
+      order by event.id desc
+    ),
+    '[]'
+  )
+  into events
+  from private.find_events(list_events.organization, filter, most) as event;
+  return jsonb_build_object(
+    'events', events, 'before', case when jsonb_array_length(events) = most then events -> -1 -> 'id' end
+  );
+end
+$$;
+comment on function private.list_events(uuid, jsonb) is 'One page of events without what they carried; `before` begins the next one.';
+
+create function private.get_event(organization uuid, event_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  event private.webhook_events;
+begin
+  select known.* into event
+  from private.webhook_events as known
+  where known.id = event_id and (get_event.organization is null or known.organization_id = get_event.organization);
+  if event.id is null then
+    perform private.raise_error(404, 'event_not_found', 'There is no such event', 'id');
+  end if;
+  return to_jsonb(event);
+end
+$$;
+comment on function private.get_event(uuid, uuid) is 'One event with all that is kept of it.';
+
+create function private.redrive_events(organization uuid, ids uuid[], filter jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  most     constant integer := 1000;
+  redriven integer;
+begin
+  if ids is null and coalesce(filter, '{}') - array['limit', 'before'] = '{}' then
+    perform private.raise_error(422, 'filter_required', 'ids or a filter say which events are meant', 'filter');
+  end if;
+  with meant as (
+    select event.id, event.received_at
+    from private.webhook_events as event
+    where event.id = any (
+        case
+          when ids is not null then ids
+          else array(
+            select found.id
+            from private.find_events(
+              redrive_events.organization, filter || jsonb_build_object('status', coalesce(filter ->> 'status', 'failed,dead')), most
+            ) as found
+          )
+        end
+      )
+      and (redrive_events.organization is null or event.organization_id = redrive_events.organization)
+      -- What was applied is not applied again, and what was stripped or erased says nothing any more.
+      and event.status in ('failed', 'dead') and (event.payload is not null or event.body is not null)
+    order by event.id
+    limit most
+    for update
+  )
+  update private.webhook_events as event
+  set status = 'failed', tries = 1, next_try_at = now()
+  from meant
+  where event.id = meant.id and event.received_at = meant.received_at;
+  get diagnostics redriven = row_count;
+  if redriven > 0 then
+    perform private.audit(
+      redrive_events.organization, 'webhook_events.redriven', 'webhook_event', case when cardinality(ids) = 1 then ids[1] end,
+      jsonb_strip_nulls(jsonb_build_object('events', redriven, 'filter', filter)), at
+    );
+    perform private.nudge('webhook-intake');
+  end if;
+  return jsonb_build_object('redriven', redriven);
+end
+$$;
+comment on function private.redrive_events(uuid, uuid[], jsonb, timestamptz) is
+  'Makes failed and dead events due now, with all their tries before them: by id, or by filter, a thousand at most. The sweep applies them.';
+
+create function private.count_events(organization uuid, filter jsonb, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return jsonb_build_object(
+    'since', coalesce((filter ->> 'since')::timestamptz, at - interval '7 days'),
+    'events', (
+      select coalesce(
+        jsonb_agg(
+          jsonb_build_object(
+            'source', part.source, 'status', part.status, 'events', part.events, 'oldest', part.oldest, 'latest', part.latest
+          )
+          order by part.source, part.status
+        ),
+        '[]'
+      )
+      from (
+        select event.source, event.status, count(*) as events, min(event.received_at) as oldest, max(event.received_at) as latest
+        from private.webhook_events as event
+        where event.received_at >= coalesce((filter ->> 'since')::timestamptz, at - interval '7 days')
+          and (count_events.organization is null or event.organization_id = count_events.organization)
+          and (filter ->> 'organization_id' is null or event.organization_id = (filter ->> 'organization_id')::uuid)
+        group by event.source, event.status
+      ) as part
+    ),
+    'unmapped', (
+      select coalesce(
+        jsonb_agg(jsonb_build_object('source', word.source, 'field', word.field, 'value', word.value, 'seen', word.seen) order by word.seen desc),
+        '[]'
+      )
+      from (
+        select unmapped.source, unmapped.field, unmapped.value, sum(unmapped.seen) as seen
+        from private.unmapped_values as unmapped
+        where (count_events.organization is null or unmapped.organization_id = count_events.organization)
+          and (filter ->> 'organization_id' is null or unmapped.organization_id = (filter ->> 'organization_id')::uuid)
+        group by unmapped.source, unmapped.field, unmapped.value
+        order by sum(unmapped.seen) desc, unmapped.source, unmapped.field, unmapped.value
+        limit 100
+      ) as word
+    )
+  );
+end
+$$;
+comment on function private.count_events(uuid, jsonb, timestamptz) is
+  'Events by source and status since a time, the last seven days unless told, and the words of providers that nobody has mapped.';
+
+-- For users, in their own organization.
+create function private.list_webhook_events(filter jsonb) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return private.list_events(private.require_org('webhook.manage'), coalesce(filter, '{}'));
+exception when invalid_text_representation or invalid_datetime_format or datetime_field_overflow then
+  perform private.raise_error(400, 'malformed_request', 'The filter holds what is no id, time or number', 'filter');
+  return null;
+end
+$$;
+comment on function private.list_webhook_events(jsonb) is 'One page of the events of the caller''s organization.';
+create function public.list_webhook_events(filter jsonb default '{}') returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.list_webhook_events(filter)
+$$;
+comment on function public.list_webhook_events(jsonb) is
+  'What came in: {"events":[{"id","received_at","source","kind","status","error",…}],"before"}, latest first. The filter knows source, source_id, kind, status '
+  '(several by comma), attempt_id, since, until, limit, and before, which continues a list. Needs webhook.manage.';
+
+create function private.get_webhook_event(id uuid) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return private.get_event(private.require_org('webhook.manage'), get_webhook_event.id);
+end
+$$;
+comment on function private.get_webhook_event(uuid) is 'One event of the caller''s organization.';
+create function public.get_webhook_event(id uuid) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.get_webhook_event(id)
+$$;
+comment on function public.get_webhook_event(uuid) is 'One event as it came, and what became of it. Needs webhook.manage.';
+
+create function private.redrive_webhook_events(ids uuid[], filter jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  return private.redrive_events(private.require_org('webhook.manage'), ids, filter, at);
+exception when invalid_text_representation or invalid_datetime_format or datetime_field_overflow then
+  perform private.raise_error(400, 'malformed_request', 'The filter holds what is no id, time or number', 'filter');
+  return null;
+end
+$$;
+comment on function private.redrive_webhook_events(uuid[], jsonb, timestamptz) is 'Sends events of the caller''s organization through again.';
+create function public.redrive_webhook_events(ids uuid[] default null, filter jsonb default null) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.redrive_webhook_events(ids, filter, private.clock_now())
+$$;
+comment on function public.redrive_webhook_events(uuid[], jsonb) is
+  'Failed and dead events, by id or by the filter of list_webhook_events(), are applied again at the next sweep: {"redriven":n}. Needs webhook.manage.';
+
+create function private.count_webhook_events(since timestamptz, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return private.count_events(private.require_org('webhook.manage'), jsonb_strip_nulls(jsonb_build_object('since', since)), at);
+end
+$$;
+comment on function private.count_webhook_events(timestamptz, timestamptz) is 'What came in at the caller''s organization, counted.';
+create function public.count_webhook_events(since timestamptz default null) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.count_webhook_events(since, private.clock_now())
+$$;
+comment on function public.count_webhook_events(timestamptz) is
+  'Events by source and status, the last seven days unless told, and unmapped words: {"since","events":[…],"unmapped":[…]}. Needs webhook.manage.';
+
+-- For the operator's tools, over all organizations.
+create function public.list_events(jsonb) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.list_events(null, $1)
+$$;
+comment on function public.list_events(jsonb) is '{"v":1, the filter of list_webhook_events(), "organization_id"?} -> {"events":[…],"before"}.';
+create function public.get_event(jsonb) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.get_event(null, ($1 ->> 'id')::uuid)
+$$;
+comment on function public.get_event(jsonb) is '{"v":1,"id":uuid} -> the event.';
+create function public.redrive_events(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.redrive_events(
+    null, case when $1 ? 'ids' then array(select named.id::uuid from jsonb_array_elements_text($1 -> 'ids') as named (id)) end,
+    $1 - array['v', 'ids'], private.clock_now()
+  )
+$$;
+comment on function public.redrive_events(jsonb) is '{"v":1,"ids":[uuid]} or {"v":1, a filter} -> {"redriven":n}.';
+create function public.count_events(jsonb) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.count_events(null, $1, private.clock_now())
+$$;
+comment on function public.count_events(jsonb) is '{"v":1,"organization_id"?,"since"?} -> {"since","events":[…],"unmapped":[…]}.';
+
+
+-- Retention -----------------------------------------------------------------------------------------------------------------------
+
+create function private.apply_retention(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  days     constant integer := least(greatest(coalesce((request ->> 'days')::integer, 7), 1), 366);
+  rule     private.retention_rules;
+  parent   text;
+  key_name text;
+  part     record;
+  oldest   timestamptz;
+  cutoff   timestamptz;
+  done     bigint;
+  stripped bigint := 0;
+  deleted  bigint := 0;
+  dropped  jsonb := '[]'::jsonb;
+  unplaced jsonb := '{}'::jsonb;
+begin
+  -- Whoever reads or writes the table for long is not made to wait behind this: there is a next run.
+  perform set_config('lock_timeout', '2s', true);
+  for rule in
+    select known.* from private.retention_rules as known where to_regclass(known.table_name) is not null order by known.table_name for update
+  loop
+    select attribute.attname into key_name
+    from pg_catalog.pg_partitioned_table as split
+    join pg_catalog.pg_attribute as attribute on attribute.attrelid = split.partrelid and attribute.attnum = split.partattrs[0]
+    where split.partrelid = rule.table_name::regclass and split.partstrat = 'r';
+    continue when key_name is null;
+    parent := split_part(rule.table_name, '.', 2);
+
+    if rule.keep_months is not null then
+      oldest := (date_trunc('month', at at time zone 'UTC') - make_interval(months => rule.keep_months)) at time zone 'UTC';
+      for part in
+        select child.relname as name
+        from pg_catalog.pg_inherits as split
+        join pg_catalog.pg_class as child on child.oid = split.inhrelid
+        where split.inhparent = rule.table_name::regclass
+          and child.relname ~ ('^' || parent || '_[0-9]{6}$')
+          and to_date(right(child.relname, 6), 'YYYYMM') + interval '1 month' <= oldest at time zone 'UTC'
+        order by child.relname
+      loop
+        begin
+          execute format('drop table private.%I', part.name);
+          dropped := dropped || to_jsonb('private.' || part.name);
+        exception when lock_not_available then
+          raise notice '% is in use; it is dropped at the next run', part.name;
+        end;
+      end loop;
+      execute format('delete from private.%I where %I < $1', parent || '_default', key_name) using oldest;
+      get diagnostics done = row_count;
+      deleted := deleted + done;
+    end if;
+
+    if rule.strip_after is not null and cardinality(rule.strip_columns) > 0 then
+      if rule.stripped_until is null then
+        execute format('select min(%I) from %s', key_name, rule.table_name) into rule.stripped_until;
+      end if;
+      cutoff := least(date_trunc('hour', at - rule.strip_after), rule.stripped_until + make_interval(days => days));
+      if cutoff > rule.stripped_until then
+        execute format(
+          'update %s set %s where %I >= $1 and %I < $2 and status not in (''failed'', ''dead'') and (%s)',
+          rule.table_name,
+          (select string_agg(format('%I = null', stripping.name), ', ') from unnest(rule.strip_columns) as stripping (name)),
+          key_name, key_name,
+          (select string_agg(format('%I is not null', stripping.name), ' or ') from unnest(rule.strip_columns) as stripping (name))
+        )
+        using rule.stripped_until, cutoff;
+        get diagnostics done = row_count;
+        stripped := stripped + done;
+        update private.retention_rules as known set stripped_until = cutoff where known.table_name = rule.table_name;
+      end if;
+    end if;
+  end loop;
+
+  for part in
+    select split.inhparent::regclass::text as parent, child.relname as name
+    from pg_catalog.pg_inherits as split
+    join pg_catalog.pg_class as child on child.oid = split.inhrelid
+    where child.relnamespace = 'private'::regnamespace and pg_get_expr(child.relpartbound, child.oid) = 'DEFAULT'
+    order by child.relname
+  loop
+    execute format('select count(*) from (select from private.%I limit 1000) as astray', part.name) into done;
+    if done > 0 then
+      unplaced := unplaced || jsonb_build_object(part.parent, done);
+    end if;
+  end loop;
+  return jsonb_build_object('dropped', dropped, 'deleted', deleted, 'stripped', stripped, 'unplaced', unplaced);
+end
+$$;
+comment on function private.apply_retention(jsonb, timestamptz) is
+  'Empties what is old enough, drops months past their time, and tells of rows that no month''s partition took. The keys of events stay: '
+  'a duplicate is one however late it comes. Failed and dead events keep what they carry until their month goes.';
+
+create function public.apply_retention(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.apply_retention($1, private.clock_now())
+$$;
+comment on function public.apply_retention(jsonb) is
+  '{"v":1,"days":7} -> {"dropped":[partition],"deleted":n,"stripped":n,"unplaced":{table: n}}. Empties at most so many days'' rows at once.';
+
+
+-- Erasure -------------------------------------------------------------------------------------------------------------------------
+-- Every column that can hold a text is listed with what becomes of it; a test compares the list with the catalog, and looks for the
+-- person in every column of every table afterwards.
+
+insert into private.personal_data (table_name, column_name, found_by, via, treatment, reason)
+select listed.table_name, named.column_name, listed.found_by, listed.via, listed.treatment, listed.reason
+from (
+  values
+    ('public.leads', 'name', 'lead', 'id', 'text', null),
+    ('public.leads', 'email phone timezone lead_source external_lead_id raw_data notes waiting_status opt_out_reason abuse_details rejection_reason', 'lead', 'id', 'null', null),
+    ('public.lead_activities', 'content', 'lead', 'lead_id', 'object', null),
+    ('public.consents', 'phone_number consent_text proof revoke_reason', 'phone', 'phone_number', 'delete', null),
+    ('public.suppressions', 'phone_number reason', 'phone', 'phone_number', 'delete', null),
+    ('public.campaign_leads', 'opt_out_reason', 'lead', 'lead_id', 'null', null),
+    ('public.call_queue', 'metadata', 'lead', 'lead_id', 'object', null),
+    ('public.call_queue', 'last_error', 'lead', 'lead_id', 'null', null),
+    ('public.call_logs', 'callee_number', 'attempt', 'id', 'callee', null),
+    ('public.call_logs', 'caller_number', 'attempt', 'id', 'caller', null),
+    ('public.call_logs', 'recording_url recording_id conversation_transcript ai_analysis summary interest_level transfer_reason disconnect_notes notes', 'attempt', 'id', 'null', null),
+    ('public.call_logs', 'metadata', 'attempt', 'id', 'object', null),
+    ('public.websocket_sessions', 'connection_id metadata', 'attempt', 'call_log_id', 'delete', null),
+    ('public.calls', 'to_phone', 'store_call', 'id', 'callee', null),
+    ('public.calls', 'from_phone', 'store_call', 'id', 'caller', null),
+    ('public.calls', 'recording_url recording_sid transcript ai_summary intent_detected', 'store_call', 'id', 'null', null),
+    ('public.calls', 'twilio_data ai_context', 'store_call', 'id', 'object', null),
+    ('public.conversations', 'conversation_key', 'conversation', 'id', 'key', null),
+    ('public.conversations', 'customer_identifier customer_name title summary primary_intent escalation_reason', 'conversation', 'id', 'null', null),
+    ('public.conversations', 'ai_context platform_data', 'conversation', 'id', 'object', null),
+    ('public.conversations', 'conversation_history', 'conversation', 'id', 'array', null),
+    ('public.conversations', 'tags', 'conversation', 'id', 'list', null),
+    ('public.conversation_messages', 'content', 'conversation', 'conversation_id', 'text', null),
+    ('public.conversation_messages', 'external_message_id ai_prompt intent entities', 'conversation', 'conversation_id', 'null', null),
+    ('public.conversation_messages', 'attachments', 'conversation', 'conversation_id', 'array', null),
+    ('public.conversation_messages', 'ai_metadata platform_data', 'conversation', 'conversation_id', 'object', null),
+    ('public.customers', 'external_id', 'customer', 'id', 'key', null),
+    ('public.customers', 'email phone first_name last_name sync_hash', 'customer', 'id', 'null', null),
+    ('public.customers', 'tags', 'customer', 'id', 'list', null),
+    ('public.customers', 'platform_data', 'customer', 'id', 'object', null),
+    ('public.orders', 'customer_email customer_phone customer_first_name customer_last_name customer_external_id shipping_address billing_address tracking_number tracking_url customer_notes internal_notes sync_hash', 'order', 'id', 'null', null),
+    ('public.orders', 'platform_data', 'order', 'id', 'object', null),
+    ('public.order_line_items', 'properties', 'order', 'order_id', 'object', null),
+    ('private.webhook_events', 'headers body payload', 'event', 'id', 'null', null),
+    ('private.recordings', 'url reason', 'attempt', 'attempt_id', 'null', null),
+    ('private.unmapped_values', 'value', 'content', null, 'delete', null),
+    ('public.audit_logs', 'metadata', 'content', null, 'scrub', null),
+    ('public.platform_audit_logs', 'metadata', 'content', null, 'scrub', null),
+    ('public.usage_logs', 'metadata', 'content', null, 'scrub', null),
+    ('public.call_logs', 'refusal_reason disconnect_reason transfer_department', 'content', null, 'scrub', null),
+    ('private.outbox', 'payload last_error', 'content', null, 'scrub', null),
+    ('private.webhook_events', 'error', 'content', null, 'scrub', null),
+    ('public.impersonation_sessions', 'reason', 'content', null, 'scrub', null),
+    ('public.campaign_leads', 'skip_reason', 'content', null, 'scrub', null),
+    ('public.call_queue', 'wait_reason', 'content', null, 'scrub', null),
+    ('public.conversations', 'resolution_status', 'content', null, 'scrub', null),
+    ('public.projects', 'description metadata', 'content', null, 'scrub', null),
+    ('public.campaigns', 'description ai_script call_settings metadata', 'content', null, 'scrub', null),
+    ('public.properties', 'description', 'content', null, 'scrub', null),
+    ('public.leads', 'source status', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.lead_activities', 'type', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.consents', 'scope source', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.suppressions', 'source', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.call_logs', 'call_sid agent_call_id', 'none', null, 'kept', 'Names a thing in another system, not a person.'),
+    ('public.call_logs', 'carrier_cost_currency hangup_cause_code hangup_cause_name hangup_source', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.calls', 'twilio_call_sid call_id', 'none', null, 'kept', 'Names a thing in another system, not a person.'),
+    ('public.websocket_sessions', 'kind', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.conversation_messages', 'content_type ai_model', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.customers', 'preferred_language', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.orders', 'external_id order_number', 'none', null, 'kept', 'Names the purchase, which stays as a fiscal row without its person.'),
+    ('public.orders', 'currency_code shipping_method', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.order_line_items', 'external_id external_product_id external_variant_id title variant_title sku', 'none', null, 'kept', 'What was sold, a fiscal row.'),
+    ('private.webhook_events', 'source source_id kind payload_type', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('private.webhook_events', 'dedupe_key', 'none', null, 'kept', 'Names the event at its source: ids and times, or a hash.'),
+    ('private.webhook_event_keys', '*', 'none', null, 'kept', 'Name events at their sources: ids and times, or a hash; a repetition is known by them for ever.'),
+    ('private.unmapped_values', 'source field', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('private.outbox', 'topic key', 'none', null, 'kept', 'What happened, and the id of what it happened to.'),
+    ('private.recordings', 'state content_type', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('private.recordings', 'path', 'none', null, 'kept', 'Organization and attempt; the object goes.'),
+    ('private.storage_deletions', '*', 'none', null, 'kept', 'Objects that are about to go, by organization and attempt.'),
+    ('private.erased_numbers', '*', 'none', null, 'kept', 'The salted hash by which an erased person is not called again.'),
+    ('public.audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the organization''s own people did what.'),
+    ('public.platform_audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the operator''s own people did what.'),
+    ('public.usage_logs', 'feature_key', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
+    ('public.campaigns', 'name timezone', 'none', null, 'kept', 'What the organization calls it.'),
+    ('public.projects', 'name address project_type status image_url image_path', 'none', null, 'kept', 'A development or a product line, not a person.'),
+    ('public.properties', 'title address currency_code type status', 'none', null, 'kept', 'A building, not a person.'),
+    ('public.invoices', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.invoice_lines', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.invoice_taxes', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.credit_notes', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.credit_note_lines', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.credit_note_taxes', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.payments', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.payment_methods', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.refunds', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.credit_accounts', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.credit_transactions', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.call_credits', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('public.subscriptions', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
+    ('private.usage_events', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('private.usage_keys', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('public.usage_days', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('public.organizations', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
+    ('public.profiles', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
+    ('public.invitations', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
+    ('public.user_settings', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
+    ('public.stores', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.store_phone_numbers', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.settings', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.roles', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.pipelines', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.pipeline_stages', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.lead_forms', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.caller_numbers', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.carrier_accounts', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.webhook_sources', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.stage_transitions', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('private.dispatch_holds', '*', 'none', null, 'kept', 'Configuration of the organization, not about the people it calls.'),
+    ('public.api_keys', '*', 'none', null, 'kept', 'A secret or its hash.'),
+    ('private.store_credentials', '*', 'none', null, 'kept', 'A secret or its hash.'),
+    ('private.user_credentials', '*', 'none', null, 'kept', 'A secret or its hash.'),
+    ('private.erasure_salt', '*', 'none', null, 'kept', 'A secret or its hash.'),
+    ('public.products', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.product_images', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.customer_totals', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.call_analytics', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.property_features', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.property_images', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.property_reservations', '*', 'none', null, 'kept', 'What a shop sells, not a person.'),
+    ('public.permissions', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.meters', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.plan_prices', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.plan_price_meters', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.subscription_plans', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.tax_rates', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.calling_hours', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.calling_holidays', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.billing_issuer', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.credit_note_series', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.invoice_series', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.dnc_registers', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.dnc_versions', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.setting_types', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.timezones', '*', 'none', null, 'kept', 'Reference data.'),
+    ('public.call_logs', 'stream_id stream_status stream_error transfer_sid transfer_status', 'none', null, 'kept', 'The carrier''s ids and words of states.'),
+    ('public.properties', 'tower unit_number', 'none', null, 'kept', 'What is sold, not a person.'),
+    ('public.call_charges', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
+    ('public.privacy_requests', '*', 'none', null, 'kept', 'Evidence that somebody asked, by the platform''s ids.'),
+    ('private.call_holds', '*', 'none', null, 'kept', 'Amounts.'),
+    ('private.lead_requests', '*', 'none', null, 'kept', 'Ids, codes and hashes.'),
+    ('private.rate_limits', '*', 'none', null, 'kept', 'Ids of keys and forms.'),
+    ('private.store_tombstones', '*', 'none', null, 'kept', 'The platform''s ids of what it deleted.'),
+    ('private.personal_data', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.retention_rules', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.dnc_entries', '*', 'none', null, 'kept', 'A public register, kept because the law asks whether it was looked at.'),
+    ('private.dnc_staged', '*', 'none', null, 'kept', 'A public register, kept because the law asks whether it was looked at.')
+) as listed (table_name, columns, found_by, via, treatment, reason)
+cross join lateral unnest(string_to_array(listed.columns, ' ')) as named (column_name);
+
+create function private.hash_number(phone text) returns bytea
+language sql stable security definer set search_path = '' as $$
+  select extensions.digest(salted.salt || convert_to(phone, 'utf8'), 'sha256') from private.erasure_salt as salted
+$$;
+comment on function private.hash_number(text) is 'The pseudonym by which an erased number is still known not to be called.';
+
+create function private.is_suppressed(organization uuid, phone text) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+      select
+      from public.suppressions as suppression
+      where suppression.organization_id = organization and suppression.phone_number = phone
+    )
+    or exists (
+      select
+      from private.erased_numbers as erased
+      where erased.organization_id = organization and erased.phone_hash = private.hash_number(phone)
+    );
+end
+$$;
+comment on function private.is_suppressed(uuid, text) is
+  'Whether an organization must not call a number: it is suppressed, or was that of a person who has been erased.';
+
+create function private.phone_pattern(phones text[]) returns text
+language sql immutable set search_path = '' as $$
+  -- As people and providers write it: with or without plus, country code and leading zero, escaped, and with separators between.
+  select '(?<![0-9])(' || string_agg(
+    case
+      when length(number.digits) > 10
+        then '([+]|%2[bB]|00)?(' || left(number.digits, -10) || '[ ().-]{0,2})?0?' || spaced.digits
+      else '[+]?' || spaced.digits
+    end,
+    '|'
+  ) || ')(?![0-9])'
+  from unnest(phones) as written (phone)
+  cross join lateral (select regexp_replace(written.phone, '[^0-9]', '', 'g') as digits) as number
+  cross join lateral (select array_to_string(string_to_array(right(number.digits, 10), null), '[ ().-]{0,2}') as digits) as spaced
+  where length(number.digits) >= 7
+$$;
+comment on function private.phone_pattern(text[]) is 'What finds these numbers in a text; null for none.';
+
+create function private.email_pattern(emails text[]) returns text
+language sql immutable set search_path = '' as $$
+  select '(?<![a-z0-9._+-])(' || string_agg(
+    replace(regexp_replace(lower(written.email), '([^a-z0-9@])', '\\\1', 'g'), '@', '(@|%40)'), '|'
+  ) || ')(?![a-z0-9-]|[.][a-z0-9])'
+  from unnest(emails) as written (email)
+  where written.email like '%_@_%'
+$$;
+comment on function private.email_pattern(text[]) is 'What finds these addresses in a text, in lower case; null for none.';
+
+create function private.keep_erased() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  new.recording_url := null;
+  new.recording_id := null;
+  new.conversation_transcript := null;
+  new.ai_analysis := null;
+  new.summary := null;
+  new.interest_level := null;
+  new.transfer_reason := null;
+  new.disconnect_notes := null;
+  new.notes := null;
+  new.metadata := '{}';
+  return new;
+end
+$$;
+comment on function private.keep_erased() is 'Trigger: an erased leg may still learn what it cost, and nothing that was said.';
+create trigger keep_erased before update on public.call_logs
+  for each row when (old.erased_at is not null) execute function private.keep_erased();
+
+create function private.keep_event_erased() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  -- Copied, deleted or on a queue meanwhile: what comes late of an erased person is known by its key, and not kept.
+  if exists (select from public.call_logs as log where log.id = new.attempt_id and log.erased_at is not null) then
+    new.headers := null;
+    new.body := null;
+    new.payload := null;
+  end if;
+  return new;
+end
+$$;
+comment on function private.keep_event_erased() is 'Trigger: an event about an erased leg is stored without what it says.';
+create trigger keep_event_erased before insert on private.webhook_events
+  for each row when (new.attempt_id is not null) execute function private.keep_event_erased();
+
+create function private.keep_conversation_erased() returns trigger
+language plpgsql set search_path = '' as $$
+begin
+  new.customer_identifier := null;
+  new.customer_name := null;
+  new.title := null;
+  new.summary := null;
+  new.primary_intent := null;
+  new.escalation_reason := null;
+  new.ai_context := '{}';
+  new.platform_data := '{}';
+  new.conversation_history := '[]';
+  new.tags := '{}';
+  return new;
+end
+$$;
+comment on function private.keep_conversation_erased() is 'Trigger: an erased conversation may still end, and learns nothing that was said.';
+create trigger keep_erased before update on public.conversations
+  for each row when (old.erased_at is not null) execute function private.keep_conversation_erased();
+
+create function private.keep_message_erased() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if exists (
+    select
+    from public.conversations as talk
+    where talk.organization_id = new.organization_id and talk.id = new.conversation_id and talk.erased_at is not null
+  ) then
+    return null;
+  end if;
+  return new;
+end
+$$;
+comment on function private.keep_message_erased() is 'Trigger: an erased conversation takes no message.';
+create trigger keep_erased before insert on public.conversation_messages
+  for each row execute function private.keep_message_erased();
+
+create function private.keep_activity_erased() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if exists (
+    select from public.leads as lead where lead.organization_id = new.organization_id and lead.id = new.lead_id and lead.erased_at is not null
+  ) then
+    new.content := '{}';
+  end if;
+  return new;
+end
+$$;
+comment on function private.keep_activity_erased() is 'Trigger: what happens with an erased lead is noted, and not what was said.';
+create trigger keep_erased before insert on public.lead_activities
+  for each row execute function private.keep_activity_erased();
+
+create function private.erase(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization  constant uuid := (request ->> 'organization_id')::uuid;
+  store         constant uuid := (request ->> 'store_id')::uuid;
+  asked_phone   constant text := nullif('+' || regexp_replace(coalesce(request ->> 'phone', ''), '[^0-9]', '', 'g'), '+');
+  asked_email   constant text := nullif(lower(btrim(coalesce(request ->> 'email', ''))), '');
+  external      constant text := nullif(request ->> 'customer_external_id', '');
+  whole_store   constant boolean := asked_phone is null and asked_email is null and external is null and store is not null;
+  leads         uuid[] := '{}'::uuid[];
+  customers     uuid[];
+  orders        uuid[];
+  attempts      uuid[];
+  calls         uuid[];
+  conversations uuid[];
+  events        uuid[];
+  phones        text[];
+  emails        text[];
+  by_phone      text;
+  by_email      text;
+  target        record;
+  statement     text;
+  scope         text;
+  done          bigint;
+  rows_of       jsonb := '{}'::jsonb;
+begin
+  if organization is null or (asked_phone is null and asked_email is null and external is null and store is null) then
+    perform private.raise_error(400, 'malformed_request', 'organization_id and a phone, an email or a store are required');
+  end if;
+  if external is not null and store is null then
+    perform private.raise_error(400, 'malformed_request', 'A customer''s id is one of a store', 'store_id');
+  end if;
+
+  -- Who it is. Everything that hangs on the person is found by ids; what merely names them, by pattern.
+  if not whole_store then
+    leads := array(
+      select lead.id
+      from public.leads as lead
+      where lead.organization_id = organization and (lead.phone = asked_phone or lower(lead.email) = asked_email)
+    );
+  end if;
+  customers := array(
+    select customer.id
+    from public.customers as customer
+    where customer.organization_id = organization
+      and (
+        customer.phone = asked_phone
+        or lower(customer.email) = asked_email
+        or customer.store_id = store and (whole_store or customer.external_id = external)
+      )
+  );
+  orders := array(
+    select purchase.id
+    from public.orders as purchase
+    where purchase.organization_id = organization
+      and (
+        purchase.customer_id = any (customers)
+        or purchase.customer_phone = asked_phone
+        or lower(purchase.customer_email) = asked_email
+        or purchase.store_id = store and (whole_store or purchase.customer_external_id = external)
+      )
+  );
+  calls := array(
+    select call.id
+    from public.calls as call
+    where call.organization_id = organization
+      and (
+        call.customer_id = any (customers) or call.order_id = any (orders)
+        or asked_phone = case call.direction when 'outbound' then call.to_phone else call.from_phone end
+        or whole_store and call.store_id = store
+      )
+  );
+  attempts := array(
+    select log.id
+    from public.call_logs as log
+    where log.organization_id = organization
+      and (
+        log.lead_id = any (leads)
+        or asked_phone = case log.direction when 'outbound' then log.callee_number else log.caller_number end
+        or log.id in (select call.call_log_id from public.calls as call where call.organization_id = organization and call.id = any (calls))
+      )
+  );
+  calls := calls || array(
+    select call.id
+    from public.calls as call
+    where call.organization_id = organization and call.call_log_id = any (attempts) and call.id <> all (calls)
+  );
+  conversations := array(
+    select talk.id
+    from public.conversations as talk
+    where talk.organization_id = organization
+      and (
+        talk.customer_id = any (customers) or talk.order_id = any (orders)
+        or talk.customer_identifier = asked_phone or lower(talk.customer_identifier) = asked_email
+        or whole_store and talk.store_id = store
+        or talk.id in (select call.conversation_id from public.calls as call where call.organization_id = organization and call.id = any (calls))
+      )
+  );
+  phones := array(
+    select distinct known.number
+    from (
+      select asked_phone as number
+      union all select lead.phone from public.leads as lead where lead.id = any (leads)
+      union all select customer.phone from public.customers as customer where customer.id = any (customers)
+      union all select purchase.customer_phone from public.orders as purchase where purchase.id = any (orders)
+      union all
+        select case log.direction when 'outbound' then log.callee_number else log.caller_number end
+        from public.call_logs as log
+        where log.id = any (attempts)
+    ) as known
+    where known.number ~ '[0-9]{7}'
+  );
+  emails := array(
+    select distinct lower(known.address)
+    from (
+      select asked_email as address
+      union all select lead.email from public.leads as lead where lead.id = any (leads)
+      union all select customer.email from public.customers as customer where customer.id = any (customers)
+      union all select purchase.customer_email from public.orders as purchase where purchase.id = any (orders)
+    ) as known
+    where known.address is not null
+  );
+  by_phone := private.phone_pattern(phones);
+  by_email := private.email_pattern(emails);
+
+  perform private.lock_attempts(attempts);
+  if exists (select from public.call_logs as log where log.id = any (attempts) and log.status <> 'ended') then
+    perform private.raise_error(409, 'call_in_progress', 'The person is being called now; once the call has ended they can be erased');
+  end if;
+  events := array(
+    select event.id
+    from private.webhook_events as event
+    where (event.organization_id = organization or event.organization_id is null)
+      and (
+        event.attempt_id = any (attempts)
+        or whole_store and event.source_id in (
+          select source.id::text from public.webhook_sources as source where source.organization_id = organization and source.store_id = store
+        )
+        or event.body ~ by_phone or lower(event.body) ~ by_email
+        or event.payload::text ~ by_phone or lower(event.payload::text) ~ by_email
+        or event.headers::text ~ by_phone or lower(event.headers::text) ~ by_email
+        or event.error ~ by_phone or lower(event.error) ~ by_email
+      )
+  );
+
+  perform set_config('trunkline.erasing', 'on', true);
+  -- An erased person is still not called: the number goes, its salted hash stays.
+  if coalesce((request ->> 'suppress')::boolean, true) then
+    insert into private.erased_numbers (organization_id, phone_hash, erased_at)
+    select organization, private.hash_number(known.number), at
+    from unnest(phones) as known (number)
+    on conflict do nothing;
+  else
+    insert into private.erased_numbers (organization_id, phone_hash, erased_at)
+    select organization, private.hash_number(suppression.phone_number), at
+    from public.suppressions as suppression
+    where suppression.organization_id = organization and suppression.phone_number = any (phones)
+    on conflict do nothing;
+  end if;
+  insert into private.storage_deletions (path, requested_at)
+  select copy.path, at
+  from private.recordings as copy
+  where copy.organization_id = organization and copy.attempt_id = any (attempts) and copy.path is not null
+  on conflict do nothing;
+  update private.recordings as copy
+  set state = 'erased', url = null, reason = null, next_try_at = null, lease_token = null, settled_at = coalesce(copy.settled_at, at)
+  where copy.organization_id = organization and copy.attempt_id = any (attempts);
+
+  for target in
+    select
+      listed.table_name, listed.found_by, listed.via, bool_or(listed.treatment = 'delete') as is_deleted,
+      string_agg(
+        format('%I = ', listed.column_name) || case listed.treatment
+          when 'null' then 'null'
+          when 'text' then '''erased'''
+          when 'object' then '''{}'''
+          when 'array' then '''[]'''
+          when 'list' then '''{}'''
+          when 'key' then '''erased:'' || id'
+          when 'callee' then format('case when direction = ''outbound'' then ''anonymous'' else %I end', listed.column_name)
+          when 'caller' then format('case when direction = ''inbound'' then ''anonymous'' else %I end', listed.column_name)
+        end,
+        ', ' order by listed.column_name
+      ) filter (where listed.treatment <> 'delete') as assignments
+    from private.personal_data as listed
+    where listed.found_by not in ('content', 'none') and to_regclass(listed.table_name) is not null
+    group by listed.table_name, listed.found_by, listed.via
+    -- Legs before the store's calls that follow them; see the order of locks in 06_campaigns_and_calling.sql.
+    order by
+      array_position(
+        array['public.call_logs', 'public.call_queue', 'public.campaign_leads', 'public.leads', 'public.calls', 'public.conversations', 'public.customers'],
+        listed.table_name
+      ) nulls last,
+      listed.table_name
+  loop
+    if target.is_deleted then
+      statement := format('delete from %s where organization_id = $1 and %I ', target.table_name, target.via);
+    else
+      statement := format('update %s set %s where organization_id = $1 and %I ', target.table_name, target.assignments, target.via);
+    end if;
+    if target.found_by = 'event' then
+      statement := replace(statement, 'organization_id = $1', '(organization_id = $1 or organization_id is null)');
+    end if;
+    if target.found_by = 'phone' then
+      execute statement || '= any ($2)' using organization, phones;
+    else
+      execute statement || '= any ($2)' using organization, case target.found_by
+        when 'lead' then leads
+        when 'customer' then customers
+        when 'order' then orders
+        when 'attempt' then attempts
+        when 'store_call' then calls
+        when 'conversation' then conversations
+        when 'event' then events
+      end;
+    end if;
+    get diagnostics done = row_count;
+    if done > 0 then
+      rows_of := rows_of || jsonb_build_object(target.table_name, done);
+    end if;
+  end loop;
+  update public.call_logs as log set erased_at = coalesce(log.erased_at, at) where log.id = any (attempts);
+  update public.conversations as talk set erased_at = coalesce(talk.erased_at, at) where talk.id = any (conversations);
+  -- Nobody waits to call them any more: the next release ends what is queued.
+  update public.leads as lead
+  set
+    archived_at = coalesce(lead.archived_at, at), do_not_call = true, opted_out_at = coalesce(lead.opted_out_at, at),
+    erased_at = coalesce(lead.erased_at, at)
+  where lead.id = any (leads);
+  -- What says nothing any more is not tried again.
+  update private.webhook_events as event
+  set status = 'ignored', error = 'erased', next_try_at = null
+  where event.id = any (events) and event.status in ('failed', 'dead');
+
+  if by_phone is not null or by_email is not null then
+    for target in
+      select
+        listed.table_name, listed.column_name, listed.treatment,
+        pg_catalog.format_type(attribute.atttypid, null) as type,
+        exists (
+          select
+          from pg_catalog.pg_attribute as owner
+          where owner.attrelid = attribute.attrelid and owner.attname = 'organization_id' and not owner.attisdropped
+        ) as has_organization
+      from private.personal_data as listed
+      join pg_catalog.pg_attribute as attribute
+        on attribute.attrelid = to_regclass(listed.table_name) and attribute.attname = listed.column_name and not attribute.attisdropped
+      where listed.found_by = 'content'
+      -- The audit last: what is cut out elsewhere may leave a line that says what was there.
+      order by listed.table_name like '%audit_logs', listed.table_name, listed.column_name
+    loop
+      scope := case when target.has_organization then '(organization_id = $1 or organization_id is null) and ' else '$1 is not null and ' end
+        || format('(%1$I::text ~ $2 or lower(%1$I::text) ~ $3)', target.column_name);
+      if target.treatment = 'delete' then
+        statement := format('delete from %s where %s', target.table_name, scope);
+      else
+        -- A number may stand in JSON without quotes, so a digit takes its place there.
+        statement := format(
+          'update %1$s set %2$I = coalesce(regexp_replace(coalesce(regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text), $3, ''erased'', ''gi''), '
+          'regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text)::%4$s where %5$s',
+          target.table_name, target.column_name, case target.type when 'jsonb' then '0' else 'erased' end, target.type, scope
+        );
+      end if;
+      execute statement using organization, by_phone, by_email;
+      get diagnostics done = row_count;
+      if done > 0 then
+        rows_of := rows_of || jsonb_build_object(
+          target.table_name, coalesce((rows_of ->> target.table_name)::bigint, 0) + done
+        );
+      end if;
+    end loop;
+  end if;
+  perform set_config('trunkline.erasing', '', true);
+
+  perform private.audit(
+    organization, case when whole_store then 'store.erased' else 'person.erased' end,
+    case when whole_store then 'store' else 'person' end, case when whole_store then store end,
+    jsonb_build_object('rows', rows_of, 'recordings', (
+      select count(*) from private.recordings as copy where copy.attempt_id = any (attempts) and copy.path is not null
+    )),
+    at
+  );
+  return jsonb_build_object('erased', rows_of <> '{}', 'rows', rows_of);
+end
+$$;
+comment on function private.erase(jsonb, timestamptz) is
+  'Erases a person from an organization: {"organization_id","phone"?,"email"?,"store_id"?,"customer_external_id"?,"suppress"?}; with store_id alone every '
+  'customer of the store. All that private.personal_data lists is emptied, recordings are deleted by the sweep, and the number is kept as a salted hash, so that it is '
+  'never called again. Fiscal rows stay. Again changes nothing. 409 while a call with the person is under way.';
+
+create function public.erase(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.erase($1, private.clock_now())
+$$;
+comment on function public.erase(jsonb) is
+  '{"v":1,"organization_id","phone"?,"email"?,"store_id"?,"customer_external_id"?,"suppress"?:true} -> {"erased":bool,"rows":{table: n}}.';
+
+create function private.erase_person(phone text, email text, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('lead.delete');
+begin
+  if nullif(btrim(coalesce(phone, '')), '') is null and nullif(btrim(coalesce(email, '')), '') is null then
+    perform private.raise_error(422, 'person_required', 'A phone number or an email address says who it is', 'phone');
+  end if;
+  if phone is not null and phone !~ '^\+[1-9][0-9]{6,14}$' then
+    perform private.raise_error(422, 'invalid_phone', 'A phone number is written as +, country code and number', 'phone');
+  end if;
+  return private.erase(
+    jsonb_build_object(
+      'organization_id', organization,
+      'phone', erase_person.phone, 'email', erase_person.email
+    ),
+    at
+  );
+end
+$$;
+comment on function private.erase_person(text, text, timestamptz) is 'Erases a person from the caller''s organization.';
+
+create function public.erase_person(phone text default null, email text default null) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.erase_person(phone, email, private.clock_now())
+$$;
+comment on function public.erase_person(text, text) is
+  'Leaves no trace of a person, by phone number, email address or both, in the caller''s organization, but for its bills. They are never called again. '
+  'Needs lead.delete. Returns {"erased","rows":{table: n}}.';
+
+
+revoke execute on function
+  private.note_recording(), private.take_recordings(), private.with_recordings(jsonb), private.due_recordings(integer), private.with_due_work(jsonb),
+  private.find_events(uuid, jsonb, integer),
+  private.list_events(uuid, jsonb), private.get_event(uuid, uuid), private.redrive_events(uuid, uuid[], jsonb, timestamptz),
+  private.count_events(uuid, jsonb, timestamptz), private.hash_number(text), private.is_suppressed(uuid, text), private.phone_pattern(text[]),
+  private.email_pattern(text[]), private.keep_erased(), private.keep_event_erased(), private.keep_conversation_erased(),
+  private.keep_message_erased(), private.keep_activity_erased()
+from public;
+revoke execute on function
+  private.claim_recordings(jsonb, timestamptz), public.claim_recordings(jsonb),
+  private.record_recordings(jsonb, timestamptz), public.record_recordings(jsonb),
+  private.claim_deletions(jsonb, timestamptz), public.claim_deletions(jsonb),
+  private.record_deletions(jsonb, timestamptz), public.record_deletions(jsonb),
+  private.open_recording(uuid, timestamptz), public.open_recording(uuid),
+  private.list_webhook_events(jsonb), public.list_webhook_events(jsonb),
+  private.get_webhook_event(uuid), public.get_webhook_event(uuid),
+  private.redrive_webhook_events(uuid[], jsonb, timestamptz), public.redrive_webhook_events(uuid[], jsonb),
+  private.count_webhook_events(timestamptz, timestamptz), public.count_webhook_events(timestamptz),
+  public.list_events(jsonb), public.get_event(jsonb), public.redrive_events(jsonb), public.count_events(jsonb),
+  private.apply_retention(jsonb, timestamptz), public.apply_retention(jsonb),
+  private.erase(jsonb, timestamptz), public.erase(jsonb),
+  private.erase_person(text, text, timestamptz), public.erase_person(text, text)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.open_recording(uuid, timestamptz), public.open_recording(uuid),
+  private.list_webhook_events(jsonb), public.list_webhook_events(jsonb),
+  private.get_webhook_event(uuid), public.get_webhook_event(uuid),
+  private.redrive_webhook_events(uuid[], jsonb, timestamptz), public.redrive_webhook_events(uuid[], jsonb),
+  private.count_webhook_events(timestamptz, timestamptz), public.count_webhook_events(timestamptz),
+  private.erase_person(text, text, timestamptz), public.erase_person(text, text)
+to authenticated;
+grant execute on function
+  private.with_recordings(jsonb), private.with_due_work(jsonb),
+  private.claim_recordings(jsonb, timestamptz), public.claim_recordings(jsonb),
+  private.record_recordings(jsonb, timestamptz), public.record_recordings(jsonb),
+  private.claim_deletions(jsonb, timestamptz), public.claim_deletions(jsonb),
+  private.record_deletions(jsonb, timestamptz), public.record_deletions(jsonb),
+  private.list_events(uuid, jsonb), private.get_event(uuid, uuid), private.redrive_events(uuid, uuid[], jsonb, timestamptz),
+  private.count_events(uuid, jsonb, timestamptz),
+  public.list_events(jsonb), public.get_event(jsonb), public.redrive_events(jsonb), public.count_events(jsonb),
+  private.apply_retention(jsonb, timestamptz), public.apply_retention(jsonb),
+  private.erase(jsonb, timestamptz), public.erase(jsonb)
+to service_role;
+-- 18_functions_leads.sql
+
+-- What webhook-intake calls when somebody sends leads: one request, one transaction, an outcome for each lead.
+
+
+-- Phone numbers -------------------------------------------------------------------------------------------------------------------
+
+create function private.to_e164(written text, country text) returns text
+language plpgsql immutable parallel safe set search_path = '' as $$
+declare
+  -- Country: calling code, trunk prefix, shortest and longest national number. Where a country is not here, numbers come with their +.
+  plans  constant jsonb := '{
+    "IN":["91","0",10,10],"US":["1","1",10,10],"CA":["1","1",10,10],"GB":["44","0",9,10],"IE":["353","0",7,9],"AU":["61","0",9,9],
+    "NZ":["64","0",8,10],"SG":["65","",8,8],"MY":["60","0",8,10],"ID":["62","0",8,12],"PH":["63","0",8,10],"TH":["66","0",8,9],
+    "VN":["84","0",9,10],"HK":["852","",8,8],"CN":["86","0",10,11],"JP":["81","0",9,10],"KR":["82","0",8,10],"TW":["886","0",8,9],
+    "BD":["880","0",8,10],"PK":["92","0",9,10],"LK":["94","0",9,9],"NP":["977","0",8,10],"AE":["971","0",8,9],"SA":["966","0",8,9],
+    "QA":["974","",8,8],"KW":["965","",8,8],"BH":["973","",8,8],"OM":["968","",8,8],"IL":["972","0",8,9],"TR":["90","0",10,10],
+    "EG":["20","0",8,10],"ZA":["27","0",9,9],"NG":["234","0",8,10],"KE":["254","0",9,9],"GH":["233","0",9,9],"TZ":["255","0",9,9],
+    "UG":["256","0",9,9],"DE":["49","0",7,11],"FR":["33","0",9,9],"ES":["34","",9,9],"PT":["351","",9,9],"NL":["31","0",9,9],
+    "BE":["32","0",8,9],"LU":["352","",6,11],"AT":["43","0",7,13],"CH":["41","0",9,9],"DK":["45","",8,8],"NO":["47","",8,8],
+    "SE":["46","0",7,10],"FI":["358","0",6,11],"PL":["48","",9,9],"CZ":["420","",9,9],"GR":["30","",10,10],"RO":["40","0",9,9],
+    "HU":["36","06",8,9],"BR":["55","0",10,11],"MX":["52","",10,10],"AR":["54","0",10,11],"CL":["56","",9,9],"CO":["57","",8,10],
+    "PE":["51","0",8,9]
+  }'::jsonb;
+  plan   constant jsonb := plans -> upper(country);
+  code   constant text := plan ->> 0;
+  trunk  constant text := plan ->> 1;
+  digits text := regexp_replace(written, '[^0-9]', '', 'g');
+  inner_ text;
+begin
+  if written is null or written !~ '^\s*\+?[0-9 ().\-/\u00a0]+\s*$' or length(written) > 40 then
+    return null;
+  end if;
+  if written ~ '^\s*(\+|00)' then
+    digits := regexp_replace(digits, '^00', '');
+    return case when digits ~ '^[1-9][0-9]{6,14}$' then '+' || digits end;
+  end if;
+  if plan is null then
+    return null;
+  end if;
+  inner_ := case when trunk <> '' and digits like trunk || '%' then substr(digits, length(trunk) + 1) else digits end;
+  if length(inner_) between (plan ->> 2)::integer and (plan ->> 3)::integer and inner_ !~ '^0' then
+    return '+' || code || inner_;
+  end if;
+  inner_ := substr(digits, length(code) + 1);
+  if digits like code || '%' and length(inner_) between (plan ->> 2)::integer and (plan ->> 3)::integer and inner_ !~ '^0' then
+    return '+' || digits;
+  end if;
+  return null;
+end
+$$;
+comment on function private.to_e164(text, text) is
+  'A number as a person writes it, in E.164: with + or 00 it says its country, else it is one of the country given. Null when it is neither.';
+
+
+-- Limits --------------------------------------------------------------------------------------------------------------------------
+
+create function private.take_tokens(subject text, cost integer, per_minute integer, burst integer) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  moment constant timestamptz := clock_timestamp();
+  left_  numeric;
+  wait   integer;
+begin
+  insert into private.rate_limits as bucket (subject, tokens, refilled_at)
+  values (take_tokens.subject, burst - cost, moment)
+  on conflict on constraint rate_limits_pkey do update
+  set
+    tokens = least(
+      burst, bucket.tokens + greatest(extract(epoch from excluded.refilled_at - bucket.refilled_at), 0) * per_minute / 60.0
+    ) - cost,
+    refilled_at = greatest(bucket.refilled_at, excluded.refilled_at)
+  returning bucket.tokens into left_;
+  if left_ >= 0 then
+    return;
+  end if;
+  -- The refusal undoes the withdrawal: whoever is told to wait has not used up what they wait for.
+  wait := greatest(ceil(-left_ * 60.0 / per_minute), 1);
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'rate_limited',
+      'message', format('Too many at once; the next are taken in %s seconds', wait),
+      'details', json_build_object('retry_after', wait)::text,
+      'hint', null
+    )::text,
+    detail = json_build_object('status', 429, 'headers', json_build_object('Retry-After', wait::text))::text;
+end
+$$;
+comment on function private.take_tokens(text, integer, integer, integer) is
+  'Takes from a sender''s bucket, which refills by the minute; empty, the request ends with 429 and says when to come again.';
+
+
+-- ingest_leads --------------------------------------------------------------------------------------------------------------------
+
+create function private.first_stage(organization uuid, project uuid) returns uuid
+language sql stable security definer set search_path = '' as $$
+  select stage.id
+  from public.pipelines as pipeline
+  join public.pipeline_stages as stage on stage.organization_id = pipeline.organization_id and stage.pipeline_id = pipeline.id
+  where pipeline.organization_id = organization
+    and pipeline.is_default
+    and (stage.project_id is null or stage.project_id = project)
+  order by stage.order_index, stage.id
+  limit 1
+$$;
+comment on function private.first_stage(uuid, uuid) is 'Where a lead of a project begins in its organization''s default pipeline.';
+
+create function private.read_lead(item jsonb, form public.lead_forms, country text) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  lead    jsonb := '{}'::jsonb;
+  missing text;
+  field   text;
+begin
+  if jsonb_typeof(item) <> 'object' then
+    return jsonb_build_object('code', 'invalid_lead', 'message', 'A lead is an object');
+  end if;
+  if form.id is not null then
+    select asked.value ->> 'name' into missing
+    from jsonb_array_elements(form.fields) with ordinality as asked (value, place)
+    where asked.value -> 'required' = 'true' and coalesce(btrim(item ->> (asked.value ->> 'name')), '') = ''
+    order by asked.place
+    limit 1;
+    if missing is not null then
+      return jsonb_build_object('code', 'missing_field', 'field', missing, 'message', format('%s is required', missing));
+    end if;
+    lead := jsonb_build_object('project_id', form.project_id, 'raw_data', (
+      select coalesce(jsonb_object_agg(asked.name, left(item ->> asked.name, 2000)), '{}')
+      from (
+        select distinct entry.value ->> 'name' as name from jsonb_array_elements(form.fields) as entry (value)
+      ) as asked
+      where asked.name not in ('name', 'phone', 'email') and item ->> asked.name is not null
+    ));
+  else
+    if item ->> 'project_id' is not null and private.to_uuid(item ->> 'project_id') is null then
+      return jsonb_build_object('code', 'unknown_project', 'field', 'project_id', 'message', 'There is no such project');
+    end if;
+    if item ->> 'timezone' is not null and not exists (select from private.timezones as zone where zone.name = item ->> 'timezone') then
+      return jsonb_build_object('code', 'invalid_timezone', 'field', 'timezone', 'message', 'This is not a time zone');
+    end if;
+    if jsonb_typeof(coalesce(item -> 'fields', '{}')) <> 'object' or length((item -> 'fields')::text) > 16384 then
+      return jsonb_build_object('code', 'invalid_fields', 'field', 'fields', 'message', 'fields is an object of at most 16 KiB');
+    end if;
+    lead := jsonb_build_object(
+      'project_id', item ->> 'project_id', 'timezone', item ->> 'timezone', 'notes', left(item ->> 'notes', 10000),
+      'external_lead_id', left(item ->> 'external_lead_id', 255), 'lead_source', left(item ->> 'source', 100),
+      'raw_data', item -> 'fields'
+    );
+    if coalesce(jsonb_typeof(item -> 'consents'), 'null') not in ('array', 'null') then
+      return jsonb_build_object('code', 'invalid_consent', 'field', 'consents', 'message', 'consents is an array');
+    end if;
+    if exists (
+      select
+      from jsonb_array_elements(coalesce(nullif(item -> 'consents', 'null'), '[]')) as given (value)
+      where coalesce(given.value ->> 'scope', '') not in ('call_service', 'call_promotional', 'recording', 'sms', 'whatsapp')
+        or coalesce(btrim(given.value ->> 'text'), '') = ''
+        or given.value ->> 'source' is not null
+          and given.value ->> 'source' not in ('form', 'call', 'import', 'written', 'message', 'in_person')
+        or given.value ->> 'granted_at' is not null and private.parse_instant(given.value ->> 'granted_at') is null
+        or coalesce(jsonb_typeof(given.value -> 'proof'), 'null') not in ('object', 'null')
+    ) then
+      return jsonb_build_object(
+        'code', 'invalid_consent', 'field', 'consents', 'message', 'A consent has a known scope and the text that was agreed to'
+      );
+    end if;
+  end if;
+
+  foreach field in array array['name', 'phone', 'email'] loop
+    if coalesce(jsonb_typeof(item -> field), 'null') not in ('string', 'number', 'null') then
+      return jsonb_build_object('code', 'invalid_lead', 'field', field, 'message', format('%s must be a text', field));
+    end if;
+  end loop;
+  lead := lead || jsonb_build_object(
+    'phone', private.to_e164(item ->> 'phone', coalesce(nullif(item ->> 'country', ''), country)),
+    'email', private.plain_email(item ->> 'email'),
+    'name', left(btrim(regexp_replace(item ->> 'name', '\s+', ' ', 'g')), 200)
+  );
+  if lead ->> 'phone' is null then
+    return jsonb_build_object(
+      'code', 'invalid_phone', 'field', 'phone', 'message', 'A phone number with its country code, or one of the country, is required'
+    );
+  end if;
+  if coalesce(btrim(item ->> 'email'), '') <> '' and lead ->> 'email' is null then
+    return jsonb_build_object('code', 'invalid_email', 'field', 'email', 'message', 'This is not an e-mail address');
+  end if;
+  if coalesce(lead ->> 'name', '') = '' then
+    lead := lead || jsonb_build_object('name', lead ->> 'phone', 'unnamed', true);
+  end if;
+  return lead;
+end
+$$;
+comment on function private.read_lead(jsonb, public.lead_forms, text) is
+  'What a lead says, in our words, or {"code","field","message"}: what is wrong with it concerns that lead alone.';
+
+create function private.write_lead(
+  organization uuid, lead jsonb, form public.lead_forms, at timestamptz, out lead_id uuid, out is_new boolean
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  project constant uuid := (lead ->> 'project_id')::uuid;
+begin
+  -- Without a project no constraint tells two of a number apart; the caller holds the lock under which one may look.
+  if project is null then
+    select known.id into lead_id
+    from public.leads as known
+    where known.organization_id = organization and known.project_id is null and known.phone = lead ->> 'phone'
+    order by known.archived_at is not null, known.created_at, known.id
+    limit 1
+    for no key update;
+  end if;
+  is_new := false;
+  if lead_id is null then
+    insert into public.leads as known (
+      organization_id, project_id, stage_id, name, email, phone, timezone, source, lead_source, external_lead_id, raw_data, notes,
+      recording_consent, created_by, created_at, updated_at
+    )
+    values (
+      organization, project, coalesce(form.stage_id, private.first_stage(organization, project)), lead ->> 'name', lead ->> 'email',
+      lead ->> 'phone', lead ->> 'timezone', case when form.id is null then 'api' else 'form' end,
+      coalesce(lead ->> 'lead_source', form.name), lead ->> 'external_lead_id', nullif(lead -> 'raw_data', 'null'), lead ->> 'notes',
+      private.has_consent(organization, lead ->> 'phone', 'recording', at), null, at, at
+    )
+    on conflict (organization_id, project_id, phone) do nothing
+    returning known.id into lead_id;
+    is_new := lead_id is not null;
+  end if;
+  if is_new then
+    return;
+  end if;
+  -- A stranger's form adds what was not known; the organization's own system corrects what was.
+  update public.leads as known
+  set
+    name = case when form.id is null and lead -> 'unnamed' is null then lead ->> 'name' else known.name end,
+    email = case when form.id is null then coalesce(lead ->> 'email', known.email) else coalesce(known.email, lead ->> 'email') end,
+    timezone = coalesce(lead ->> 'timezone', known.timezone),
+    lead_source = coalesce(known.lead_source, lead ->> 'lead_source'),
+    external_lead_id = coalesce(lead ->> 'external_lead_id', known.external_lead_id),
+    notes = coalesce(lead ->> 'notes', known.notes),
+    raw_data = case
+      when form.id is null then coalesce(known.raw_data, '{}') || coalesce(nullif(lead -> 'raw_data', 'null'), '{}')
+      else coalesce(nullif(lead -> 'raw_data', 'null'), '{}') || coalesce(known.raw_data, '{}')
+    end
+  where known.organization_id = organization
+    and known.phone = lead ->> 'phone'
+    and (known.id = lead_id or lead_id is null and known.project_id = project)
+  returning known.id into lead_id;
+end
+$$;
+comment on function private.write_lead(uuid, jsonb, public.lead_forms, timestamptz) is
+  'One lead a number and project of an organization: made, or told what is new. Stage, status and who must not be called stay.';
+
+create function private.ingest_leads(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  given        constant jsonb := request -> 'leads';
+  request_key  constant text := request ->> 'idempotency_key';
+  key          public.api_keys;
+  form         public.lead_forms;
+  organization public.organizations;
+  sender       text;
+  earlier      private.lead_requests;
+  reply        jsonb;
+  results      jsonb := '{}'::jsonb;
+  item         record;
+  written      record;
+  consent      record;
+begin
+  if request ->> 'form_id' is not null then
+    select known.* into form from public.lead_forms as known where known.id = private.to_uuid(request ->> 'form_id') and known.is_active;
+    if form.id is null then
+      perform private.raise_error(404, 'form_not_found', 'There is no such form', 'form_id');
+    end if;
+    sender := 'form ' || form.id;
+  else
+    select known.* into key
+    from public.api_keys as known
+    where known.prefix = request #>> '{api_key,prefix}'
+      and encode(known.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
+      and known.revoked_at is null;
+    if key.id is null then
+      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+    end if;
+    if not 'lead.write' = any (key.scopes) then
+      perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope lead.write');
+    end if;
+    sender := 'key ' || key.prefix;
+  end if;
+  if given is null or jsonb_typeof(given) <> 'array' or jsonb_array_length(given) = 0 then
+    perform private.raise_error(400, 'invalid_request', 'leads must be an array of at least one lead', 'leads');
+  end if;
+  if jsonb_array_length(given) > (case when form.id is null then 500 else 1 end) then
+    perform private.raise_error(413, 'too_many_leads', 'At most 500 leads are taken at once, and one by a form', 'leads');
+  end if;
+  if request_key is not null and length(request_key) not between 1 and 255 then
+    perform private.raise_error(400, 'invalid_request', 'An idempotency key has 1 to 255 characters', 'idempotency-key');
+  end if;
+  select tenant.* into organization
+  from public.organizations as tenant
+  where tenant.id = coalesce(form.organization_id, key.organization_id);
+
+  perform private.take_tokens(
+    'leads ' || sender, jsonb_array_length(given), coalesce(form.rate_per_minute, 600), coalesce(form.rate_per_minute, 1000)
+  );
+
+  if request_key is not null then
+    insert into private.lead_requests (organization_id, subject, key, body_sha256, created_at)
+    values (organization.id, sender, request_key, coalesce(request ->> 'body_sha256', ''), at)
+    on conflict on constraint lead_requests_pkey do nothing;
+    if not found then
+      select known.* into earlier
+      from private.lead_requests as known
+      where known.organization_id = organization.id and known.subject = sender and known.key = request_key;
+      if earlier.body_sha256 <> coalesce(request ->> 'body_sha256', '') then
+        perform private.raise_error(409, 'idempotency_conflict', 'Another request came with this key', 'idempotency-key');
+      end if;
+      return earlier.answer || jsonb_build_object('replayed', true);
+    end if;
+    delete from private.lead_requests as old
+    where old.ctid in (
+      select stale.ctid from private.lead_requests as stale where stale.created_at < at - interval '7 days'
+      order by stale.created_at limit 100 for update skip locked
+    );
+  end if;
+
+  -- One at a time for leads without a project, and in order of number with one: two batches never wait for each other in a circle.
+  perform pg_advisory_xact_lock(hashtextextended('trunkline.ingest_leads' || organization.id, 0));
+  for item in
+    select judged.place, judged.value, judged.lead
+    from (
+      select
+        entry.place, entry.value, private.read_lead(entry.value, form, coalesce(organization.country_code, 'IN')) as lead
+      from jsonb_array_elements(given) with ordinality as entry (value, place)
+    ) as judged
+    order by judged.lead ->> 'phone', judged.place
+  loop
+    if item.lead ? 'code' then
+      results := results || jsonb_build_object(item.place, item.lead || '{"status": "rejected"}');
+      continue;
+    end if;
+    if item.lead ->> 'project_id' is not null and not exists (
+      select
+      from public.projects as project
+      where project.organization_id = organization.id and project.id = (item.lead ->> 'project_id')::uuid
+    ) then
+      results := results || jsonb_build_object(
+        item.place,
+        jsonb_build_object(
+          'status', 'rejected', 'code', 'unknown_project', 'field', 'project_id', 'message', 'There is no such project'
+        )
+      );
+      continue;
+    end if;
+    select * into written from private.write_lead(organization.id, item.lead, form, at);
+    insert into public.lead_activities (organization_id, lead_id, type, content, created_by, created_at)
+    values (
+      organization.id, written.lead_id, case when written.is_new then 'lead_created' else 'lead_received_again' end,
+      jsonb_strip_nulls(jsonb_build_object('form_id', form.id, 'api_key', key.prefix)), null, at
+    );
+
+    for consent in
+      select given_.scope, given_.words, given_.source, given_.proof, least(coalesce(given_.granted_at, at), at) as granted_at
+      from (
+        select scope.name as scope, form.consent_text as words, 'form' as source, '{}'::jsonb as proof, null::timestamptz as granted_at
+        from unnest(form.consent_scopes) as scope (name)
+        where coalesce(btrim(form.consent_text), '') <> ''
+        union all
+        select
+          said.value ->> 'scope', left(said.value ->> 'text', 5000), coalesce(said.value ->> 'source', 'import'),
+          coalesce(nullif(said.value -> 'proof', 'null'), '{}'), private.to_business(private.parse_instant(said.value ->> 'granted_at'))
+        from jsonb_array_elements(
+          case when form.id is null then coalesce(nullif(item.value -> 'consents', 'null'), '[]') else '[]' end
+        ) as said (value)
+      ) as given_
+      where not exists (
+        select
+        from public.consents as known
+        where known.organization_id = organization.id
+          and known.phone_number = item.lead ->> 'phone'
+          and known.scope = given_.scope
+          and known.consent_text = given_.words
+          and known.revoked_at is null
+          and (known.expires_at is null or known.expires_at > at)
+      )
+    loop
+      insert into public.consents (
+        organization_id, lead_id, phone_number, scope, consent_text, source, proof, granted_at, created_by, created_at
+      )
+      values (
+        organization.id, written.lead_id, item.lead ->> 'phone', consent.scope, consent.words, consent.source,
+        consent.proof || jsonb_strip_nulls(jsonb_build_object('form_id', form.id, 'api_key', key.prefix, 'received_at', at)),
+        consent.granted_at, null, at
+      );
+    end loop;
+
+    if written.is_new then
+      perform private.emit(
+        organization.id, 'lead.created', written.lead_id::text,
+        jsonb_strip_nulls(jsonb_build_object(
+          'lead_id', written.lead_id, 'project_id', item.lead ->> 'project_id', 'form_id', form.id
+        )), at
+      );
+    end if;
+    results := results || jsonb_build_object(
+      item.place, jsonb_build_object('status', case when written.is_new then 'created' else 'updated' end, 'id', written.lead_id)
+    );
+  end loop;
+
+  reply := jsonb_build_object(
+    'organization_id', organization.id,
+    'results', (
+      select jsonb_agg(jsonb_build_object('index', outcome.key::integer - 1) || outcome.value order by outcome.key::integer)
+      from jsonb_each(results) as outcome
+    )
+  );
+  if request_key is not null then
+    update private.lead_requests as mine
+    set answer = reply
+    where mine.organization_id = organization.id and mine.subject = sender and mine.key = request_key;
+  end if;
+  return reply;
+end
+$$;
+comment on function private.ingest_leads(jsonb, timestamptz) is
+  'Takes leads from an organization''s own system, or one from its form: into its projects, at the first stage of its pipeline.';
+
+create function public.ingest_leads(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.ingest_leads($1, private.clock_now())
+$$;
+comment on function public.ingest_leads(jsonb) is
+  'For webhook-intake. {"v":1,"api_key":{"prefix","sha256"} or "form_id","leads":[{"name","phone","email","project_id","country","timezone",'
+  '"source","external_lead_id","notes","fields":{},"consents":[{"scope","text","source"?,"granted_at"?,"proof"?}]}],"idempotency_key"?,'
+  '"body_sha256"?} -> {"organization_id","results":[{"index","status":"created|updated|rejected","id"?,"code"?,"field"?,"message"?}],'
+  '"replayed"?}; 429 with Retry-After for too many.';
+
+
+revoke execute on function
+  private.to_e164(text, text), private.take_tokens(text, integer, integer, integer), private.first_stage(uuid, uuid),
+  private.read_lead(jsonb, public.lead_forms, text), private.write_lead(uuid, jsonb, public.lead_forms, timestamptz),
+  private.ingest_leads(jsonb, timestamptz), public.ingest_leads(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function private.ingest_leads(jsonb, timestamptz), public.ingest_leads(jsonb) to service_role;
 $trunkline_schema$;
   execute format('comment on schema private is %L', 'Trunkline ' || version);
 end

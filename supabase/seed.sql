@@ -33,7 +33,8 @@ values
   )
 on conflict (slug) do nothing;
 
--- In paise. A plan that has a price, whichever, was priced by somebody: it is left alone.
+-- In paise. A plan that has a price, whichever, was priced by somebody: it is left alone. Free stops at its 50 calls; on Pro a call
+-- beyond the included ones is paid with prepaid credit, 6.00 for each 60 seconds of it, by the second.
 with offer (slug, billing_cycle, base_minor) as (
   values
     ('free', 'monthly'::public.billing_cycle, 0),
@@ -42,18 +43,18 @@ with offer (slug, billing_cycle, base_minor) as (
     ('enterprise', 'monthly', 0),
     ('enterprise', 'yearly', 0)
 ),
-term (slug, billing_cycle, meter_key, included_units, limit_units, hard) as (
+term (slug, billing_cycle, meter_key, included_units, limit_units, hard, credit_price_minor) as (
   values
-    ('free', 'monthly'::public.billing_cycle, 'ai_calls', 50, 50, true),
-    ('free', 'monthly', 'call_seconds', -1, -1, false),
-    ('pro', 'monthly', 'ai_calls', 5000, 5000, true),
-    ('pro', 'monthly', 'call_seconds', -1, -1, false),
-    ('pro', 'yearly', 'ai_calls', 60000, 60000, true),
-    ('pro', 'yearly', 'call_seconds', -1, -1, false),
-    ('enterprise', 'monthly', 'ai_calls', -1, -1, false),
-    ('enterprise', 'monthly', 'call_seconds', -1, -1, false),
-    ('enterprise', 'yearly', 'ai_calls', -1, -1, false),
-    ('enterprise', 'yearly', 'call_seconds', -1, -1, false)
+    ('free', 'monthly'::public.billing_cycle, 'ai_calls', 50, 50, true, null::bigint),
+    ('free', 'monthly', 'call_seconds', -1, -1, false, null),
+    ('pro', 'monthly', 'ai_calls', 5000, -1, false, 600),
+    ('pro', 'monthly', 'call_seconds', -1, -1, false, null),
+    ('pro', 'yearly', 'ai_calls', 60000, -1, false, 600),
+    ('pro', 'yearly', 'call_seconds', -1, -1, false, null),
+    ('enterprise', 'monthly', 'ai_calls', -1, -1, false, null),
+    ('enterprise', 'monthly', 'call_seconds', -1, -1, false, null),
+    ('enterprise', 'yearly', 'ai_calls', -1, -1, false, null),
+    ('enterprise', 'yearly', 'call_seconds', -1, -1, false, null)
 ),
 price as (
   insert into public.plan_prices (plan_id, version, billing_cycle, currency, base_minor)
@@ -67,8 +68,8 @@ price as (
   )
   returning plan_prices.id, plan_prices.plan_id, plan_prices.billing_cycle
 )
-insert into public.plan_price_meters (plan_price_id, meter_key, included_units, limit_units, hard)
-select price.id, term.meter_key, term.included_units, term.limit_units, term.hard
+insert into public.plan_price_meters (plan_price_id, meter_key, included_units, limit_units, hard, credit_price_minor)
+select price.id, term.meter_key, term.included_units, term.limit_units, term.hard, term.credit_price_minor
 from price
 join public.subscription_plans as plan on plan.id = price.plan_id
 join term on term.slug = plan.slug and term.billing_cycle = price.billing_cycle;

@@ -70,16 +70,54 @@ isOneToOne: false
       referencedColumns: ["organization_id","id"]
     }
                   ]
-                },"call_credits": {
+                },"call_charges": {
                   Row: {
-                    "balance_minor": number,"created_at": string,"currency": string,"id": string,"last_number": number,"low_balance_minor": number | null,"organization_id": string,"total_consumed_minor": number,"total_purchased_minor": number,"updated_at": string
+                    "call_log_id": string,"charged_minor": number,"created_at": string,"credit_seconds": number,"currency": string,"day": string,"meter_key": string,"organization_id": string,"overage_seconds": number,"plan_price_id": string,"seconds": number,"transaction_id": string | null,"uncollected_minor": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "balance_minor"?: number,"created_at"?: string,"currency": string,"id"?: string,"last_number"?: number,"low_balance_minor"?: number | null,"organization_id": string,"total_consumed_minor"?: number,"total_purchased_minor"?: number,"updated_at"?: string
+                    "call_log_id": string,"charged_minor": number,"created_at": string,"credit_seconds": number,"currency": string,"day": string,"meter_key": string,"organization_id": string,"overage_seconds"?: number,"plan_price_id": string,"seconds": number,"transaction_id"?: string | null,"uncollected_minor"?: number
                   }
                   Update: {
-                    "balance_minor"?: number,"created_at"?: string,"currency"?: string,"id"?: string,"last_number"?: number,"low_balance_minor"?: number | null,"organization_id"?: string,"total_consumed_minor"?: number,"total_purchased_minor"?: number,"updated_at"?: string
+                    "call_log_id"?: string,"charged_minor"?: number,"created_at"?: string,"credit_seconds"?: number,"currency"?: string,"day"?: string,"meter_key"?: string,"organization_id"?: string,"overage_seconds"?: number,"plan_price_id"?: string,"seconds"?: number,"transaction_id"?: string | null,"uncollected_minor"?: number
+                  }
+                  Relationships: [
+                    {
+      foreignKeyName: "call_charges_call_fkey"
+      columns: ["organization_id","call_log_id"]
+isOneToOne: false
+      referencedRelation: "call_logs"
+      referencedColumns: ["organization_id","id"]
+    },{
+      foreignKeyName: "call_charges_meter_key_fkey"
+      columns: ["meter_key"]
+isOneToOne: false
+      referencedRelation: "meters"
+      referencedColumns: ["key"]
+    },{
+      foreignKeyName: "call_charges_plan_price_id_fkey"
+      columns: ["plan_price_id"]
+isOneToOne: false
+      referencedRelation: "plan_prices"
+      referencedColumns: ["id"]
+    },{
+      foreignKeyName: "call_charges_transaction_fkey"
+      columns: ["organization_id","transaction_id"]
+isOneToOne: false
+      referencedRelation: "credit_transactions"
+      referencedColumns: ["organization_id","id"]
+    }
+                  ]
+                },"call_credits": {
+                  Row: {
+                    "balance_minor": number,"created_at": string,"currency": string,"held_minor": number,"id": string,"last_number": number,"low_balance_minor": number | null,"organization_id": string,"total_consumed_minor": number,"total_purchased_minor": number,"updated_at": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "balance_minor"?: number,"created_at"?: string,"currency": string,"held_minor"?: number,"id"?: string,"last_number"?: number,"low_balance_minor"?: number | null,"organization_id": string,"total_consumed_minor"?: number,"total_purchased_minor"?: number,"updated_at"?: string
+                  }
+                  Update: {
+                    "balance_minor"?: number,"created_at"?: string,"currency"?: string,"held_minor"?: number,"id"?: string,"last_number"?: number,"low_balance_minor"?: number | null,"organization_id"?: string,"total_consumed_minor"?: number,"total_purchased_minor"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -92,14 +130,14 @@ isOneToOne: false
                   ]
                 },"call_logs": {
                   Row: {
-                    "agent_id": string | null,"ai_analysis": Json | null,"answered_at": string | null,"attempt_no": number,"begun_at": string | null,"bill_duration_seconds": number | null,"call_sid": string | null,"call_status": Database["public"]['Enums']["call_outcome"] | null,"callee_number": string,"caller_id": string | null,"caller_number": string,"campaign_id": string | null,"carrier_account_id": string,"carrier_cost_currency": string | null,"carrier_cost_micros": number | null,"conversation_transcript": string | null,"created_at": string,"dialled": boolean,"direction": Database["public"]['Enums']["call_direction"],"disconnect_notes": string | null,"disconnect_reason": string | null,"duration": number | null,"ended_at": string | null,"hangup_cause_code": string | null,"hangup_cause_name": string | null,"hangup_source": string | null,"id": string,"interest_level": string | null,"lead_id": string | null,"lease_token": string | null,"lease_until": string | null,"machine": boolean | null,"metadata": NonNullable<Json>,"not_after": string | null,"notes": string | null,"organization_id": string,"project_id": string | null,"queue_id": string | null,"record_call": boolean,"recording_id": string | null,"recording_seconds": number | null,"recording_url": string | null,"refusal_reason": string | null,"ring_timeout_seconds": number,"ringing_at": string | null,"sentiment_score": number | null,"status": Database["public"]['Enums']["attempt_status"],"submitted_at": string | null,"summary": string | null,"time_limit_seconds": number,"transfer_department": string | null,"transfer_reason": string | null,"transferred": boolean,"transferred_at": string | null,"updated_at": string
+                    "agent_call_id": string | null,"agent_id": string | null,"ai_analysis": Json | null,"answered_at": string | null,"attempt_no": number,"begun_at": string | null,"bill_duration_seconds": number | null,"call_sid": string | null,"call_status": Database["public"]['Enums']["call_outcome"] | null,"callee_number": string,"caller_id": string | null,"caller_number": string,"campaign_id": string | null,"carrier_account_id": string,"carrier_cost_currency": string | null,"carrier_cost_micros": number | null,"conversation_transcript": string | null,"created_at": string,"dialled": boolean,"direction": Database["public"]['Enums']["call_direction"],"disconnect_notes": string | null,"disconnect_reason": string | null,"duration": number | null,"ended_at": string | null,"erased_at": string | null,"hangup_cause_code": string | null,"hangup_cause_name": string | null,"hangup_source": string | null,"id": string,"interest_level": string | null,"lead_id": string | null,"lease_token": string | null,"lease_until": string | null,"machine": boolean | null,"metadata": NonNullable<Json>,"not_after": string | null,"notes": string | null,"organization_id": string,"project_id": string | null,"queue_id": string | null,"record_call": boolean,"recording_id": string | null,"recording_seconds": number | null,"recording_url": string | null,"refusal_reason": string | null,"ring_timeout_seconds": number,"ringing_at": string | null,"sentiment_score": number | null,"status": Database["public"]['Enums']["attempt_status"],"stream_error": string | null,"stream_id": string | null,"stream_status": string | null,"submitted_at": string | null,"summary": string | null,"time_limit_seconds": number,"transfer_department": string | null,"transfer_reason": string | null,"transfer_sid": string | null,"transfer_status": string | null,"transferred": boolean,"transferred_at": string | null,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "agent_id"?: string | null,"ai_analysis"?: Json | null,"answered_at"?: string | null,"attempt_no"?: number,"begun_at"?: string | null,"bill_duration_seconds"?: number | null,"call_sid"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callee_number": string,"caller_id"?: string | null,"caller_number": string,"campaign_id"?: string | null,"carrier_account_id": string,"carrier_cost_currency"?: string | null,"carrier_cost_micros"?: number | null,"conversation_transcript"?: string | null,"created_at"?: string,"dialled"?: boolean,"direction"?: Database["public"]['Enums']["call_direction"],"disconnect_notes"?: string | null,"disconnect_reason"?: string | null,"duration"?: number | null,"ended_at"?: string | null,"hangup_cause_code"?: string | null,"hangup_cause_name"?: string | null,"hangup_source"?: string | null,"id"?: string,"interest_level"?: string | null,"lead_id"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"machine"?: boolean | null,"metadata"?: NonNullable<Json>,"not_after"?: string | null,"notes"?: string | null,"organization_id": string,"project_id"?: string | null,"queue_id"?: string | null,"record_call"?: boolean,"recording_id"?: string | null,"recording_seconds"?: number | null,"recording_url"?: string | null,"refusal_reason"?: string | null,"ring_timeout_seconds"?: number,"ringing_at"?: string | null,"sentiment_score"?: number | null,"status"?: Database["public"]['Enums']["attempt_status"],"submitted_at"?: string | null,"summary"?: string | null,"time_limit_seconds"?: number,"transfer_department"?: string | null,"transfer_reason"?: string | null,"transferred"?: boolean,"transferred_at"?: string | null,"updated_at"?: string
+                    "agent_call_id"?: string | null,"agent_id"?: string | null,"ai_analysis"?: Json | null,"answered_at"?: string | null,"attempt_no"?: number,"begun_at"?: string | null,"bill_duration_seconds"?: number | null,"call_sid"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callee_number": string,"caller_id"?: string | null,"caller_number": string,"campaign_id"?: string | null,"carrier_account_id": string,"carrier_cost_currency"?: string | null,"carrier_cost_micros"?: number | null,"conversation_transcript"?: string | null,"created_at"?: string,"dialled"?: boolean,"direction"?: Database["public"]['Enums']["call_direction"],"disconnect_notes"?: string | null,"disconnect_reason"?: string | null,"duration"?: number | null,"ended_at"?: string | null,"erased_at"?: string | null,"hangup_cause_code"?: string | null,"hangup_cause_name"?: string | null,"hangup_source"?: string | null,"id"?: string,"interest_level"?: string | null,"lead_id"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"machine"?: boolean | null,"metadata"?: NonNullable<Json>,"not_after"?: string | null,"notes"?: string | null,"organization_id": string,"project_id"?: string | null,"queue_id"?: string | null,"record_call"?: boolean,"recording_id"?: string | null,"recording_seconds"?: number | null,"recording_url"?: string | null,"refusal_reason"?: string | null,"ring_timeout_seconds"?: number,"ringing_at"?: string | null,"sentiment_score"?: number | null,"status"?: Database["public"]['Enums']["attempt_status"],"stream_error"?: string | null,"stream_id"?: string | null,"stream_status"?: string | null,"submitted_at"?: string | null,"summary"?: string | null,"time_limit_seconds"?: number,"transfer_department"?: string | null,"transfer_reason"?: string | null,"transfer_sid"?: string | null,"transfer_status"?: string | null,"transferred"?: boolean,"transferred_at"?: string | null,"updated_at"?: string
                   }
                   Update: {
-                    "agent_id"?: string | null,"ai_analysis"?: Json | null,"answered_at"?: string | null,"attempt_no"?: number,"begun_at"?: string | null,"bill_duration_seconds"?: number | null,"call_sid"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callee_number"?: string,"caller_id"?: string | null,"caller_number"?: string,"campaign_id"?: string | null,"carrier_account_id"?: string,"carrier_cost_currency"?: string | null,"carrier_cost_micros"?: number | null,"conversation_transcript"?: string | null,"created_at"?: string,"dialled"?: boolean,"direction"?: Database["public"]['Enums']["call_direction"],"disconnect_notes"?: string | null,"disconnect_reason"?: string | null,"duration"?: number | null,"ended_at"?: string | null,"hangup_cause_code"?: string | null,"hangup_cause_name"?: string | null,"hangup_source"?: string | null,"id"?: string,"interest_level"?: string | null,"lead_id"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"machine"?: boolean | null,"metadata"?: NonNullable<Json>,"not_after"?: string | null,"notes"?: string | null,"organization_id"?: string,"project_id"?: string | null,"queue_id"?: string | null,"record_call"?: boolean,"recording_id"?: string | null,"recording_seconds"?: number | null,"recording_url"?: string | null,"refusal_reason"?: string | null,"ring_timeout_seconds"?: number,"ringing_at"?: string | null,"sentiment_score"?: number | null,"status"?: Database["public"]['Enums']["attempt_status"],"submitted_at"?: string | null,"summary"?: string | null,"time_limit_seconds"?: number,"transfer_department"?: string | null,"transfer_reason"?: string | null,"transferred"?: boolean,"transferred_at"?: string | null,"updated_at"?: string
+                    "agent_call_id"?: string | null,"agent_id"?: string | null,"ai_analysis"?: Json | null,"answered_at"?: string | null,"attempt_no"?: number,"begun_at"?: string | null,"bill_duration_seconds"?: number | null,"call_sid"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callee_number"?: string,"caller_id"?: string | null,"caller_number"?: string,"campaign_id"?: string | null,"carrier_account_id"?: string,"carrier_cost_currency"?: string | null,"carrier_cost_micros"?: number | null,"conversation_transcript"?: string | null,"created_at"?: string,"dialled"?: boolean,"direction"?: Database["public"]['Enums']["call_direction"],"disconnect_notes"?: string | null,"disconnect_reason"?: string | null,"duration"?: number | null,"ended_at"?: string | null,"erased_at"?: string | null,"hangup_cause_code"?: string | null,"hangup_cause_name"?: string | null,"hangup_source"?: string | null,"id"?: string,"interest_level"?: string | null,"lead_id"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"machine"?: boolean | null,"metadata"?: NonNullable<Json>,"not_after"?: string | null,"notes"?: string | null,"organization_id"?: string,"project_id"?: string | null,"queue_id"?: string | null,"record_call"?: boolean,"recording_id"?: string | null,"recording_seconds"?: number | null,"recording_url"?: string | null,"refusal_reason"?: string | null,"ring_timeout_seconds"?: number,"ringing_at"?: string | null,"sentiment_score"?: number | null,"status"?: Database["public"]['Enums']["attempt_status"],"stream_error"?: string | null,"stream_id"?: string | null,"stream_status"?: string | null,"submitted_at"?: string | null,"summary"?: string | null,"time_limit_seconds"?: number,"transfer_department"?: string | null,"transfer_reason"?: string | null,"transfer_sid"?: string | null,"transfer_status"?: string | null,"transferred"?: boolean,"transferred_at"?: string | null,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -348,14 +386,14 @@ isOneToOne: false
                   ]
                 },"carrier_accounts": {
                   Row: {
-                    "account_sid": string,"api_base": string,"auth_token_sealed": string,"created_at": string,"dialling_enabled": boolean,"id": string,"is_active": boolean,"max_concurrent_calls": number,"name": string | null,"organization_id": string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at": string
+                    "account_sid": string,"api_base": string,"created_at": string,"credentials_sealed": string,"dialling_enabled": boolean,"id": string,"is_active": boolean,"max_concurrent_calls": number,"name": string | null,"organization_id": string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "account_sid": string,"api_base": string,"auth_token_sealed": string,"created_at"?: string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
+                    "account_sid": string,"api_base": string,"created_at"?: string,"credentials_sealed": string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
                   }
                   Update: {
-                    "account_sid"?: string,"api_base"?: string,"auth_token_sealed"?: string,"created_at"?: string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider"?: Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
+                    "account_sid"?: string,"api_base"?: string,"created_at"?: string,"credentials_sealed"?: string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider"?: Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -420,14 +458,14 @@ isOneToOne: false
                   ]
                 },"conversations": {
                   Row: {
-                    "ai_context": NonNullable<Json>,"assigned_agent_id": string | null,"channel": Database["public"]['Enums']["conversation_channel"],"conversation_history": NonNullable<Json>,"conversation_key": string,"created_at": string,"customer_id": string | null,"customer_identifier": string | null,"customer_name": string | null,"end_time": string | null,"escalated_to_human": boolean,"escalation_reason": string | null,"id": string,"last_activity_at": string,"order_id": string | null,"organization_id": string,"platform_data": NonNullable<Json>,"primary_intent": string | null,"priority_level": number,"resolution_status": string | null,"resolution_time_seconds": number | null,"satisfaction_rating": number | null,"sentiment_score": number | null,"start_time": string,"status": Database["public"]['Enums']["conversation_status"],"store_id": string,"summary": string | null,"tags": (string)[],"title": string | null,"updated_at": string
+                    "ai_context": NonNullable<Json>,"assigned_agent_id": string | null,"channel": Database["public"]['Enums']["conversation_channel"],"conversation_history": NonNullable<Json>,"conversation_key": string,"created_at": string,"customer_id": string | null,"customer_identifier": string | null,"customer_name": string | null,"end_time": string | null,"erased_at": string | null,"escalated_to_human": boolean,"escalation_reason": string | null,"id": string,"last_activity_at": string,"order_id": string | null,"organization_id": string,"platform_data": NonNullable<Json>,"primary_intent": string | null,"priority_level": number,"resolution_status": string | null,"resolution_time_seconds": number | null,"satisfaction_rating": number | null,"sentiment_score": number | null,"start_time": string,"status": Database["public"]['Enums']["conversation_status"],"store_id": string,"summary": string | null,"tags": (string)[],"title": string | null,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "ai_context"?: NonNullable<Json>,"assigned_agent_id"?: string | null,"channel": Database["public"]['Enums']["conversation_channel"],"conversation_history"?: NonNullable<Json>,"conversation_key": string,"created_at"?: string,"customer_id"?: string | null,"customer_identifier"?: string | null,"customer_name"?: string | null,"end_time"?: string | null,"escalated_to_human"?: boolean,"escalation_reason"?: string | null,"id"?: string,"last_activity_at"?: string,"order_id"?: string | null,"organization_id"?: string,"platform_data"?: NonNullable<Json>,"primary_intent"?: string | null,"priority_level"?: number,"resolution_status"?: string | null,"resolution_time_seconds"?: number | null,"satisfaction_rating"?: number | null,"sentiment_score"?: number | null,"start_time"?: string,"status"?: Database["public"]['Enums']["conversation_status"],"store_id": string,"summary"?: string | null,"tags"?: (string)[],"title"?: string | null,"updated_at"?: string
+                    "ai_context"?: NonNullable<Json>,"assigned_agent_id"?: string | null,"channel": Database["public"]['Enums']["conversation_channel"],"conversation_history"?: NonNullable<Json>,"conversation_key": string,"created_at"?: string,"customer_id"?: string | null,"customer_identifier"?: string | null,"customer_name"?: string | null,"end_time"?: string | null,"erased_at"?: string | null,"escalated_to_human"?: boolean,"escalation_reason"?: string | null,"id"?: string,"last_activity_at"?: string,"order_id"?: string | null,"organization_id"?: string,"platform_data"?: NonNullable<Json>,"primary_intent"?: string | null,"priority_level"?: number,"resolution_status"?: string | null,"resolution_time_seconds"?: number | null,"satisfaction_rating"?: number | null,"sentiment_score"?: number | null,"start_time"?: string,"status"?: Database["public"]['Enums']["conversation_status"],"store_id": string,"summary"?: string | null,"tags"?: (string)[],"title"?: string | null,"updated_at"?: string
                   }
                   Update: {
-                    "ai_context"?: NonNullable<Json>,"assigned_agent_id"?: string | null,"channel"?: Database["public"]['Enums']["conversation_channel"],"conversation_history"?: NonNullable<Json>,"conversation_key"?: string,"created_at"?: string,"customer_id"?: string | null,"customer_identifier"?: string | null,"customer_name"?: string | null,"end_time"?: string | null,"escalated_to_human"?: boolean,"escalation_reason"?: string | null,"id"?: string,"last_activity_at"?: string,"order_id"?: string | null,"organization_id"?: string,"platform_data"?: NonNullable<Json>,"primary_intent"?: string | null,"priority_level"?: number,"resolution_status"?: string | null,"resolution_time_seconds"?: number | null,"satisfaction_rating"?: number | null,"sentiment_score"?: number | null,"start_time"?: string,"status"?: Database["public"]['Enums']["conversation_status"],"store_id"?: string,"summary"?: string | null,"tags"?: (string)[],"title"?: string | null,"updated_at"?: string
+                    "ai_context"?: NonNullable<Json>,"assigned_agent_id"?: string | null,"channel"?: Database["public"]['Enums']["conversation_channel"],"conversation_history"?: NonNullable<Json>,"conversation_key"?: string,"created_at"?: string,"customer_id"?: string | null,"customer_identifier"?: string | null,"customer_name"?: string | null,"end_time"?: string | null,"erased_at"?: string | null,"escalated_to_human"?: boolean,"escalation_reason"?: string | null,"id"?: string,"last_activity_at"?: string,"order_id"?: string | null,"organization_id"?: string,"platform_data"?: NonNullable<Json>,"primary_intent"?: string | null,"priority_level"?: number,"resolution_status"?: string | null,"resolution_time_seconds"?: number | null,"satisfaction_rating"?: number | null,"sentiment_score"?: number | null,"start_time"?: string,"status"?: Database["public"]['Enums']["conversation_status"],"store_id"?: string,"summary"?: string | null,"tags"?: (string)[],"title"?: string | null,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -804,14 +842,14 @@ isOneToOne: false
                   ]
                 },"lead_forms": {
                   Row: {
-                    "consent_text": string | null,"created_at": string,"created_by": string | null,"description": string | null,"fields": NonNullable<Json>,"id": string,"is_active": boolean,"name": string,"organization_id": string,"project_id": string | null,"stage_id": string | null,"updated_at": string
+                    "consent_scopes": (string)[],"consent_text": string | null,"created_at": string,"created_by": string | null,"description": string | null,"fields": NonNullable<Json>,"id": string,"is_active": boolean,"name": string,"organization_id": string,"project_id": string | null,"rate_per_minute": number,"stage_id": string | null,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "consent_text"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"fields"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"name": string,"organization_id"?: string,"project_id"?: string | null,"stage_id"?: string | null,"updated_at"?: string
+                    "consent_scopes"?: (string)[],"consent_text"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"fields"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"name": string,"organization_id"?: string,"project_id"?: string | null,"rate_per_minute"?: number,"stage_id"?: string | null,"updated_at"?: string
                   }
                   Update: {
-                    "consent_text"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"fields"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"name"?: string,"organization_id"?: string,"project_id"?: string | null,"stage_id"?: string | null,"updated_at"?: string
+                    "consent_scopes"?: (string)[],"consent_text"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"fields"?: NonNullable<Json>,"id"?: string,"is_active"?: boolean,"name"?: string,"organization_id"?: string,"project_id"?: string | null,"rate_per_minute"?: number,"stage_id"?: string | null,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -842,14 +880,14 @@ isOneToOne: false
                   ]
                 },"leads": {
                   Row: {
-                    "abuse_details": string | null,"abuse_flag": boolean,"archived_at": string | null,"assigned_to": string | null,"call_log_id": string | null,"call_status": Database["public"]['Enums']["call_outcome"] | null,"callback_time": string | null,"created_at": string,"created_by": string | null,"do_not_call": boolean,"email": string | null,"external_lead_id": string | null,"id": string,"last_contacted_at": string | null,"lead_source": string | null,"name": string,"notes": string | null,"opt_out_reason": string | null,"opted_out_at": string | null,"organization_id": string,"phone": string | null,"project_id": string | null,"raw_data": Json | null,"recording_consent": boolean,"rejection_reason": string | null,"score": number,"source": string,"stage_id": string | null,"status": string,"timezone": string | null,"updated_at": string,"waiting_status": string | null
+                    "abuse_details": string | null,"abuse_flag": boolean,"archived_at": string | null,"assigned_to": string | null,"call_log_id": string | null,"call_status": Database["public"]['Enums']["call_outcome"] | null,"callback_time": string | null,"created_at": string,"created_by": string | null,"do_not_call": boolean,"email": string | null,"erased_at": string | null,"external_lead_id": string | null,"id": string,"last_contacted_at": string | null,"lead_source": string | null,"name": string,"notes": string | null,"opt_out_reason": string | null,"opted_out_at": string | null,"organization_id": string,"phone": string | null,"project_id": string | null,"raw_data": Json | null,"recording_consent": boolean,"rejection_reason": string | null,"score": number,"source": string,"stage_id": string | null,"status": string,"timezone": string | null,"updated_at": string,"waiting_status": string | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "abuse_details"?: string | null,"abuse_flag"?: boolean,"archived_at"?: string | null,"assigned_to"?: string | null,"call_log_id"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callback_time"?: string | null,"created_at"?: string,"created_by"?: string | null,"do_not_call"?: boolean,"email"?: string | null,"external_lead_id"?: string | null,"id"?: string,"last_contacted_at"?: string | null,"lead_source"?: string | null,"name": string,"notes"?: string | null,"opt_out_reason"?: string | null,"opted_out_at"?: string | null,"organization_id"?: string,"phone"?: string | null,"project_id"?: string | null,"raw_data"?: Json | null,"recording_consent"?: boolean,"rejection_reason"?: string | null,"score"?: number,"source"?: string,"stage_id"?: string | null,"status"?: string,"timezone"?: string | null,"updated_at"?: string,"waiting_status"?: string | null
+                    "abuse_details"?: string | null,"abuse_flag"?: boolean,"archived_at"?: string | null,"assigned_to"?: string | null,"call_log_id"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callback_time"?: string | null,"created_at"?: string,"created_by"?: string | null,"do_not_call"?: boolean,"email"?: string | null,"erased_at"?: string | null,"external_lead_id"?: string | null,"id"?: string,"last_contacted_at"?: string | null,"lead_source"?: string | null,"name": string,"notes"?: string | null,"opt_out_reason"?: string | null,"opted_out_at"?: string | null,"organization_id"?: string,"phone"?: string | null,"project_id"?: string | null,"raw_data"?: Json | null,"recording_consent"?: boolean,"rejection_reason"?: string | null,"score"?: number,"source"?: string,"stage_id"?: string | null,"status"?: string,"timezone"?: string | null,"updated_at"?: string,"waiting_status"?: string | null
                   }
                   Update: {
-                    "abuse_details"?: string | null,"abuse_flag"?: boolean,"archived_at"?: string | null,"assigned_to"?: string | null,"call_log_id"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callback_time"?: string | null,"created_at"?: string,"created_by"?: string | null,"do_not_call"?: boolean,"email"?: string | null,"external_lead_id"?: string | null,"id"?: string,"last_contacted_at"?: string | null,"lead_source"?: string | null,"name"?: string,"notes"?: string | null,"opt_out_reason"?: string | null,"opted_out_at"?: string | null,"organization_id"?: string,"phone"?: string | null,"project_id"?: string | null,"raw_data"?: Json | null,"recording_consent"?: boolean,"rejection_reason"?: string | null,"score"?: number,"source"?: string,"stage_id"?: string | null,"status"?: string,"timezone"?: string | null,"updated_at"?: string,"waiting_status"?: string | null
+                    "abuse_details"?: string | null,"abuse_flag"?: boolean,"archived_at"?: string | null,"assigned_to"?: string | null,"call_log_id"?: string | null,"call_status"?: Database["public"]['Enums']["call_outcome"] | null,"callback_time"?: string | null,"created_at"?: string,"created_by"?: string | null,"do_not_call"?: boolean,"email"?: string | null,"erased_at"?: string | null,"external_lead_id"?: string | null,"id"?: string,"last_contacted_at"?: string | null,"lead_source"?: string | null,"name"?: string,"notes"?: string | null,"opt_out_reason"?: string | null,"opted_out_at"?: string | null,"organization_id"?: string,"phone"?: string | null,"project_id"?: string | null,"raw_data"?: Json | null,"recording_consent"?: boolean,"rejection_reason"?: string | null,"score"?: number,"source"?: string,"stage_id"?: string | null,"status"?: string,"timezone"?: string | null,"updated_at"?: string,"waiting_status"?: string | null
                   }
                   Relationships: [
                     {
@@ -986,14 +1024,14 @@ isOneToOne: false
                   ]
                 },"payments": {
                   Row: {
-                    "amount_minor": number,"applied_minor": number,"captured_at": string | null,"created_at": string,"currency": string,"failure_code": string | null,"failure_message": string | null,"gateway": Database["public"]['Enums']["payment_gateway"],"gateway_order_id": string | null,"gateway_payment_id": string | null,"id": string,"invoice_id": string | null,"organization_id": string,"payment_method_id": string | null,"problem": string | null,"purpose": string,"refunded_minor": number,"status": Database["public"]['Enums']["payment_transaction_status"],"status_at": string,"updated_at": string
+                    "amount_minor": number,"applied_minor": number,"captured_at": string | null,"created_at": string,"currency": string,"dispute_status": string | null,"disputed_at": string | null,"disputed_minor": number | null,"failure_code": string | null,"failure_message": string | null,"gateway": Database["public"]['Enums']["payment_gateway"],"gateway_order_id": string | null,"gateway_payment_id": string | null,"id": string,"invoice_id": string | null,"organization_id": string,"payment_method_id": string | null,"problem": string | null,"purpose": string,"refunded_minor": number,"status": Database["public"]['Enums']["payment_transaction_status"],"status_at": string,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "amount_minor": number,"applied_minor"?: number,"captured_at"?: string | null,"created_at"?: string,"currency": string,"failure_code"?: string | null,"failure_message"?: string | null,"gateway": Database["public"]['Enums']["payment_gateway"],"gateway_order_id"?: string | null,"gateway_payment_id"?: string | null,"id"?: string,"invoice_id"?: string | null,"organization_id": string,"payment_method_id"?: string | null,"problem"?: string | null,"purpose": string,"refunded_minor"?: number,"status"?: Database["public"]['Enums']["payment_transaction_status"],"status_at": string,"updated_at"?: string
+                    "amount_minor": number,"applied_minor"?: number,"captured_at"?: string | null,"created_at"?: string,"currency": string,"dispute_status"?: string | null,"disputed_at"?: string | null,"disputed_minor"?: number | null,"failure_code"?: string | null,"failure_message"?: string | null,"gateway": Database["public"]['Enums']["payment_gateway"],"gateway_order_id"?: string | null,"gateway_payment_id"?: string | null,"id"?: string,"invoice_id"?: string | null,"organization_id": string,"payment_method_id"?: string | null,"problem"?: string | null,"purpose": string,"refunded_minor"?: number,"status"?: Database["public"]['Enums']["payment_transaction_status"],"status_at": string,"updated_at"?: string
                   }
                   Update: {
-                    "amount_minor"?: number,"applied_minor"?: number,"captured_at"?: string | null,"created_at"?: string,"currency"?: string,"failure_code"?: string | null,"failure_message"?: string | null,"gateway"?: Database["public"]['Enums']["payment_gateway"],"gateway_order_id"?: string | null,"gateway_payment_id"?: string | null,"id"?: string,"invoice_id"?: string | null,"organization_id"?: string,"payment_method_id"?: string | null,"problem"?: string | null,"purpose"?: string,"refunded_minor"?: number,"status"?: Database["public"]['Enums']["payment_transaction_status"],"status_at"?: string,"updated_at"?: string
+                    "amount_minor"?: number,"applied_minor"?: number,"captured_at"?: string | null,"created_at"?: string,"currency"?: string,"dispute_status"?: string | null,"disputed_at"?: string | null,"disputed_minor"?: number | null,"failure_code"?: string | null,"failure_message"?: string | null,"gateway"?: Database["public"]['Enums']["payment_gateway"],"gateway_order_id"?: string | null,"gateway_payment_id"?: string | null,"id"?: string,"invoice_id"?: string | null,"organization_id"?: string,"payment_method_id"?: string | null,"problem"?: string | null,"purpose"?: string,"refunded_minor"?: number,"status"?: Database["public"]['Enums']["payment_transaction_status"],"status_at"?: string,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -1084,14 +1122,14 @@ isOneToOne: false
                   ]
                 },"plan_price_meters": {
                   Row: {
-                    "hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string
+                    "credit_price_minor": number | null,"credit_pulse": number,"credit_unit": number,"hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string
                   }
                   Update: {
-                    "hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string
                   }
                   Relationships: [
                     {
@@ -1141,6 +1179,32 @@ isOneToOne: false
                   }
                   Relationships: [
                     
+                  ]
+                },"privacy_requests": {
+                  Row: {
+                    "completed_at": string | null,"created_at": string,"customer_external_id": string | null,"customer_id": string | null,"due_at": string,"external_id": string | null,"id": string,"kind": string,"order_external_ids": (string)[],"organization_id": string,"requested_at": string,"store_id": string,"updated_at": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "completed_at"?: string | null,"created_at"?: string,"customer_external_id"?: string | null,"customer_id"?: string | null,"due_at": string,"external_id"?: string | null,"id"?: string,"kind": string,"order_external_ids"?: (string)[],"organization_id": string,"requested_at": string,"store_id": string,"updated_at"?: string
+                  }
+                  Update: {
+                    "completed_at"?: string | null,"created_at"?: string,"customer_external_id"?: string | null,"customer_id"?: string | null,"due_at"?: string,"external_id"?: string | null,"id"?: string,"kind"?: string,"order_external_ids"?: (string)[],"organization_id"?: string,"requested_at"?: string,"store_id"?: string,"updated_at"?: string
+                  }
+                  Relationships: [
+                    {
+      foreignKeyName: "privacy_requests_organization_id_store_id_customer_id_fkey"
+      columns: ["organization_id","store_id","customer_id"]
+isOneToOne: false
+      referencedRelation: "customers"
+      referencedColumns: ["organization_id","store_id","id"]
+    },{
+      foreignKeyName: "privacy_requests_organization_id_store_id_fkey"
+      columns: ["organization_id","store_id"]
+isOneToOne: false
+      referencedRelation: "stores"
+      referencedColumns: ["organization_id","id"]
+    }
                   ]
                 },"product_images": {
                   Row: {
@@ -1582,14 +1646,14 @@ isOneToOne: false
                   ]
                 },"usage_days": {
                   Row: {
-                    "day": string,"events": number,"meter_key": string,"organization_id": string,"quantity": number
+                    "day": string,"events": number,"meter_key": string,"organization_id": string,"prepaid": number,"quantity": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "day": string,"events"?: number,"meter_key": string,"organization_id": string,"quantity"?: number
+                    "day": string,"events"?: number,"meter_key": string,"organization_id": string,"prepaid"?: number,"quantity"?: number
                   }
                   Update: {
-                    "day"?: string,"events"?: number,"meter_key"?: string,"organization_id"?: string,"quantity"?: number
+                    "day"?: string,"events"?: number,"meter_key"?: string,"organization_id"?: string,"prepaid"?: number,"quantity"?: number
                   }
                   Relationships: [
                     {
@@ -1608,14 +1672,14 @@ isOneToOne: false
                   ]
                 },"usage_logs": {
                   Row: {
-                    "closed_at": string | null,"created_at": string,"feature_key": string,"id": string,"metadata": NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"reserved": number,"usage_count": number
+                    "closed_at": string | null,"created_at": string,"feature_key": string,"id": string,"metadata": NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"prepaid": number,"reserved": number,"usage_count": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "closed_at"?: string | null,"created_at"?: string,"feature_key": string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"reserved"?: number,"usage_count"?: number
+                    "closed_at"?: string | null,"created_at"?: string,"feature_key": string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
                   }
                   Update: {
-                    "closed_at"?: string | null,"created_at"?: string,"feature_key"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"period_end"?: string,"period_start"?: string,"reserved"?: number,"usage_count"?: number
+                    "closed_at"?: string | null,"created_at"?: string,"feature_key"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"period_end"?: string,"period_start"?: string,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
                   }
                   Relationships: [
                     {
@@ -1649,6 +1713,32 @@ isOneToOne: false
       columns: ["organization_id","user_id"]
 isOneToOne: true
       referencedRelation: "profiles"
+      referencedColumns: ["organization_id","id"]
+    }
+                  ]
+                },"webhook_sources": {
+                  Row: {
+                    "created_at": string,"id": string,"is_active": boolean,"name": string,"organization_id": string | null,"previous_until": string | null,"provider": string,"secrets_sealed": (string)[],"settings": NonNullable<Json>,"store_id": string | null,"updated_at": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "created_at"?: string,"id"?: string,"is_active"?: boolean,"name": string,"organization_id"?: string | null,"previous_until"?: string | null,"provider": string,"secrets_sealed": (string)[],"settings"?: NonNullable<Json>,"store_id"?: string | null,"updated_at"?: string
+                  }
+                  Update: {
+                    "created_at"?: string,"id"?: string,"is_active"?: boolean,"name"?: string,"organization_id"?: string | null,"previous_until"?: string | null,"provider"?: string,"secrets_sealed"?: (string)[],"settings"?: NonNullable<Json>,"store_id"?: string | null,"updated_at"?: string
+                  }
+                  Relationships: [
+                    {
+      foreignKeyName: "webhook_sources_organization_id_fkey"
+      columns: ["organization_id"]
+isOneToOne: false
+      referencedRelation: "organizations"
+      referencedColumns: ["id"]
+    },{
+      foreignKeyName: "webhook_sources_organization_id_store_id_fkey"
+      columns: ["organization_id","store_id"]
+isOneToOne: false
+      referencedRelation: "stores"
       referencedColumns: ["organization_id","id"]
     }
                   ]
@@ -1696,6 +1786,9 @@ isOneToOne: false
 "apply_event":
 { Args: { "": Json }; Returns: Json
                            },
+"apply_retention":
+{ Args: { "": Json }; Returns: Json
+                           },
 "auth_has_permission":
 { Args: { "permission": string }; Returns: boolean
                            },
@@ -1711,11 +1804,26 @@ isOneToOne: false
 "check_feature_quota":
 { Args: { "current_usage"?: number,"feature_key": string }; Returns: boolean
                            },
+"claim_deletions":
+{ Args: { "": Json }; Returns: Json
+                           },
+"claim_recordings":
+{ Args: { "": Json }; Returns: Json
+                           },
 "close_periods":
 { Args: { "": Json }; Returns: Json
                            },
 "close_websocket":
 { Args: { "": Json }; Returns: Json
+                           },
+"complete_privacy_request":
+{ Args: { "request_id": string }; Returns: Json
+                           },
+"count_events":
+{ Args: { "": Json }; Returns: Json
+                           },
+"count_webhook_events":
+{ Args: { "since"?: string }; Returns: Json
                            },
 "create_api_key":
 { Args: { "name": string,"scopes": (string)[] }; Returns: Json
@@ -1729,8 +1837,17 @@ isOneToOne: false
 "create_organization":
 { Args: { "country_code"?: string,"name": string,"state_code"?: string,"timezone"?: string }; Returns: Json
                            },
+"create_webhook_source":
+{ Args: { "id": string,"name": string,"provider": string,"secret_sealed": string,"settings"?: Json,"store_id"?: string }; Returns: Json
+                           },
 "end_impersonation":
 { Args: Record<PropertyKey, never>; Returns: Json
+                           },
+"erase":
+{ Args: { "": Json }; Returns: Json
+                           },
+"erase_person":
+{ Args: { "email"?: string,"phone"?: string }; Returns: Json
                            },
 "expire_credit":
 { Args: { "": Json }; Returns: Json
@@ -1750,11 +1867,20 @@ isOneToOne: false
 "get_campaign":
 { Args: { "campaign_id": string }; Returns: Json
                            },
+"get_event":
+{ Args: { "": Json }; Returns: Json
+                           },
 "get_org_subscription":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
 "get_usage":
 { Args: Record<PropertyKey, never>; Returns: Json
+                           },
+"get_webhook_event":
+{ Args: { "id": string }; Returns: Json
+                           },
+"ingest_leads":
+{ Args: { "": Json }; Returns: Json
                            },
 "issue_credit_note":
 { Args: { "": Json }; Returns: Json
@@ -1762,11 +1888,26 @@ isOneToOne: false
 "leave_organization":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
+"list_events":
+{ Args: { "": Json }; Returns: Json
+                           },
+"list_unmapped_values":
+{ Args: Record<PropertyKey, never>; Returns: Json
+                           },
+"list_webhook_events":
+{ Args: { "filter"?: Json }; Returns: Json
+                           },
 "move_stage":
 { Args: { "position": number,"stage_id": string }; Returns: Json
                            },
+"open_inbound_call":
+{ Args: { "": Json }; Returns: Json
+                           },
 "open_payment":
 { Args: { "": Json }; Returns: Json
+                           },
+"open_recording":
+{ Args: { "call_id": string }; Returns: Json
                            },
 "open_source":
 { Args: { "": Json }; Returns: Json
@@ -1792,10 +1933,16 @@ isOneToOne: false
 "reconcile_calls":
 { Args: { "": Json }; Returns: Json
                            },
+"record_deletions":
+{ Args: { "": Json }; Returns: Json
+                           },
 "record_dials":
 { Args: { "": Json }; Returns: Json
                            },
 "record_payment":
+{ Args: { "": Json }; Returns: Json
+                           },
+"record_recordings":
 { Args: { "": Json }; Returns: Json
                            },
 "record_refund":
@@ -1803,6 +1950,12 @@ isOneToOne: false
                            },
 "record_usage":
 { Args: { "": Json }; Returns: Json
+                           },
+"redrive_events":
+{ Args: { "": Json }; Returns: Json
+                           },
+"redrive_webhook_events":
+{ Args: { "filter"?: Json,"ids"?: (string)[] }; Returns: Json
                            },
 "release_calls":
 { Args: { "": Json }; Returns: Json
@@ -1828,6 +1981,9 @@ isOneToOne: false
 "roll_up_call_analytics":
 { Args: { "": Json }; Returns: Json
                            },
+"rotate_webhook_source_secret":
+{ Args: { "keep_previous_seconds"?: number,"secret_sealed": string,"source_id": string }; Returns: Json
+                           },
 "save_payment_method":
 { Args: { "": Json }; Returns: Json
                            },
@@ -1839,6 +1995,9 @@ isOneToOne: false
                            },
 "set_property_status":
 { Args: { "property_id": string,"status": string }; Returns: Json
+                           },
+"set_webhook_source_active":
+{ Args: { "is_active": boolean,"source_id": string }; Returns: Json
                            },
 "start_campaign":
 { Args: { "campaign_id": string }; Returns: Json

@@ -38,8 +38,13 @@ begin
   from generate_series(1, organizations) as n
   on conflict (id) do update set organization_id = excluded.organization_id, system_role = excluded.system_role;
 
-  insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base, max_concurrent_calls)
-  values (pg_temp.id(seed, 'account', 1), 'plivo', 'MA' || seed, 'v1.1.generated', 'https://api.plivo.com', 1000);
+  -- Also into a database of the first migration, where the sealed secret has another name.
+  execute format(
+    'insert into public.carrier_accounts (id, provider, account_sid, %I, api_base, max_concurrent_calls) values ($1, %L, $2, %L, %L, 1000)',
+    (select attname from pg_attribute where attrelid = 'public.carrier_accounts'::regclass and attname in ('auth_token_sealed', 'credentials_sealed') and not attisdropped),
+    'plivo', 'v1.1.generated', 'https://api.plivo.com'
+  )
+  using pg_temp.id(seed, 'account', 1), 'MA' || seed;
   insert into public.caller_numbers (organization_id, carrier_account_id, phone_number)
   select pg_temp.id(seed, 'organization', n), pg_temp.id(seed, 'account', 1), '+9180' || lpad((31000000 + n)::text, 8, '0')
   from generate_series(1, organizations) as n;

@@ -4,6 +4,7 @@
 //! [`parts`] are usable one by one, as tests do; [`stack`] starts all of them in order; the binaries `up` and `demo` are thin.
 
 pub mod carrier;
+pub mod operate;
 pub mod parts;
 pub mod schema;
 pub mod shutdown;

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use local::{
+    operate,
     parts::{
         folder::{self, RunFolder},
         install, postgres,
@@ -23,6 +24,12 @@ enum Arguments {
     Seed(SeedArguments),
     /// Make master_schema.sql, docs/schema.md and types.ts again from supabase/schemas.
     Generate,
+    /// Look at what came in from outside, and have it applied again.
+    #[command(subcommand)]
+    Events(operate::events::Events),
+    /// Look at queues, and send through again what a function gave up on.
+    #[command(subcommand)]
+    Queues(operate::queues::Queues),
 }
 
 #[derive(Debug, clap::Args)]
@@ -45,6 +52,14 @@ async fn main() -> Result<()> {
     match Arguments::parse_from(local::arguments()) {
         Arguments::Seed(arguments) => seed(&arguments).await,
         Arguments::Generate => generate().await,
+        Arguments::Events(command) => {
+            print!("{}", operate::events::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Queues(command) => {
+            print!("{}", operate::queues::run(&command).await?);
+            Ok(())
+        }
     }
 }
 

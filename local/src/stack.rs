@@ -181,7 +181,8 @@ impl Stack {
         };
         let origin = listening.origin().clone();
         let rest = options.postgrest_url.clone().unwrap_or_else(|| postgrest.url.clone());
-        let gateway = listening.serve(keys.clone(), rest, Some(functions.handler()))?;
+        let gateway =
+            listening.with_storage(run.path().join("storage")).serve(keys.clone(), rest, Some(functions.handler()))?;
         step.done(format!("at {origin}"));
         Ok(Self {
             postgrest_url: postgrest.url.clone(),

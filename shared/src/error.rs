@@ -150,6 +150,17 @@ impl Error {
         }
     }
 
+    /// What the caller's program reads: the field at fault, and of too many requests when to come again.
+    fn details(&self) -> Option<Value> {
+        let retry_after = self.retry_after_seconds.filter(|_| self.status == StatusCode::TOO_MANY_REQUESTS);
+        match (&self.field, retry_after) {
+            (None, None) => None,
+            (Some(field), None) => Some(json!({ "field": field })),
+            (None, Some(seconds)) => Some(json!({ "retry_after": seconds })),
+            (Some(field), Some(seconds)) => Some(json!({ "field": field, "retry_after": seconds })),
+        }
+    }
+
     /// The body that the caller gets.
     pub fn body(&self) -> Value {
         let message = if self.status == StatusCode::INTERNAL_SERVER_ERROR {
@@ -160,7 +171,7 @@ impl Error {
         json!({
             "code": self.code,
             "message": message,
-            "details": self.field.as_ref().map(|field| json!({ "field": field })),
+            "details": self.details(),
             "hint": self.hint,
         })
     }

@@ -158,7 +158,7 @@ pub fn to_event(response: Response) -> ApiGatewayV2httpResponse {
 
 /// The headers that a stored event keeps: none that carries a credential.
 pub fn storable_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
-    const KEPT: [&str; 8] = [
+    const KEPT: [&str; 14] = [
         "content-type",
         "user-agent",
         "x-plivo-signature-v3-nonce",
@@ -167,6 +167,12 @@ pub fn storable_headers(headers: &HeaderMap) -> BTreeMap<String, String> {
         "i-twilio-idempotency-token",
         "x-shopify-webhook-id",
         "x-shopify-topic",
+        "x-shopify-shop-domain",
+        "x-shopify-event-id",
+        "x-shopify-api-version",
+        "x-wc-webhook-topic",
+        "x-wc-webhook-delivery-id",
+        "x-razorpay-event-id",
     ];
     KEPT.iter().filter_map(|name| Some(((*name).to_owned(), headers.get(*name)?.to_str().ok()?.to_owned()))).collect()
 }

@@ -4,14 +4,17 @@
 //! [`trigger::Function`] to [`trigger::run`]. Everything between the Lambda runtime and the function's own decisions is here:
 //! telling triggers apart, talking to Supabase, queueing, verifying signatures, and the errors all of them answer with.
 
+pub mod api_key;
 pub mod config;
 pub mod error;
 pub mod http;
+pub mod mac;
 #[cfg(feature = "queue")]
 pub mod queue;
 pub mod seal;
 pub mod secrets;
 pub mod standard_webhooks;
+pub mod storage;
 pub mod supabase;
 pub mod telemetry;
 pub mod telephony;

@@ -44,6 +44,9 @@ pub enum IntakeMessage {
         v: u32,
         /// Whether its signature was checked before it was buffered.
         verified: bool,
+        /// When it came, in unix milliseconds: what is verified later is judged by that.
+        #[serde(default)]
+        received_at_ms: i64,
         /// Raw path.
         path: String,
         /// Raw query.

@@ -61,6 +61,11 @@ impl Sealer {
     }
 }
 
+/// A new secret for Standard Webhooks: `whsec_` and 24 random bytes, what its specification asks at least.
+pub fn new_webhook_secret() -> String {
+    format!("whsec_{}", base64::engine::general_purpose::STANDARD.encode(XNonce::generate()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -883,7 +883,7 @@ create or replace function private.create_api_key(name text, scopes text[], at t
 language plpgsql volatile security definer set search_path = '' as $$
 declare
   organization uuid := private.require_org('organization.manage');
-  known        constant text[] := array['usage.write'];
+  known        constant text[] := array['lead.write', 'usage.write'];
   key_id       uuid := gen_random_uuid();
   key_prefix   text := 'tlk_' || encode(extensions.gen_random_bytes(4), 'hex');
   plain        text := key_prefix || '_' || encode(extensions.gen_random_bytes(20), 'hex');

@@ -327,6 +327,8 @@ create index if not exists idx_orders_payment_status on public.orders (organizat
 create index if not exists idx_orders_fulfillment_status on public.orders (organization_id, store_id, fulfillment_status);
 create index if not exists idx_orders_order_date on public.orders (organization_id, order_date desc);
 create index if not exists idx_orders_last_synced on public.orders (organization_id, store_id, last_synced_at);
+create index if not exists idx_orders_customer_external_id on public.orders (organization_id, store_id, customer_external_id)
+  where customer_external_id is not null;
 
 revoke all on public.orders from anon, authenticated, service_role;
 grant select on public.orders to authenticated, service_role;
@@ -717,3 +719,64 @@ revoke execute on function
   private.fill_store_currency(), private.apply_order_effects(private.order_effect[]), private.update_customer_lifetime_value(),
   private.recompute_customer_totals(uuid, uuid)
 from public;
+
+
+-- store_tombstones ----------------------------------------------------------------------------------------------------------------
+
+create table if not exists private.store_tombstones (
+  organization_id uuid not null,
+  store_id        uuid not null,
+  kind            text not null check (kind in ('product', 'order', 'customer')),
+  external_id     text not null check (length(external_id) between 1 and 255),
+  is_redacted     boolean not null default false,
+  deleted_at      timestamptz not null,
+  primary key (organization_id, store_id, kind, external_id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade
+);
+select private.close_table('private.store_tombstones');
+comment on table private.store_tombstones is
+  'What a platform deleted: an event that is older than the deletion and comes after it brings nothing back.';
+comment on column private.store_tombstones.is_redacted is 'A customer who asked to be forgotten: their orders come without them.';
+
+
+-- privacy_requests ----------------------------------------------------------------------------------------------------------------
+
+create table if not exists public.privacy_requests (
+  id                   uuid primary key default gen_random_uuid(),
+  organization_id      uuid not null,
+  store_id             uuid not null,
+  kind                 text not null check (kind in ('data_request', 'customer_redact', 'shop_redact')),
+  external_id          text check (length(external_id) <= 255),
+  customer_id          uuid,
+  customer_external_id text,
+  order_external_ids   text[] not null default '{}',
+  requested_at         timestamptz not null,
+  due_at               timestamptz not null,
+  completed_at         timestamptz,
+  created_at           timestamptz not null default private.clock_now(),
+  updated_at           timestamptz not null default private.clock_now(),
+  unique (organization_id, store_id, id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade,
+  foreign key (organization_id, store_id, customer_id) references public.customers (organization_id, store_id, id)
+    on delete set null (customer_id),
+  check (due_at > requested_at),
+  -- Who was forgotten is not named by the record of it.
+  check (completed_at is null or customer_external_id is null and order_external_ids = '{}')
+);
+create index if not exists idx_privacy_requests_store on public.privacy_requests (organization_id, store_id, requested_at desc);
+create index if not exists idx_privacy_requests_customer on public.privacy_requests (organization_id, store_id, customer_id)
+  where customer_id is not null;
+
+revoke all on public.privacy_requests from anon, authenticated, service_role;
+grant select on public.privacy_requests to authenticated, service_role;
+alter table public.privacy_requests enable row level security;
+alter table public.privacy_requests force row level security;
+drop policy if exists "Who views stores may see what people asked of them" on public.privacy_requests;
+create policy "Who views stores may see what people asked of them" on public.privacy_requests
+  for select to authenticated using (organization_id = (select private.org_with('store.view')));
+create or replace trigger update_modified_column before update on public.privacy_requests
+  for each row execute function private.update_modified_column();
+comment on table public.privacy_requests is
+  'What people and shops asked about their data: to be given it, or to be forgotten. The latter is done at once, the former by a person.';
+comment on column public.privacy_requests.external_id is 'The platform''s id of the request.';
+comment on column public.privacy_requests.due_at is 'Thirty days after it was asked, which is what the platforms allow.';

@@ -496,6 +496,11 @@ grant
   insert (project_id, stage_id, name, description, fields, consent_text, is_active),
   update (project_id, stage_id, name, description, fields, consent_text, is_active)
 on public.lead_forms to authenticated;
+alter table public.lead_forms
+  add column consent_scopes text[] not null default '{call_service}'
+    check (consent_scopes <@ array['call_service', 'call_promotional', 'recording', 'sms', 'whatsapp']),
+  add column rate_per_minute integer not null default 30 check (rate_per_minute between 1 and 6000);
+grant insert (consent_scopes, rate_per_minute), update (consent_scopes, rate_per_minute) on public.lead_forms to authenticated;
 grant select on public.lead_forms to service_role;
 alter table public.lead_forms enable row level security;
 alter table public.lead_forms force row level security;
@@ -512,10 +517,37 @@ create policy "Who edits projects may delete a form" on public.lead_forms
 create trigger update_modified_column before update on public.lead_forms
   for each row execute function private.update_modified_column();
 comment on table public.lead_forms is
-  'A form by which leads come in of themselves. The public never reads it here: intake takes submissions by an organization''s key.';
+  'A form by which leads come in of themselves. The public never reads it here: intake takes submissions by the form''s id, which is no secret.';
+comment on column public.lead_forms.consent_scopes is 'What consent_text is a consent to.';
+comment on column public.lead_forms.rate_per_minute is 'Submissions a minute that are taken; of more the sender is told to wait.';
 comment on column public.lead_forms.fields is 'What it asks: an array of {"name","label","type","required"}.';
 comment on column public.lead_forms.stage_id is 'Where its leads begin; null is the first stage of the default pipeline.';
 comment on column public.lead_forms.consent_text is 'What the person agrees to by sending it; copied to consents word by word.';
+
+
+-- What intake remembers of those who send leads -------------------------------------------------------------------------------------
+
+create table private.rate_limits (
+  subject     text primary key check (length(subject) between 1 and 200),
+  tokens      numeric not null,
+  refilled_at timestamptz not null
+);
+select private.close_table('private.rate_limits');
+comment on table private.rate_limits is 'A bucket a sender: what it may still send now, in whatever process it is served. Real time.';
+
+create table private.lead_requests (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  subject         text not null,
+  key             text not null check (length(key) between 1 and 255),
+  body_sha256     text not null,
+  answer          jsonb,
+  created_at      timestamptz not null,
+  primary key (organization_id, subject, key)
+);
+create index idx_lead_requests_created_at on private.lead_requests (created_at);
+select private.close_table('private.lead_requests');
+comment on table private.lead_requests is
+  'Requests that came with an idempotency key, and what they were answered: ids and codes, nobody''s particulars. Kept for a week.';
 
 
 -- consents ------------------------------------------------------------------------------------------------------------------------
@@ -571,9 +603,11 @@ begin
     end if;
     return new;
   end if;
-  -- The organization's end takes its evidence along; otherwise a reference may fall away, and a consent is withdrawn once.
+  -- The organization's end takes its evidence along, and so does a person's erasure; otherwise a reference may fall away, and a consent is withdrawn once.
   if tg_op = 'DELETE' then
-    if exists (select from public.organizations as tenant where tenant.id = old.organization_id) then
+    if current_setting('trunkline.erasing', true) is distinct from 'on'
+      and exists (select from public.organizations as tenant where tenant.id = old.organization_id)
+    then
       raise exception 'a consent is evidence: it is revoked, never deleted' using errcode = 'restrict_violation';
     end if;
     return old;

@@ -1,7 +1,7 @@
 -- Campaigns, their queue, every dial attempt, and what decides whether a number may be dialled.
 --
 -- Whoever changes several of these rows locks them in this order, and within one table by id, so that no two transactions wait for
--- each other: call_logs, call_queue, campaign_leads, leads, campaigns, usage counters.
+-- each other: call_logs, call_queue, campaign_leads, leads, campaigns, usage counters, wallets.
 
 
 -- carrier_accounts ----------------------------------------------------------------------------------------------------------------
@@ -12,7 +12,7 @@ create table public.carrier_accounts (
   provider             public.carrier_provider not null,
   name                 text,
   account_sid          text not null check (account_sid <> ''),
-  auth_token_sealed    text not null,
+  credentials_sealed    text not null,
   api_base             text not null check (api_base ~ '^https?://'),
   max_concurrent_calls integer not null default 50 check (max_concurrent_calls >= 0),
   dialling_enabled     boolean not null default true,
@@ -42,7 +42,9 @@ create trigger keep_account_owner before update of organization_id on public.car
 create trigger update_modified_column before update on public.carrier_accounts
   for each row execute function private.update_modified_column();
 comment on table public.carrier_accounts is
-  'An account with a phone carrier; without an organization it is the platform''s own. Seen by handlers alone, its token sealed.';
+  'An account with a phone carrier; without an organization it is the platform''s own. Seen by handlers alone, its secrets sealed.';
+comment on column public.carrier_accounts.credentials_sealed is
+  'What the carrier knows us by and what it signs with, as a JSON object of the carrier''s own keys or a bare auth token; sealed for this row''s id.';
 comment on column public.carrier_accounts.max_concurrent_calls is 'Calls in flight at once on this account, over all organizations.';
 
 
@@ -326,7 +328,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, quota_exhausted, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -678,6 +680,14 @@ create trigger update_store_call after update on public.call_logs
   ) execute function private.update_store_call();
 
 revoke execute on function private.is_dropped(public.call_logs), private.attach_leg(), private.update_store_call() from public;
+
+
+
+-- What the voice agent calls a call ------------------------------------------------------------------------------------------------
+
+alter table public.call_logs add column agent_call_id text check (length(agent_call_id) between 1 and 200);
+create index idx_call_logs_agent_call_id on public.call_logs (agent_call_id) where agent_call_id is not null;
+comment on column public.call_logs.agent_call_id is 'The voice agent''s own id of the conversation; its first event that names both binds it.';
 
 
 -- How a lead's last call went -----------------------------------------------------------------------------------------------------
@@ -1301,3 +1311,21 @@ grant execute on function
   private.open_websocket(jsonb, timestamptz), private.ping_websockets(jsonb, timestamptz),
   private.close_websocket(jsonb, timestamptz), private.reap_websockets(jsonb, timestamptz)
 to service_role;
+
+
+-- The agent's stream, and where a call was transferred to ---------------------------------------------------------------------------
+-- The words stand in the order of their rank: whichever report comes first, the later word stays.
+
+alter table public.call_logs
+  add column stream_id text,
+  add column stream_status text check (stream_status in ('started', 'degraded', 'stopped', 'failed')),
+  add column stream_error text,
+  add column transfer_sid text,
+  add column transfer_status text check (
+    transfer_status in ('initiated', 'ringing', 'cancelled', 'failed', 'no_answer', 'busy', 'answered', 'completed')
+  );
+comment on column public.call_logs.stream_id is 'The carrier''s id of the agent''s audio stream.';
+comment on column public.call_logs.stream_status is 'How the agent''s audio stream fares, as the carrier says.';
+comment on column public.call_logs.stream_error is 'What broke the stream, in the carrier''s words.';
+comment on column public.call_logs.transfer_sid is 'The carrier''s id of the leg to the person that the call was transferred to.';
+comment on column public.call_logs.transfer_status is 'How the transfer fared: of two tries one that was answered counts.';

@@ -135,11 +135,21 @@ create table public.plan_price_meters (
   overage_unit        bigint not null default 1,
   limit_units         bigint,
   hard                boolean not null default false,
+  credit_price_minor  bigint,
+  credit_unit         bigint not null default 60,
+  credit_pulse        bigint not null default 1,
   constraint plan_price_meters_pkey primary key (plan_price_id, meter_key),
   constraint plan_price_meters_included_range check (included_units >= -1),
   constraint plan_price_meters_overage_price_not_negative check (overage_price_minor >= 0),
   constraint plan_price_meters_overage_unit_positive check (overage_unit > 0),
-  constraint plan_price_meters_limit_range check (limit_units >= -1)
+  constraint plan_price_meters_limit_range check (limit_units >= -1),
+  constraint plan_price_meters_credit_price_not_negative check (credit_price_minor >= 0),
+  constraint plan_price_meters_credit_unit_positive check (credit_unit > 0),
+  constraint plan_price_meters_credit_pulse_positive check (credit_pulse > 0),
+  constraint plan_price_meters_credit_buys_calling check (credit_price_minor is null or meter_key in ('ai_calls', 'call_seconds')),
+  constraint plan_price_meters_calls_sold_one_way check (
+    meter_key <> 'ai_calls' or credit_price_minor is null or overage_price_minor is null
+  )
 );
 
 create index idx_plan_price_meters_meter on public.plan_price_meters (meter_key);
@@ -161,6 +171,13 @@ comment on column public.plan_price_meters.overage_unit is 'How many units the o
 comment on column public.plan_price_meters.limit_units is
   'Units a billing period after which a hard meter refuses; null or -1 is unlimited.';
 comment on column public.plan_price_meters.hard is 'Whether the limit refuses new use. A meter with an overage price never refuses.';
+comment on column public.plan_price_meters.credit_price_minor is
+  'Price of each `credit_unit` seconds in prepaid credit, for seconds beyond the included ones, or for all seconds of a call beyond the '
+  'included calls; null is not paid with credit. Credit comes before overage, and where there is no overage price nothing is dialled '
+  'without it. A call costs its pulses, rounded once to the minor unit, half away from zero.';
+comment on column public.plan_price_meters.credit_unit is 'How many seconds the credit price is for.';
+comment on column public.plan_price_meters.credit_pulse is
+  'Credit pays for started multiples of this many seconds of a call: 1 is by the second, 60 by the started minute.';
 
 create function private.refuse_price_change() returns trigger
 language plpgsql set search_path = ''
@@ -401,6 +418,7 @@ create table public.usage_logs (
   closed_at       timestamptz,
   metadata        jsonb not null default '{}',
   created_at      timestamptz not null default private.clock_now(),
+  prepaid         bigint not null default 0,
   constraint usage_logs_tenant_key unique (organization_id, id),
   constraint usage_logs_period_key unique (organization_id, feature_key, period_start),
   constraint usage_logs_periods_apart exclude using gist (
@@ -408,7 +426,8 @@ create table public.usage_logs (
   ),
   constraint usage_logs_period_ordered check (period_start < period_end),
   constraint usage_logs_count_not_negative check (usage_count >= 0),
-  constraint usage_logs_reserved_not_negative check (reserved >= 0)
+  constraint usage_logs_reserved_not_negative check (reserved >= 0),
+  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count)
 ) with (fillfactor = 50);
 
 create index idx_usage_logs_org_period on public.usage_logs (organization_id, period_start, period_end);
@@ -427,6 +446,9 @@ comment on column public.usage_logs.feature_key is 'The meter.';
 comment on column public.usage_logs.usage_count is 'Units used in the period; equals the sum of usage_days over it.';
 comment on column public.usage_logs.reserved is
   'Units held for calls that have not ended; a hold stays in the period in which it was taken.';
+comment on column public.usage_logs.prepaid is
+  'Of the units used, those that were charged to prepaid credit: they use up nothing that is included, and no invoice bills them again. '
+  'Equals the sum of usage_days over the period.';
 comment on column public.usage_logs.period_start is 'First local day of the period.';
 comment on column public.usage_logs.period_end is 'First local day after the period.';
 comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later counts in the next one.';
@@ -437,9 +459,11 @@ create table public.usage_days (
   day             date not null,
   quantity        bigint not null default 0,
   events          bigint not null default 0,
+  prepaid         bigint not null default 0,
   constraint usage_days_pkey primary key (organization_id, meter_key, day),
   constraint usage_days_quantity_not_negative check (quantity >= 0),
-  constraint usage_days_events_not_negative check (events >= 0)
+  constraint usage_days_events_not_negative check (events >= 0),
+  constraint usage_days_prepaid_range check (prepaid between 0 and quantity)
 ) with (fillfactor = 50);
 
 create index idx_usage_days_meter on public.usage_days (meter_key);
@@ -455,6 +479,7 @@ comment on table public.usage_days is 'Usage of one meter on one day of the orga
 comment on column public.usage_days.day is 'The local day, by the time zone of the subscription.';
 comment on column public.usage_days.quantity is 'Units used that day.';
 comment on column public.usage_days.events is 'How many events they came in.';
+comment on column public.usage_days.prepaid is 'Of the units used, those that were charged to prepaid credit and are not billed.';
 
 create table private.usage_keys (
   organization_id uuid not null references public.organizations (id) on delete restrict,
@@ -545,13 +570,15 @@ create table public.call_credits (
   low_balance_minor     bigint,
   created_at            timestamptz not null default private.clock_now(),
   updated_at            timestamptz not null default private.clock_now(),
+  held_minor            bigint not null default 0,
   constraint call_credits_tenant_key unique (organization_id, id),
   constraint call_credits_currency_key unique (organization_id, currency),
   constraint call_credits_currency_format check (currency ~ '^[A-Z]{3}$'),
   constraint call_credits_balance_not_negative check (balance_minor >= 0),
   constraint call_credits_totals_not_negative check (total_purchased_minor >= 0 and total_consumed_minor >= 0),
   constraint call_credits_last_number_not_negative check (last_number >= 0),
-  constraint call_credits_low_balance_not_negative check (low_balance_minor >= 0)
+  constraint call_credits_low_balance_not_negative check (low_balance_minor >= 0),
+  constraint call_credits_held_not_negative check (held_minor >= 0)
 ) with (fillfactor = 50);
 
 revoke all on public.call_credits from anon, authenticated, service_role;
@@ -572,6 +599,9 @@ comment on column public.call_credits.balance_minor is
 comment on column public.call_credits.total_purchased_minor is 'What was bought so far, less what was paid back.';
 comment on column public.call_credits.total_consumed_minor is 'What was used so far, less what was given back.';
 comment on column public.call_credits.last_number is 'The number of the wallet''s last transaction.';
+comment on column public.call_credits.held_minor is
+  'Of the balance, what is held for calls under way: no other call begins on it, and it is not paid back. More than the balance when '
+  'credit expired meanwhile.';
 comment on column public.call_credits.low_balance_minor is 'Below this balance `credit.low` is told, once a billing period; null is never.';
 
 create table public.credit_accounts (
@@ -850,3 +880,92 @@ revoke all on function
   private.credit_entry_fits(public.credit_transaction_type, public.credit_account_kind, public.ledger_side),
   private.apply_credit_entries(), private.check_credit_transaction(), private.refuse_money_change()
 from public;
+
+
+-- What a call holds, and what it cost ---------------------------------------------------------------------------------------------
+
+create table private.call_holds (
+  attempt_id      uuid not null,
+  organization_id uuid not null,
+  seconds         bigint not null default 0,
+  credit_seconds  bigint not null default 0,
+  is_beyond       boolean not null default false,
+  currency        text,
+  credit_minor    bigint not null default 0,
+  constraint call_holds_pkey primary key (attempt_id),
+  constraint call_holds_attempt_fkey foreign key (organization_id, attempt_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_holds_wallet_fkey foreign key (organization_id, currency)
+    references public.call_credits (organization_id, currency) on delete restrict,
+  constraint call_holds_seconds_not_negative check (seconds >= 0 and credit_seconds >= 0),
+  constraint call_holds_credit_not_negative check (credit_minor >= 0),
+  constraint call_holds_credit_has_wallet check (credit_minor = 0 or currency is not null)
+);
+
+create index idx_call_holds_attempt on private.call_holds (organization_id, attempt_id);
+create index idx_call_holds_wallet on private.call_holds (organization_id, currency) where currency is not null;
+select private.close_table('private.call_holds');
+
+comment on table private.call_holds is
+  'What an outbound attempt that has not ended holds: one call, so many seconds, so much credit. Made by the release, gone with the '
+  'attempt''s end, whatever that end is. The counters'' `reserved` and the wallet''s `held_minor` are the sums of these rows.';
+comment on column private.call_holds.seconds is 'Held of the plan''s seconds, the most that the call may last; 0 where the plan limits none.';
+comment on column private.call_holds.credit_seconds is 'How many seconds of the call the held credit pays for.';
+comment on column private.call_holds.is_beyond is 'The call itself was beyond the included calls when it was released.';
+comment on column private.call_holds.currency is 'The wallet that the credit is held in; null without credit.';
+comment on column private.call_holds.credit_minor is 'What is held of it.';
+
+create table public.call_charges (
+  call_log_id       uuid not null,
+  organization_id   uuid not null,
+  plan_price_id     uuid not null references public.plan_prices (id) on delete restrict,
+  meter_key         text not null references public.meters (key) on delete restrict,
+  day               date not null,
+  seconds           bigint not null,
+  credit_seconds    bigint not null,
+  overage_seconds   bigint not null default 0,
+  currency          text not null,
+  charged_minor     bigint not null,
+  uncollected_minor bigint not null default 0,
+  transaction_id    uuid,
+  created_at        timestamptz not null,
+  constraint call_charges_pkey primary key (call_log_id),
+  constraint call_charges_tenant_key unique (organization_id, call_log_id),
+  constraint call_charges_call_fkey foreign key (organization_id, call_log_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_charges_transaction_fkey foreign key (organization_id, transaction_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint call_charges_seconds_fit check (
+    seconds > 0 and credit_seconds >= 0 and overage_seconds >= 0 and credit_seconds + overage_seconds <= seconds
+  ),
+  constraint call_charges_amounts_not_negative check (charged_minor >= 0 and uncollected_minor >= 0),
+  constraint call_charges_charge_is_in_ledger check ((charged_minor > 0) = (transaction_id is not null))
+);
+
+create index idx_call_charges_org_day on public.call_charges (organization_id, day);
+create index idx_call_charges_transaction on public.call_charges (organization_id, transaction_id) where transaction_id is not null;
+create index idx_call_charges_price on public.call_charges (plan_price_id);
+create index idx_call_charges_meter on public.call_charges (meter_key);
+
+revoke all on public.call_charges from anon, authenticated, service_role;
+grant select on public.call_charges to authenticated, service_role;
+alter table public.call_charges enable row level security;
+alter table public.call_charges force row level security;
+create policy "Members who may see billing see what calls cost" on public.call_charges
+  for select to authenticated using (organization_id = (select private.org_with('billing.view')));
+
+create trigger call_charges_is_append_only before update or delete or truncate on public.call_charges
+  for each statement execute function private.refuse_money_change();
+
+comment on table public.call_charges is
+  'How the seconds of a call that were beyond what the plan includes were paid, once a call, append-only. Calls within the plan, and '
+  'plans that take no credit, have no row.';
+comment on column public.call_charges.meter_key is 'The term that priced them: ai_calls for a call beyond the included calls, else call_seconds.';
+comment on column public.call_charges.day is 'The local day on which the call was counted.';
+comment on column public.call_charges.seconds is 'Seconds beyond what the plan includes.';
+comment on column public.call_charges.credit_seconds is 'Of these, those that credit paid for.';
+comment on column public.call_charges.overage_seconds is 'Of these, those that the invoice bills, because the credit did not reach and the plan prices them.';
+comment on column public.call_charges.charged_minor is 'What was taken from prepaid credit.';
+comment on column public.call_charges.uncollected_minor is
+  'What the call cost beyond the credit that there was, where the plan has no price for overage: recorded, and billed to nobody.';
+comment on column public.call_charges.transaction_id is 'The consumption in the credit ledger; null when nothing was taken.';

@@ -543,6 +543,17 @@ comment on column public.payments.problem is
   'Why money that came was not counted on its invoice, for a person to look at: amount_differs, currency_differs, invoice_not_open.';
 comment on column public.payments.status_at is 'When the gateway says that it came to this status; older news does not change it.';
 
+-- What a payer's bank says against it, as the gateway reports it.
+alter table public.payments
+  add column dispute_status text,
+  add column disputed_minor bigint,
+  add column disputed_at timestamptz,
+  add constraint payments_dispute_whole check (
+    (dispute_status is null) = (disputed_at is null) and (dispute_status is null) = (disputed_minor is null)
+  );
+comment on column public.payments.dispute_status is 'The gateway''s word: of an open dispute, or how it ended. It moves no money by itself.';
+comment on column public.payments.disputed_at is 'When the gateway said so; older news does not change it.';
+
 create table public.refunds (
   id                uuid primary key default gen_random_uuid(),
   organization_id   uuid not null,
@@ -889,7 +900,7 @@ as $$
 declare
   news constant text[] := array[
     'status', 'status_at', 'applied_minor', 'refunded_minor', 'problem', 'failure_code', 'failure_message', 'captured_at',
-    'payment_method_id', 'updated_at'
+    'payment_method_id', 'updated_at', 'dispute_status', 'disputed_minor', 'disputed_at'
   ];
   -- What the order's row learns from the first payment of the order.
   identity constant text[] := array['gateway_payment_id', 'amount_minor', 'currency'];

@@ -14,7 +14,8 @@ create table private.webhook_events (
   attempt_id      uuid,
   headers         jsonb,
   body            text,
-  call            jsonb,
+  payload_type    text not null check (payload_type ~ '^[a-z][a-z_]{0,30}$'),
+  payload         jsonb,
   status          public.event_status not null,
   error           text,
   tries           integer not null default 1 check (tries >= 1),
@@ -24,12 +25,16 @@ create table private.webhook_events (
 ) partition by range (received_at);
 create index idx_webhook_events_attempt on private.webhook_events (attempt_id);
 create index idx_webhook_events_failed on private.webhook_events (next_try_at) where status = 'failed';
+create index idx_webhook_events_agent_orphans on private.webhook_events (source_id, (payload ->> 'agent_call_id'))
+  where status = 'orphan' and payload_type = 'agent';
+create index idx_webhook_events_late_orphans on private.webhook_events (received_at) where status = 'orphan' and payload_type = 'agent';
 select private.close_table('private.webhook_events');
 comment on table private.webhook_events is
   'Every verified event from outside as it came, and what became of it. By month of received_at, so that old months can be dropped.';
 comment on column private.webhook_events.received_at is 'Business time.';
-comment on column private.webhook_events.source is 'A carrier, or reconcile for what we asked the carrier ourselves.';
-comment on column private.webhook_events.call is 'The event in the words of every carrier, as the handler read it.';
+comment on column private.webhook_events.source is 'A provider''s name, or reconcile for what we asked the carrier ourselves.';
+comment on column private.webhook_events.payload is
+  'The event in the words of every provider of its kind, as the handler read it; payload_type says which function applies it.';
 comment on column private.webhook_events.next_try_at is 'Real time at which sweep_events() applies a failed event again.';
 
 create table private.webhook_event_keys (
@@ -43,6 +48,66 @@ create table private.webhook_event_keys (
 select private.close_table('private.webhook_event_keys');
 comment on table private.webhook_event_keys is
   'Which events were taken in. Not partitioned by time: a duplicate is one however late it comes.';
+
+
+create table private.unmapped_values (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid references public.organizations (id) on delete cascade,
+  source          text not null,
+  field           text not null check (length(field) between 1 and 100),
+  value           text not null check (length(value) <= 200),
+  seen            bigint not null default 1 check (seen >= 1),
+  event_id        uuid not null,
+  first_seen_at   timestamptz not null,
+  last_seen_at    timestamptz not null,
+  -- What reaches the platform's own sources belongs to no organization, and is one row all the same.
+  unique nulls not distinct (organization_id, source, field, value)
+);
+select private.close_table('private.unmapped_values');
+comment on table private.unmapped_values is
+  'Words of providers that map to none of ours: kept as they came, counted, and shown to those who can tell us what they mean.';
+comment on column private.unmapped_values.event_id is 'The latest event that had it; no foreign key, because events go with their month.';
+comment on column private.unmapped_values.first_seen_at is 'Business time, as last_seen_at.';
+
+
+-- webhook_sources -----------------------------------------------------------------------------------------------------------------
+
+create table public.webhook_sources (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid references public.organizations (id) on delete cascade,
+  store_id        uuid,
+  provider        text not null check (provider ~ '^[a-z][a-z0-9_]{1,30}$'),
+  name            text not null check (length(btrim(name)) between 1 and 200),
+  secrets_sealed  text[] not null check (cardinality(secrets_sealed) between 1 and 2 and array_position(secrets_sealed, null) is null),
+  previous_until  timestamptz,
+  settings        jsonb not null default '{}' check (jsonb_typeof(settings) = 'object' and length(settings::text) <= 8192),
+  is_active       boolean not null default true,
+  created_at      timestamptz not null default private.clock_now(),
+  updated_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  foreign key (organization_id, store_id) references public.stores (organization_id, id) on delete cascade,
+  check (store_id is null or organization_id is not null),
+  check ((previous_until is not null) = (cardinality(secrets_sealed) = 2))
+);
+create index idx_webhook_sources_store on public.webhook_sources (organization_id, store_id);
+
+revoke all on public.webhook_sources from anon, authenticated, service_role;
+grant select (
+  id, organization_id, store_id, provider, name, previous_until, settings, is_active, created_at, updated_at
+) on public.webhook_sources to authenticated, service_role;
+alter table public.webhook_sources enable row level security;
+alter table public.webhook_sources force row level security;
+create policy "Who manages webhooks may see the sources" on public.webhook_sources
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+create trigger update_modified_column before update on public.webhook_sources
+  for each row execute function private.update_modified_column();
+comment on table public.webhook_sources is
+  'Who outside may tell us something, and how it proves that it is them; without an organization it is the platform''s own. The id is in the URL.';
+comment on column public.webhook_sources.provider is 'The handler''s name of it: a table in the code lists them, so that a new one needs no migration.';
+comment on column public.webhook_sources.secrets_sealed is
+  'Newest first, sealed for this row''s id. The second is the one before, and still opens until previous_until. No user reads them.';
+comment on column public.webhook_sources.previous_until is 'Real time.';
+comment on column public.webhook_sources.settings is 'What the provider was configured with, as header names and encodings; never a secret.';
 
 
 -- outbox --------------------------------------------------------------------------------------------------------------------------
@@ -107,10 +172,14 @@ create policy "Who views the audit log may see it" on public.audit_logs
 create function private.refuse_change() returns trigger
 language plpgsql set search_path = '' as $$
 begin
+  -- What an erased person left in a line's detail is cut out of it; nobody else may ask for that.
+  if tg_op = 'UPDATE' and current_setting('trunkline.erasing', true) = 'on' then
+    return null;
+  end if;
   raise exception '% is only ever added to', tg_table_name using errcode = 'restrict_violation';
 end
 $$;
-comment on function private.refuse_change() is 'Trigger: a table that is only ever added to.';
+comment on function private.refuse_change() is 'Trigger: a table that is only ever added to, but for what erase() cuts out.';
 create trigger refuse_change before update or delete or truncate on public.audit_logs
   for each statement execute function private.refuse_change();
 -- Also for a session that plays itself a replica.
@@ -273,6 +342,8 @@ create trigger audit_change after insert or update or delete on public.invitatio
   for each row execute function private.audit_change('invitation', 'revoked_at', 'accepted_at', 'system_role', 'role_id', 'email', 'expires_at');
 create trigger audit_change after insert or update or delete on public.carrier_accounts
   for each row execute function private.audit_change('carrier_account');
+create trigger audit_change after insert or update or delete on public.webhook_sources
+  for each row execute function private.audit_change('webhook_source');
 create trigger audit_change after insert or update or delete on public.caller_numbers
   for each row execute function private.audit_change('caller_number');
 create trigger audit_change after insert or update or delete on public.calling_hours
@@ -448,6 +519,9 @@ begin
     then
       raise exception 'a platform admin acts for an active user of the organization' using errcode = 'check_violation';
     end if;
+    return new;
+  end if;
+  if tg_op = 'UPDATE' and current_setting('trunkline.erasing', true) = 'on' then
     return new;
   end if;
   if tg_op = 'DELETE' or old.ended_at is not null
@@ -739,3 +813,129 @@ begin
   end loop;
 end
 $$;
+
+
+-- Recordings ----------------------------------------------------------------------------------------------------------------------
+-- A carrier keeps a recording for a while, Telnyx its link for ten minutes: whoever learns of one leaves the work of copying it in
+-- the same transaction. This table is the queue of record, the queue `recording` only its nudge.
+
+create table private.recordings (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  attempt_id      uuid not null unique,
+  url             text,
+  state           text not null default 'pending' check (state in ('pending', 'copied', 'refused', 'failed', 'erased')),
+  reason          text,
+  tries           integer not null default 0 check (tries >= 0),
+  next_try_at     timestamptz default now(),
+  nudged_at       timestamptz,
+  lease_token     uuid,
+  path            text unique,
+  bytes           bigint check (bytes >= 0),
+  content_type    text,
+  created_at      timestamptz not null,
+  settled_at      timestamptz,
+  foreign key (organization_id, attempt_id) references public.call_logs (organization_id, id) on delete cascade,
+  check ((state = 'pending') = (next_try_at is not null)),
+  check (state <> 'copied' or (path is not null and bytes is not null and content_type is not null)),
+  check (state <> 'erased' or url is null)
+);
+create index idx_recordings_due on private.recordings (next_try_at) where state = 'pending';
+create index idx_recordings_organization on private.recordings (organization_id, attempt_id);
+select private.close_table('private.recordings');
+comment on table private.recordings is
+  'One row a recorded leg: where its carrier has the recording, and how far the copy to our storage is. Written by triggers and by the worker''s functions.';
+comment on column private.recordings.url is 'Where the carrier has it. Seen by the worker alone; emptied once the person is erased.';
+comment on column private.recordings.next_try_at is 'Real time from which it is due; while a worker has it, until when it is that worker''s.';
+comment on column private.recordings.nudged_at is 'Real time at which the sweep last put it on the queue.';
+comment on column private.recordings.lease_token is 'Which worker has it: the one before, if it still lives, may no longer say what became of it.';
+comment on column private.recordings.path is 'Its place in the bucket recordings: organization and attempt.';
+
+create table private.storage_deletions (
+  path         text primary key,
+  requested_at timestamptz not null,
+  tries        integer not null default 0 check (tries >= 0),
+  next_try_at  timestamptz not null default now()
+);
+create index idx_storage_deletions_due on private.storage_deletions (next_try_at);
+select private.close_table('private.storage_deletions');
+comment on table private.storage_deletions is
+  'Objects of the bucket recordings that are to be gone; a row goes once its object has. Written by erase(), worked off by the sweep.';
+
+alter table public.call_logs add column erased_at timestamptz;
+comment on column public.call_logs.erased_at is
+  'Business time at which the person was erased: from then on the row takes no recording, transcript or analysis, however late one comes.';
+
+alter table public.leads add column erased_at timestamptz;
+comment on column public.leads.erased_at is 'Business time at which the person was erased: what happened with the lead afterwards is noted without words.';
+alter table public.conversations add column erased_at timestamptz;
+comment on column public.conversations.erased_at is 'Business time at which the person was erased: from then on no message is taken in.';
+
+
+-- Erasure -------------------------------------------------------------------------------------------------------------------------
+
+create table private.erasure_salt (
+  single boolean primary key default true check (single),
+  salt   bytea not null default extensions.gen_random_bytes(32) check (length(salt) = 32)
+);
+select private.close_table('private.erasure_salt');
+comment on table private.erasure_salt is
+  'One row: what an erased number is hashed with. Whoever has it can try all numbers, so the hash is a pseudonym, kept for the one purpose of not calling.';
+insert into private.erasure_salt default values;
+
+create table private.erased_numbers (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  phone_hash      bytea not null check (length(phone_hash) = 32),
+  erased_at       timestamptz not null,
+  primary key (organization_id, phone_hash)
+);
+select private.close_table('private.erased_numbers');
+comment on table private.erased_numbers is
+  'Numbers of erased persons, as a salted hash: suppressed for ever, and not known. Beside suppressions, which say the number itself.';
+
+create table private.personal_data (
+  table_name  text not null,
+  column_name text not null,
+  found_by    text not null check (
+    found_by in ('lead', 'customer', 'order', 'attempt', 'store_call', 'conversation', 'event', 'phone', 'content', 'none')
+  ),
+  via         text,
+  treatment   text not null check (
+    treatment in ('null', 'text', 'object', 'array', 'list', 'key', 'callee', 'caller', 'delete', 'scrub', 'kept')
+  ),
+  reason      text,
+  primary key (table_name, column_name),
+  check ((treatment = 'kept') = (reason is not null)),
+  check ((treatment = 'kept') = (found_by = 'none')),
+  check ((found_by = 'content') = (treatment = 'scrub') or treatment = 'delete'),
+  check ((via is null) = (found_by in ('content', 'none')))
+);
+select private.close_table('private.personal_data');
+comment on table private.personal_data is
+  'What erase() does with every column that can hold a text: a column that is not listed fails a test. Reference data.';
+comment on column private.personal_data.column_name is 'One column; * for all columns of a table that is not about the people who are called.';
+comment on column private.personal_data.found_by is
+  'Whose row it is: one of a lead, customer, order, leg, store''s call, conversation or event of the person, or their number; content is whatever row names them.';
+comment on column private.personal_data.via is 'The column by which the row is found.';
+comment on column private.personal_data.treatment is
+  'What becomes of it: nothing, the word erased, an empty value of its type, a key made of the row''s id, anonymous where the person is that party, '
+  'the row deleted, or the person''s numbers and addresses cut out. kept says why.';
+
+
+-- Retention -----------------------------------------------------------------------------------------------------------------------
+
+create table private.retention_rules (
+  table_name     text primary key,
+  strip_after    interval check (strip_after > interval '0'),
+  strip_columns  text[] not null default '{}',
+  stripped_until timestamptz,
+  keep_months    integer check (keep_months >= 1)
+);
+select private.close_table('private.retention_rules');
+comment on table private.retention_rules is
+  'How long the rows of a table that is split by month are kept; the operator''s setting. Without a row, or with nulls, for ever.';
+comment on column private.retention_rules.strip_after is 'Age in business time at which strip_columns are emptied; rows that wait for a person keep them.';
+comment on column private.retention_rules.stripped_until is 'How far that has come; rows before it are not looked at again.';
+comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped.';
+insert into private.retention_rules (table_name, strip_after, strip_columns, keep_months)
+values ('private.webhook_events', '30 days', '{headers,body,payload}', 13);

@@ -134,7 +134,14 @@ begin
     recording_url = attempt.recording_url,
     recording_id = attempt.recording_id,
     recording_seconds = attempt.recording_seconds,
-    disconnect_reason = attempt.disconnect_reason
+    disconnect_reason = attempt.disconnect_reason,
+    stream_id = attempt.stream_id,
+    stream_status = attempt.stream_status,
+    stream_error = attempt.stream_error,
+    transferred = attempt.transferred,
+    transferred_at = attempt.transferred_at,
+    transfer_sid = attempt.transfer_sid,
+    transfer_status = attempt.transfer_status
   where log.id = attempt.id;
 end
 $$;
@@ -183,7 +190,7 @@ begin
   attempt.ended_at := coalesce(attempt.ended_at, greatest(at, attempt.created_at));
   attempt.refusal_reason := coalesce(reason, attempt.refusal_reason);
   attempt.lease_until := null;
-  if attempt.dialled then
+  if attempt.dialled or attempt.direction = 'inbound' then
     attempt.disconnect_reason := coalesce(attempt.disconnect_reason, outcome::text);
   end if;
 
@@ -206,6 +213,13 @@ begin
     for no key update;
 
     attempts := queue.attempt_count + counted::integer;
+    -- They asked to be called at a time, which ends no lead and is no retry.
+    if final is null and next_at is null and queue.metadata ? 'callback_at' then
+      next_at := private.next_dial_at(
+        attempt, campaign, greatest((queue.metadata ->> 'callback_at')::timestamptz, attempt.ended_at)
+      );
+      reason := 'callback';
+    end if;
     if final is null and next_at is null then
       if outcome = 'answered' then
         final := 'called';
@@ -239,7 +253,9 @@ begin
       attempt_count = attempts,
       next_retry_at = coalesce(next_at, waiting.next_retry_at),
       wait_reason = case when final is null then coalesce(reason, 'retry_' || outcome) end,
-      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end
+      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end,
+      max_attempts = case when reason = 'callback' then greatest(waiting.max_attempts, attempts + 1) else waiting.max_attempts end,
+      metadata = waiting.metadata - 'callback_at'
     where waiting.id = queue.id;
     update public.campaign_leads as enrolled
     set
@@ -267,7 +283,7 @@ begin
   end if;
 
   perform private.meter_call(attempt, at);
-  if attempt.dialled then
+  if attempt.dialled or attempt.direction = 'inbound' then
     perform private.emit(
       attempt.organization_id, 'call.ended', attempt.id::text,
       jsonb_build_object(
@@ -305,6 +321,48 @@ end
 $$;
 comment on function private.campaign_completed(uuid, uuid, timestamptz) is 'Tells that a campaign is complete; whoever completed it calls this in the same transaction.';
 
+create function private.has_talked(attempt public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select coalesce(greatest(attempt.duration, attempt.bill_duration_seconds) > 0, attempt.answered_at is not null)
+$$;
+comment on function private.has_talked(public.call_logs) is
+  'Whether a leg had a second of talk: by the carrier''s seconds, and where it tells none, by its answer.';
+
+create function private.settled_outcome(attempt public.call_logs, reported public.call_outcome) returns public.call_outcome
+language sql immutable parallel safe set search_path = '' as $$
+  select case
+    when reported in ('answered', 'our_fault') and attempt.machine then 'machine'::public.call_outcome
+    when reported = 'answered' and attempt.stream_status = 'failed' and coalesce(attempt.duration, 0) < 5 then 'our_fault'::public.call_outcome
+    else reported
+  end
+$$;
+comment on function private.settled_outcome(public.call_logs, public.call_outcome) is
+  'What an end means beside what else is known of the leg: who answered may be a machine, and whom no agent spoke to was not answered by us.';
+
+create function private.outcome_rank(outcome public.call_outcome, has_talked boolean) returns integer
+language sql immutable parallel safe set search_path = '' as $$
+  select case outcome
+    when 'lost' then 0
+    when 'expired' then 0
+    when 'failed' then 10
+    when 'answered' then case when has_talked then 90 else 20 end
+    when 'cancelled' then 30
+    when 'capacity' then 40
+    when 'config' then 41
+    when 'carrier_transient' then 42
+    when 'our_fault' then case when has_talked then 95 else 43 end
+    when 'no_answer' then 50
+    when 'rejected' then 60
+    when 'busy' then 70
+    when 'invalid_number' then 80
+    when 'spam_blocked' then 81
+    when 'machine' then 99
+  end
+$$;
+comment on function private.outcome_rank(public.call_outcome, boolean) is
+  'Which of two ends that a carrier told of one call stays, whichever came first: the one that says more. A guess is nothing, a plain end '
+  'without a second of talk says less than the reason for it, and talk says more than any reason why there was none.';
+
 create function private.amend_attempt(
   attempt public.call_logs, amended public.call_logs, outcome public.call_outcome, at timestamptz
 ) returns boolean
@@ -313,27 +371,21 @@ declare
   queue    public.call_queue;
   member   public.campaign_leads;
   campaign public.campaigns;
-  -- A guess gives way to what the carrier says, and a call without a second of talk to the reason why there was none.
-  corrects boolean := coalesce(
-    outcome <> attempt.call_status
-    and (
-      attempt.call_status in ('lost', 'expired')
-      or not attempt.dialled and amended.dialled
-      or outcome = 'answered' and attempt.call_status in ('failed', 'no_answer', 'cancelled') and amended.answered_at is not null
-      or attempt.call_status = 'answered' and outcome in ('busy', 'no_answer', 'rejected', 'machine')
-        and coalesce(amended.duration, 0) = 0 and coalesce(amended.bill_duration_seconds, 0) = 0
-    ),
-    false
+  settled  constant public.call_outcome := private.settled_outcome(amended, coalesce(outcome, attempt.call_status));
+  -- Who was dialled after all has no reason any more why he was not.
+  corrects constant boolean := settled <> attempt.call_status and (
+    outcome is not null and not attempt.dialled and amended.dialled
+    or private.outcome_rank(settled, private.has_talked(amended)) > private.outcome_rank(attempt.call_status, private.has_talked(amended))
   );
   completes boolean := false;
 begin
-  if outcome = 'answered' and amended.machine then
-    outcome := 'machine';
-    corrects := corrects and attempt.call_status <> 'machine';
-  end if;
+  outcome := settled;
   if corrects then
     amended.call_status := outcome;
-    amended.disconnect_reason := outcome;
+    -- What the agent said of the end stands, whichever of the two was told first.
+    if attempt.metadata #>> '{agent,ranks,disconnect_reason}' is null then
+      amended.disconnect_reason := outcome;
+    end if;
   end if;
   if amended is not distinct from attempt then
     return false;
@@ -507,6 +559,11 @@ begin
         select
         from public.suppressions as suppression
         where suppression.organization_id = zoned.organization_id and suppression.phone_number = zoned.phone
+      )
+      or exists (
+        select
+        from private.erased_numbers as erased
+        where erased.organization_id = zoned.organization_id and erased.phone_hash = private.hash_number(zoned.phone)
       ) as suppressed,
       exists (
         select
@@ -733,6 +790,9 @@ declare
   able       private.candidate[] := array[]::private.candidate[];
   over       private.candidate[] := array[]::private.candidate[];
   granted    uuid[] := array[]::uuid[];
+  limits     integer[] := array[]::integer[];
+  holds      private.call_holds[] := array[]::private.call_holds[];
+  holding    record;
   room       integer;
   moved      integer := 0;
   given      integer;
@@ -782,26 +842,25 @@ begin
   end if;
   able := private.choose_candidates(able, room);
 
-  -- The plan's quota last, organization by organization: nothing but usage counters is locked after a usage counter.
+  -- What the calls may cost last, organization by organization: nothing but wallets is locked after usage counters.
   for tenant in
-    select (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows
+    select
+      (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows,
+      array_agg((able[place]).max_call_seconds order by place) as wanted
     from generate_subscripts(able, 1) as place
     group by (able[place]).organization_id
     order by (able[place]).organization_id
   loop
-    given := cardinality(tenant.rows);
-    if not private.reserve_usage(tenant.id, 'ai_calls', given, at) then
-      given := 0;
-      while given < cardinality(tenant.rows) and private.reserve_usage(tenant.id, 'ai_calls', 1, at) loop
-        given := given + 1;
-      end loop;
-    end if;
+    holding := private.hold_calls(tenant.id, tenant.wanted, at);
+    given := cardinality(holding.limits);
     if given < cardinality(tenant.rows) then
       insert into private.dispatch_holds as hold (organization_id, held_until, reason)
-      values (tenant.id, at + interval '5 minutes', 'quota_exhausted')
+      values (tenant.id, at + interval '5 minutes', holding.reason)
       on conflict (organization_id) do update set held_until = excluded.held_until, reason = excluded.reason;
     end if;
     granted := granted || tenant.rows[:given];
+    limits := limits || holding.limits;
+    holds := holds || holding.holds;
   end loop;
 
   with attempt as (
@@ -812,12 +871,19 @@ begin
     select
       candidate.organization_id, candidate.campaign_id, candidate.lead_id, candidate.project_id, candidate.queue_id,
       candidate.attempt_no, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number, candidate.agent_id,
-      candidate.record_call, candidate.ring_timeout_seconds, candidate.max_call_seconds, at,
+      candidate.record_call, candidate.ring_timeout_seconds, allowed.seconds, at,
       now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
     from unnest(able) as candidate
-    where candidate.queue_id = any (granted)
+    join unnest(granted, limits) as allowed (queue_id, seconds) on allowed.queue_id = candidate.queue_id
     on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
     returning id, organization_id, campaign_id, lead_id, queue_id, not_after
+  ),
+  held as (
+    insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+    select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+    from generate_subscripts(granted, 1) as place
+    join attempt on attempt.queue_id = granted[place]
+    cross join lateral (select (holds[place]).*) as hold
   ),
   taken as (
     update public.call_queue as queue
@@ -842,16 +908,15 @@ begin
   from attempt;
   if given < cardinality(granted) then
     -- Somebody else began to call the number meanwhile: what was held for this row goes back.
-    for tenant in
-      select candidate.organization_id as id, count(*) as rows
-      from unnest(able) as candidate
-      join public.call_queue as queue on queue.id = candidate.queue_id
-      where candidate.queue_id = any (granted) and queue.status = 'queued'
-      group by candidate.organization_id
-      order by candidate.organization_id
-    loop
-      perform private.release_usage(tenant.id, 'ai_calls', tenant.rows, at);
-    end loop;
+    perform private.give_back_holds(
+      array(
+        select holds[place]
+        from generate_subscripts(granted, 1) as place
+        join public.call_queue as queue on queue.id = granted[place]
+        where queue.status = 'queued'
+      ),
+      at
+    );
   end if;
 
   -- Full hands, or rows that stepped aside in the last look: another one would find more.
@@ -897,11 +962,7 @@ begin
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
         when campaign.status <> 'running' then 'campaign_' || campaign.status
-        when lead.do_not_call or exists (
-          select
-          from public.suppressions as suppression
-          where suppression.organization_id = log.organization_id and suppression.phone_number = log.callee_number
-        ) then 'opted_out'
+        when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
         when lead.phone is distinct from log.callee_number then 'number_changed'
@@ -957,7 +1018,7 @@ begin
           'provider', account.provider,
           'carrier_account_id', account.id,
           'account_sid', account.account_sid,
-          'auth_token_sealed', account.auth_token_sealed,
+          'credentials_sealed', account.credentials_sealed,
           'api_base', account.api_base,
           'from', log.caller_number,
           'to', log.callee_number,
@@ -1143,7 +1204,8 @@ begin
     select log.id
     from public.call_logs as log
     where log.status in ('submitting', 'submission_unknown', 'queued', 'initiated', 'ringing', 'in_progress')
-      and log.direction = 'outbound'
+      -- A call to us is known by the carrier's id of it alone.
+      and (log.direction = 'outbound' or log.call_sid is not null)
       and log.lease_until < now()
     order by log.lease_until
     limit most
@@ -1163,7 +1225,7 @@ begin
       'provider', account.provider,
       'carrier_account_id', account.id,
       'account_sid', account.account_sid,
-      'auth_token_sealed', account.auth_token_sealed,
+      'credentials_sealed', account.credentials_sealed,
       'api_base', account.api_base,
       'provider_call_id', claimed.call_sid,
       'from', claimed.caller_number,

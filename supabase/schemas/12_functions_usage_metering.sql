@@ -1,9 +1,9 @@
 -- Counting: quotas that are taken and given back, usage that is recorded once, and what an organization has used.
 --
 -- One transaction writes an event's key, the event, its day and its period. Locks are always taken in the same order (keys, then
--- counters by meter and period, then days), so that writers wait for each other and never deadlock. The counter of a period is
--- also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or finds the
--- counter closed and counts in the next period. Nothing falls between.
+-- counters by meter and period, then days, then wallets), so that writers wait for each other and never deadlock. The counter of a
+-- period is also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or
+-- finds the counter closed and counts in the next period. Nothing falls between.
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
@@ -349,6 +349,8 @@ declare
   said bytea := case when billed > 0 then private.usage_hash(billed::text) end;
   is_first boolean;
   is_new boolean;
+  hold private.call_holds;
+  charged bigint := 0;
 begin
   if attempt.ended_at is null then
     return;
@@ -369,9 +371,24 @@ begin
       and known.body_hash is null;
     is_new := found;
   end if;
+  if not is_first and not is_new then
+    return;
+  end if;
 
+  -- Under the counters' locks a hold becomes use: whoever asks what is left sees the one or the other, never both and never neither.
+  perform
+  from public.usage_logs as log
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('ai_calls', 'call_seconds')
+    and (log.closed_at is null or log.reserved > 0)
+  order by log.feature_key, log.period_start
+  for no key update;
+  delete from private.call_holds as held where held.attempt_id = attempt.id returning held.* into hold;
   if is_first and attempt.direction = 'outbound' then
     perform private.release_usage(attempt.organization_id, 'ai_calls', 1, at);
+  end if;
+  if hold.seconds > 0 then
+    perform private.release_usage(attempt.organization_id, 'call_seconds', hold.seconds, at);
   end if;
   if is_new then
     perform private.count_usage(
@@ -384,12 +401,454 @@ begin
       at
     );
   end if;
+  if is_new or hold.credit_minor > 0 then
+    charged := private.charge_call(attempt, case when is_new then billed else 0 end, hold, at);
+  end if;
+
+  -- More is left than before: who waits for it is asked again.
+  if hold.attempt_id is not null and (not is_new or hold.seconds > billed or hold.credit_minor > charged) then
+    perform private.lift_dispatch_hold(attempt.organization_id, array['quota_exhausted', 'credit_exhausted']);
+  end if;
 end
 $$;
 revoke all on function private.meter_call(public.call_logs, timestamptz) from public;
 comment on function private.meter_call(public.call_logs, timestamptz) is
-  'Settles one ended attempt: gives back the call that was held for it, once, and counts the call and its billed seconds, once, also '
-  'when the carrier reports them later.';
+  'Settles one ended attempt: gives back what was held for it, once, counts the call and its billed seconds and charges what is beyond '
+  'the plan, once, also when the carrier reports them later.';
+
+create function private.lift_dispatch_hold(organization_id uuid, reasons text[]) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  -- Whoever has it locked without the caller's lock is lifting it too.
+  delete from private.dispatch_holds as hold
+  where hold.organization_id in (
+    select waiting.organization_id
+    from private.dispatch_holds as waiting
+    where waiting.organization_id = lift_dispatch_hold.organization_id and waiting.reason = any (reasons)
+    for update skip locked
+  );
+  return found;
+end
+$$;
+revoke all on function private.lift_dispatch_hold(uuid, text[]) from public;
+comment on function private.lift_dispatch_hold(uuid, text[]) is
+  'Lets an organization be released for again that waits for one of these reasons, and says whether it did. The caller holds the lock '
+  'of what there is more of.';
+
+-- What a call may cost, and what it cost ------------------------------------------------------------------------------------------
+--
+-- A second of calling is paid by what the plan includes, then by prepaid credit, then by overage where the plan prices it. What pays
+-- is decided when the call ends, by what is left then; the hold of the release only makes sure that it is there. The locks are the
+-- counters of the organization, then its wallet.
+
+create function private.credit_cost(seconds bigint, term public.plan_price_meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(
+    div(seconds::numeric + term.credit_pulse - 1, term.credit_pulse) * term.credit_pulse * term.credit_price_minor, term.credit_unit);
+end
+$$;
+comment on function private.credit_cost(bigint, public.plan_price_meters) is
+  'What seconds of one call cost in prepaid credit: started pulses, rounded once.';
+
+create function private.credit_reach(amount_minor bigint, term public.plan_price_meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if term.credit_price_minor = 0 then
+    return 2147483647;
+  end if;
+  return least(
+    div(greatest(amount_minor, 0)::numeric * term.credit_unit, term.credit_price_minor::numeric * term.credit_pulse) * term.credit_pulse,
+    2147483647
+  )::bigint;
+end
+$$;
+comment on function private.credit_reach(bigint, public.plan_price_meters) is 'How many seconds of one call an amount of credit pays for, in whole pulses.';
+
+create function private.shortest_call() returns integer
+language sql immutable set search_path = ''
+as $$
+  select 30
+$$;
+comment on function private.shortest_call() is
+  'Nobody is called for fewer seconds than these, the shortest that a campaign may ask for: where less is left, the lead waits.';
+
+create function private.hold_calls(
+  organization_id uuid, wanted integer[], at timestamptz,
+  out limits integer[], out holds private.call_holds[], out reason text
+)
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  period record;
+  calls public.plan_price_meters;
+  talk public.plan_price_meters;
+  term public.plan_price_meters;
+  counter record;
+  open_holds record;
+  money text;
+  wallet_id uuid;
+  is_metered boolean;
+  is_beyond boolean;
+  calls_left bigint;
+  calls_covered bigint;
+  seconds_left bigint;
+  seconds_covered bigint;
+  credit_left bigint;
+  granted bigint;
+  covered bigint;
+  paid bigint;
+  cost bigint;
+  seconds_held bigint := 0;
+  credit_held bigint := 0;
+begin
+  limits := '{}';
+  holds := '{}';
+
+  for try in 1..3 loop
+    subscription := private.live_subscription(organization_id);
+    if subscription.id is null or subscription.status not in ('trialing', 'active', 'past_due') then
+      reason := 'quota_exhausted';
+      return;
+    end if;
+    period := private.usage_period(
+      subscription, organization_id, subscription.timezone, (at at time zone subscription.timezone)::date, at);
+    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
+    select own.* into calls
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
+    select own.* into talk
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+    is_metered := coalesce(talk.included_units >= 0, false) or private.meter_cap(talk) is not null;
+
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
+    select hold_calls.organization_id, meter.key, period.period_start, period.period_end
+    from unnest(array['ai_calls', case when is_metered then 'call_seconds' end]) as meter (key)
+    where meter.key is not null
+      and not exists (
+        select
+        from public.usage_logs as log
+        where log.organization_id = hold_calls.organization_id and log.feature_key = meter.key and log.period_start = period.period_start
+      )
+    order by meter.key
+    on conflict do nothing;
+
+    -- What is still held from earlier periods will be used in this one.
+    with locked as (
+      select log.*
+      from public.usage_logs as log
+      where log.organization_id = hold_calls.organization_id
+        and log.feature_key in ('ai_calls', 'call_seconds')
+        and (log.period_start = period.period_start or log.period_start < period.period_start and log.reserved > 0)
+      order by log.feature_key, log.period_start
+      for no key update
+    )
+    select
+      coalesce(bool_or(locked.closed_at is not null) filter (where locked.period_start = period.period_start), true) as is_closed,
+      sum(locked.usage_count) filter (where locked.feature_key = 'ai_calls' and locked.period_start = period.period_start)::bigint as calls,
+      sum(locked.prepaid) filter (where locked.feature_key = 'ai_calls' and locked.period_start = period.period_start)::bigint as paid_calls,
+      sum(locked.reserved) filter (where locked.feature_key = 'ai_calls')::bigint as held_calls,
+      sum(locked.usage_count) filter (where locked.feature_key = 'call_seconds' and locked.period_start = period.period_start)::bigint as seconds,
+      sum(locked.prepaid) filter (where locked.feature_key = 'call_seconds' and locked.period_start = period.period_start)::bigint as paid_seconds,
+      sum(locked.reserved) filter (where locked.feature_key = 'call_seconds')::bigint as held_seconds
+    into counter
+    from locked;
+    exit when not counter.is_closed;
+    -- The period was closed in between: look again which one is current.
+  end loop;
+  if counter.is_closed then
+    reason := 'quota_exhausted';
+    return;
+  end if;
+
+  -- Null is without end. Calls under way use up what is included only as far as no credit is held for them.
+  select count(*) filter (where held.is_beyond) as calls, coalesce(sum(held.credit_seconds) filter (where not held.is_beyond), 0) as seconds
+  into open_holds
+  from private.call_holds as held
+  where held.organization_id = hold_calls.organization_id;
+  calls_left := private.meter_cap(calls) - counter.calls - counter.held_calls;
+  seconds_left := private.meter_cap(talk) - counter.seconds - counter.held_seconds;
+  if calls.credit_price_minor is not null and calls.included_units >= 0 then
+    calls_covered := calls.included_units - (counter.calls - counter.paid_calls) - (counter.held_calls - open_holds.calls);
+  end if;
+  if talk.credit_price_minor is not null and talk.included_units >= 0 then
+    seconds_covered := talk.included_units - (counter.seconds - counter.paid_seconds) - (counter.held_seconds - open_holds.seconds);
+  end if;
+
+  for place in 1..cardinality(wanted) loop
+    granted := least(wanted[place], seconds_left);
+    if calls_left <= 0 or granted < private.shortest_call() then
+      reason := 'quota_exhausted';
+      exit;
+    end if;
+
+    term := null;
+    covered := granted;
+    is_beyond := coalesce(calls_covered <= 0, false);
+    if is_beyond then
+      term := calls;
+      covered := 0;
+    elsif seconds_covered < granted then
+      term := talk;
+      covered := greatest(seconds_covered, 0);
+    end if;
+    paid := 0;
+    cost := 0;
+    if covered < granted then
+      if credit_left is null then
+        wallet_id := private.lock_wallet(organization_id, money, at);
+        credit_left := coalesce((
+          select own.balance_minor - own.held_minor from public.call_credits as own where own.id = wallet_id
+        ), 0);
+      end if;
+      paid := least(granted - covered, private.credit_reach(credit_left, term));
+      cost := private.credit_cost(paid, term);
+      if term.overage_price_minor is null then
+        granted := covered + paid;
+        if granted < private.shortest_call() then
+          reason := 'credit_exhausted';
+          exit;
+        end if;
+      end if;
+    end if;
+
+    limits := limits || granted::integer;
+    holds := holds || row(
+      null, organization_id, case when is_metered then granted else 0 end, paid, is_beyond,
+      case when paid > 0 and wallet_id is not null then money end, cost
+    )::private.call_holds;
+    calls_left := calls_left - 1;
+    seconds_left := seconds_left - granted;
+    calls_covered := calls_covered - (not is_beyond)::integer;
+    seconds_covered := seconds_covered - covered;
+    credit_left := credit_left - cost;
+    seconds_held := seconds_held + case when is_metered then granted else 0 end;
+    credit_held := credit_held + cost;
+  end loop;
+
+  update public.usage_logs as log
+  set reserved = log.reserved + case log.feature_key when 'ai_calls' then cardinality(limits) else seconds_held end
+  where log.organization_id = hold_calls.organization_id
+    and log.period_start = period.period_start
+    and (log.feature_key = 'ai_calls' and cardinality(limits) > 0 or log.feature_key = 'call_seconds' and seconds_held > 0);
+  if credit_held > 0 then
+    update public.call_credits as own set held_minor = own.held_minor + credit_held where own.id = wallet_id;
+  end if;
+end
+$$;
+comment on function private.hold_calls(uuid, integer[], timestamptz) is
+  'Holds what calls of one organization may cost at most, in the order of their time limits `wanted`, as many as fit: the call, its '
+  'seconds, and credit for what is beyond the plan. Gives for each the limit it may last, which is less where less is left, and what it '
+  'holds; where not all fit, the reason why the next one has to wait.';
+
+create function private.give_back_holds(holds private.call_holds[], at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  tenant record;
+begin
+  for tenant in
+    select
+      held.organization_id as id, count(*) as calls, sum(held.seconds)::bigint as seconds, max(held.currency) as currency,
+      sum(held.credit_minor)::bigint as credit
+    from unnest(holds) as held
+    group by held.organization_id
+    order by held.organization_id
+  loop
+    perform private.release_usage(tenant.id, 'ai_calls', tenant.calls, at);
+    if tenant.seconds > 0 then
+      perform private.release_usage(tenant.id, 'call_seconds', tenant.seconds, at);
+    end if;
+    if tenant.credit > 0 then
+      update public.call_credits as own
+      set held_minor = own.held_minor - tenant.credit
+      where own.organization_id = tenant.id and own.currency = tenant.currency;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.give_back_holds(private.call_holds[], timestamptz) is
+  'Gives back what was held for calls that were not made after all, in the transaction that held it.';
+
+create function private.charge_call(attempt public.call_logs, billed bigint, hold private.call_holds, at timestamptz) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  calls public.plan_price_meters;
+  talk public.plan_price_meters;
+  term public.plan_price_meters;
+  money text;
+  wallet_id uuid;
+  counted_on date;
+  counter record;
+  beyond bigint := 0;
+  paid bigint;
+  cost bigint;
+  taken bigint := 0;
+begin
+  if billed > 0 then
+    subscription := private.live_subscription(attempt.organization_id);
+    select own.* into calls
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
+    select own.* into talk
+    from public.plan_price_meters as own
+    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+  end if;
+
+  if calls.credit_price_minor is not null and calls.included_units >= 0
+    or talk.credit_price_minor is not null and talk.included_units >= 0 then
+    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
+    select event.day
+    into strict counted_on
+    from private.usage_events as event
+    where event.occurred_at = attempt.ended_at
+      and event.organization_id = attempt.organization_id
+      and event.meter_key = 'call_seconds'
+      and event.source = 'call'
+      and event.key = attempt.id::text;
+    -- With this call, and without what credit paid before.
+    select
+      sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'ai_calls')::bigint as calls,
+      sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'call_seconds')::bigint as seconds
+    into counter
+    from public.usage_logs as log
+    where log.organization_id = attempt.organization_id
+      and log.feature_key in ('ai_calls', 'call_seconds')
+      and log.period_start <= counted_on and counted_on < log.period_end;
+    if calls.credit_price_minor is not null and calls.included_units >= 0 and counter.calls > calls.included_units then
+      term := calls;
+      beyond := billed;
+    elsif talk.credit_price_minor is not null and talk.included_units >= 0 and counter.seconds > talk.included_units then
+      term := talk;
+      beyond := least(billed, counter.seconds - talk.included_units);
+    end if;
+  end if;
+  if beyond = 0 and coalesce(hold.credit_minor, 0) = 0 then
+    return 0;
+  end if;
+
+  -- The plan may have changed its currency since the release: then there are two wallets.
+  perform
+  from public.call_credits as own
+  where own.organization_id = attempt.organization_id and own.currency in (hold.currency, money)
+  order by own.currency
+  for no key update;
+  if hold.credit_minor > 0 then
+    update public.call_credits as own
+    set held_minor = own.held_minor - hold.credit_minor
+    where own.organization_id = attempt.organization_id and own.currency = hold.currency;
+  end if;
+  if beyond = 0 then
+    return 0;
+  end if;
+
+  paid := beyond;
+  if term.overage_price_minor is not null then
+    -- What credit does not pay for in whole pulses is billed.
+    wallet_id := private.lock_wallet(attempt.organization_id, money, at);
+    paid := least(beyond, private.credit_reach(
+      coalesce((select own.balance_minor from public.call_credits as own where own.id = wallet_id), 0), term
+    ));
+  end if;
+  cost := private.credit_cost(paid, term);
+  if cost > 0 then
+    taken := private.debit_credit(
+      attempt.organization_id, money, cost, 'call ' || attempt.id, at, true, 'consumption', 'call', attempt.id);
+  end if;
+  insert into public.call_charges (
+    call_log_id, organization_id, plan_price_id, meter_key, day, seconds, credit_seconds, overage_seconds, currency, charged_minor,
+    uncollected_minor, transaction_id, created_at
+  )
+  values (
+    attempt.id, attempt.organization_id, subscription.plan_price_id, term.meter_key, counted_on, beyond,
+    case when taken < cost then div(paid::numeric * taken, cost)::bigint else paid end, beyond - paid, money, taken, cost - taken,
+    (
+      select transaction.id
+      from public.credit_transactions as transaction
+      where transaction.organization_id = attempt.organization_id and transaction.idempotency_key = 'call ' || attempt.id
+    ),
+    at
+  );
+  update public.usage_logs as log
+  set prepaid = log.prepaid + case log.feature_key when 'ai_calls' then 1 else paid end
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('call_seconds', term.meter_key)
+    and log.period_start <= counted_on and counted_on < log.period_end;
+  update public.usage_days as total
+  set prepaid = total.prepaid + case total.meter_key when 'ai_calls' then 1 else paid end
+  where total.organization_id = attempt.organization_id
+    and total.meter_key in ('call_seconds', term.meter_key)
+    and total.day = counted_on;
+  return taken;
+end
+$$;
+comment on function private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz) is
+  'Lets go of the credit that was held for a call and takes what its seconds beyond the plan cost, as far as the balance goes, and says '
+  'how much. The call is counted already, its counters are locked, and nobody charges it twice.';
+
+create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  with live as (
+    select log.organization_id, log.id
+    from public.call_logs as log
+    where log.direction = 'outbound' and log.status <> 'ended' and (log.organization_id = $1 or $1 is null)
+  ),
+  held as (
+    select own.organization_id, count(*) as calls, sum(own.seconds) as seconds
+    from private.call_holds as own
+    where own.organization_id = $1 or $1 is null
+    group by own.organization_id
+  ),
+  counted as (
+    select
+      log.organization_id,
+      sum(log.reserved) filter (where log.feature_key = 'ai_calls') as calls,
+      sum(log.reserved) filter (where log.feature_key = 'call_seconds') as seconds
+    from public.usage_logs as log
+    where log.organization_id = $1 or $1 is null
+    group by log.organization_id
+  )
+  select coalesce(own.organization_id, live.organization_id), format('attempt %s', coalesce(own.attempt_id, live.id))
+    || case when live.id is null then ' has ended and holds something' else ' has not ended and holds nothing' end
+  from (select hold.* from private.call_holds as hold where hold.organization_id = $1 or $1 is null) as own
+  full join live on live.id = own.attempt_id
+  where own.attempt_id is null or live.id is null
+  union all
+  select
+    tenant.id,
+    format(
+      '%s calls and %s seconds held, %s and %s counted', coalesce(held.calls, 0), coalesce(held.seconds, 0), coalesce(counted.calls, 0),
+      coalesce(counted.seconds, 0)
+    )
+  from public.organizations as tenant
+  left join held on held.organization_id = tenant.id
+  left join counted on counted.organization_id = tenant.id
+  where (tenant.id = $1 or $1 is null)
+    and (coalesce(held.calls, 0), coalesce(held.seconds, 0)) <> (coalesce(counted.calls, 0), coalesce(counted.seconds, 0))
+  union all
+  select wallet.organization_id, format('%s of credit held, the wallet says %s', coalesce(sum(own.credit_minor), 0), wallet.held_minor)
+  from public.call_credits as wallet
+  left join private.call_holds as own on own.organization_id = wallet.organization_id and own.currency = wallet.currency
+  where wallet.organization_id = $1 or $1 is null
+  group by wallet.id
+  having wallet.held_minor <> coalesce(sum(own.credit_minor), 0)
+$$;
+comment on function private.check_holds(uuid) is
+  'Compares what is held with the attempts that hold it and returns what disagrees: nothing, ever. For one organization or all.';
+
+revoke all on function
+  private.credit_cost(bigint, public.plan_price_meters), private.credit_reach(bigint, public.plan_price_meters), private.shortest_call(),
+  private.hold_calls(uuid, integer[], timestamptz), private.give_back_holds(private.call_holds[], timestamptz),
+  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid)
+from public;
 
 -- Events of an organization's own systems -----------------------------------------------------------------------------------------
 
@@ -613,7 +1072,7 @@ begin
           'included', nullif(term.included_units, -1),
           'limit', nullif(term.limit_units, -1),
           'overage', case
-            when term.included_units >= 0 then greatest(coalesce(log.usage_count, 0) - term.included_units, 0)
+            when term.included_units >= 0 then greatest(coalesce(log.usage_count - log.prepaid, 0) - term.included_units, 0)
             else 0
           end
         )
@@ -650,6 +1109,7 @@ as $$
 declare
   log public.usage_logs;
   moved bigint;
+  moved_prepaid bigint;
 begin
   for log in
     select counter.*
@@ -661,18 +1121,20 @@ begin
     if log.period_start = from_day then
       update public.usage_logs as counter set period_end = cut_usage_periods.period_end where counter.id = log.id;
     elsif log.period_start < from_day then
-      select coalesce(sum(total.quantity), 0)::bigint
-      into moved
+      select coalesce(sum(total.quantity), 0)::bigint, coalesce(sum(total.prepaid), 0)::bigint
+      into moved, moved_prepaid
       from public.usage_days as total
       where total.organization_id = cut_usage_periods.organization_id
         and total.meter_key = log.feature_key
         and total.day >= from_day and total.day < log.period_end;
       update public.usage_logs as counter
-      set period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved, closed_at = at
+      set
+        period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved,
+        prepaid = counter.prepaid - moved_prepaid, closed_at = at
       where counter.id = log.id;
       if moved > 0 then
-        insert into public.usage_logs (organization_id, feature_key, usage_count, period_start, period_end)
-        values (cut_usage_periods.organization_id, log.feature_key, moved, from_day, cut_usage_periods.period_end);
+        insert into public.usage_logs (organization_id, feature_key, usage_count, prepaid, period_start, period_end)
+        values (cut_usage_periods.organization_id, log.feature_key, moved, moved_prepaid, from_day, cut_usage_periods.period_end);
       end if;
     end if;
   end loop;
@@ -1008,6 +1470,9 @@ begin
   if expires_at <= at then
     perform private.raise_error(422, 'invalid_expiry', 'The credit would have expired already', 'expires_at');
   end if;
+  if private.lift_dispatch_hold(organization_id, array['credit_exhausted']) then
+    perform private.nudge('call-dispatch');
+  end if;
   return private.write_credit(
     wallet_id, type, amount_minor, key,
     array[
@@ -1053,6 +1518,12 @@ begin
   if known.id is not null then
     return known.amount_minor;
   end if;
+  -- What is held for calls under way is theirs; only a call that has ended takes from all there is.
+  if not allow_partial and exists (
+    select from public.call_credits as own where own.id = wallet_id and own.balance_minor - own.held_minor < debit_credit.amount_minor
+  ) then
+    return 0;
+  end if;
 
   -- Monthly before promotional before purchased, and within each what expires first.
   with held as (
@@ -1096,7 +1567,8 @@ comment on function private.debit_credit(
   uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text
 ) is
   'Takes credit out of an organization''s wallet, once a key, and returns how much: all of it, or 0 and nothing changed when the balance '
-  'is too small. With `allow_partial` it takes what there is: for a call that ran over, which is recorded in full all the same.';
+  'is too small, less what is held. With `allow_partial` it takes what there is: for a call that ran over, which is recorded in full all '
+  'the same.';
 
 create function private.refund_credit(
   organization_id uuid, transaction_id uuid, amount_minor bigint, key text, at timestamptz, description text default null
@@ -1139,7 +1611,11 @@ begin
   if original.type = 'purchase' then
     accounts := array[private.credit_account(organization_id, original.currency, 'purchased')];
     if not exists (
-      select from public.credit_accounts as account where account.id = accounts[1] and account.balance_minor >= refund_credit.amount_minor
+      select
+      from public.credit_accounts as account, public.call_credits as own
+      where account.id = accounts[1]
+        and own.id = wallet_id
+        and least(account.balance_minor, own.balance_minor - own.held_minor) >= refund_credit.amount_minor
     ) then
       perform private.raise_error(422, 'insufficient_credit', 'The credit that was bought is used up', 'amount_minor');
     end if;

@@ -63,8 +63,9 @@ begin
     select
       ended.invoice_id, term.*, meter.name, meter.unit, meter.position,
       nullif(term.included_units, -1) as allowance,
+      -- What prepaid credit paid is settled: it is neither included nor billed again.
       coalesce((
-        select sum(total.quantity)
+        select sum(total.quantity - total.prepaid)
         from public.usage_days as total
         where total.organization_id = ended.organization_id
           and total.meter_key = term.meter_key
@@ -251,8 +252,8 @@ begin
         on log.organization_id = subscription.organization_id
         and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
       where subscription.id = any (due)
-        and log.usage_count <> (
-          select coalesce(sum(total.quantity), 0)
+        and (log.usage_count, log.prepaid) <> (
+          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
           from public.usage_days as total
           where total.organization_id = log.organization_id
             and total.meter_key = log.feature_key
@@ -858,6 +859,8 @@ begin
   )
   on conflict on constraint payment_methods_token_key do update
   set
+    -- What it is by name says more than that it is the gateway's, whichever is told first.
+    type = case when excluded.type in ('razorpay', 'stripe') then known.type else excluded.type end,
     gateway_customer_id = coalesce(excluded.gateway_customer_id, known.gateway_customer_id),
     last4 = coalesce(excluded.last4, known.last4),
     brand = coalesce(excluded.brand, known.brand),

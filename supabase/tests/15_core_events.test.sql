@@ -14,7 +14,7 @@ values
   ('00000000-0000-4000-b000-0000000000c2', '00000000-0000-4000-a000-0000000000c2', 1);
 insert into public.plan_price_meters (plan_price_id, meter_key, included_units, limit_units, hard)
 values ('00000000-0000-4000-b000-0000000000c2', 'ai_calls', 3, 3, true);
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base, max_concurrent_calls)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base, max_concurrent_calls)
 values ('00000000-0000-4000-c000-000000000001', 'plivo', 'MATEST', 'sealed', 'https://carrier.example.test', 1000);
 
 create function pg_temp.tenant(number integer, plan text default 'core-plenty') returns uuid
@@ -263,7 +263,7 @@ select is(
   'orphan', 'An event of no attempt is an orphan'
 );
 select is((select error from private.webhook_events where dedupe_key = 'orphan-1'), 'unknown_attempt', 'that is kept');
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base)
 values ('00000000-0000-4000-c000-000000000002', 'plivo', 'MAOTHER', 'sealed', 'https://carrier.example.test');
 select is(
   private.apply_event(

@@ -52,7 +52,7 @@ insert into public.projects (id, organization_id, name) values (pg_temp.id('9100
 insert into public.leads (id, organization_id, name) values (pg_temp.id('9200', 2), pg_temp.id('8000', 2), 'Far lead');
 insert into public.properties (id, organization_id, title, price_minor, type)
 values (pg_temp.id('9300', 1), pg_temp.id('8000', 1), 'Flat', 1, 'apartment'), (pg_temp.id('9300', 2), pg_temp.id('8000', 2), 'Far flat', 1, 'apartment');
-insert into public.carrier_accounts (id, organization_id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, organization_id, provider, account_sid, credentials_sealed, api_base)
 values
   (pg_temp.id('9400', 1), null, 'plivo', 'PLATFORM', 'sealed', 'https://api.example.com'),
   (pg_temp.id('9400', 2), pg_temp.id('8000', 2), 'plivo', 'FAR', 'sealed', 'https://api.example.com');

@@ -110,7 +110,7 @@ from unnest(array[
 ]) as statement;
 
 -- A call of a leg says what the leg says.
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base)
 values (pg_temp.id('9400', 1), 'plivo', 'A', 'sealed', 'https://api.example.com');
 insert into public.call_logs (id, organization_id, carrier_account_id, caller_number, callee_number, direction, status, call_sid, created_at)
 values

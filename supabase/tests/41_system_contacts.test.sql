@@ -129,7 +129,7 @@ select is((select reason from public.suppressions where phone_number = '+9170000
 select is(pg_temp.as_user(3, format($$select public.revoke_consent(%L)$$, (select id from public.consents where scope = 'recording'))), 'consent_not_found', 'Nothing is revoked twice');
 
 -- A lead's call fields.
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base)
 values ('00000000-0000-4000-c000-0000000e0001', 'plivo', 'MASYSTEM', 'sealed', 'https://carrier.example.test');
 create function pg_temp.call(number integer, callee text, ended timestamptz default null, outcome text default null) returns uuid
 language sql as $$

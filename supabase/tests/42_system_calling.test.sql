@@ -37,7 +37,7 @@ select pg_temp.sign_up(1, 'owner@one.test');
 select pg_temp.sign_up(2, 'owner@two.test');
 select pg_temp.as_user(1, $$select public.create_organization('One')$$);
 select pg_temp.as_user(2, $$select public.create_organization('Two')$$);
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base)
 values ('00000000-0000-4000-c000-0000000e0001', 'plivo', 'MASYSTEM', 'sealed', 'https://carrier.example.test');
 insert into public.call_logs (id, organization_id, carrier_account_id, caller_number, callee_number, status, dialled, agent_id)
 select '00000000-0000-4000-d000-0000000e0001', organization_id, '00000000-0000-4000-c000-0000000e0001', '+918000000000', '+917000002001',

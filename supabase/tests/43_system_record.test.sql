@@ -130,10 +130,10 @@ update public.profiles set full_name = 'New name' where id = pg_temp.person(3);
 select is((select action from public.audit_logs order by id desc limit 1), 'member.role_changed', 'and not their name');
 update public.subscriptions set status = 'suspended' where organization_id = pg_temp.org(1);
 select is(pg_temp.last(), 'subscription.changed {"status": {"to": "suspended", "from": "trialing"}}', 'a subscription');
-insert into public.carrier_accounts (id, organization_id, provider, account_sid, auth_token_sealed, api_base)
+insert into public.carrier_accounts (id, organization_id, provider, account_sid, credentials_sealed, api_base)
 values ('00000000-0000-4000-c000-0000000e0001', pg_temp.org(1), 'plivo', 'MASYSTEM', 'sealed', 'https://carrier.example.test');
-update public.carrier_accounts set auth_token_sealed = 'resealed' where account_sid = 'MASYSTEM';
-select is(pg_temp.last(), 'carrier_account.changed {"auth_token_sealed": "changed"}', 'a carrier account, and no secret');
+update public.carrier_accounts set credentials_sealed = 'resealed' where account_sid = 'MASYSTEM';
+select is(pg_temp.last(), 'carrier_account.changed {"credentials_sealed": "changed"}', 'a carrier account, and no secret');
 update public.subscription_plans set features = features || '{"max_users": 4}' where slug = 'free';
 select is((select action from public.platform_audit_logs order by id desc limit 1), 'plan.changed', 'a plan');
 insert into public.plan_prices (plan_id, version, base_minor) select id, 77, 100 from public.subscription_plans where slug = 'free';

@@ -65,6 +65,11 @@ impl HttpEvent {
         self.header("content-type", "application/x-www-form-urlencoded").body(body)
     }
 
+    /// The body as it is sent, before an event makes base64 of it.
+    pub fn sent_body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// The event. A body that is not JSON or text comes in base64, as API Gateway does it.
     pub fn payload(&self) -> Value {
         let content_type = self.headers.get("content-type").and_then(Value::as_str).unwrap_or_default();

@@ -5,14 +5,17 @@
 //! - [`supervisor`] is the process that all test processes of a run share: it owns PostgreSQL and the queue server, and ends them
 //!   when the run ends, however it ends.
 //! - [`scene`] plays what users and operators do before the point where a test begins; [`carrier`] is a carrier that does as it is
-//!   told, for a single outcome at a time.
+//!   told, for a single outcome at a time; [`deliveries`] are what all carriers send, as it was recorded.
 
 pub mod advisor;
+pub mod agents;
 pub mod callbacks;
 pub mod carrier;
 pub mod database;
+pub mod deliveries;
 pub mod events;
 pub mod lints;
+pub mod media;
 pub mod pgtap;
 pub mod plans;
 pub mod programs;
@@ -21,9 +24,11 @@ pub mod queues;
 pub mod required;
 pub mod scene;
 pub mod stack;
+pub mod storm;
 pub mod supervisor;
 pub mod tap;
 pub mod tenants;
+pub mod vectors;
 
 pub use database::{Database, Fingerprint};
 pub use proxy::Proxy;

@@ -9,7 +9,10 @@ use axum::{
 };
 use http::{Method, StatusCode};
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -39,13 +42,21 @@ pub enum Trouble {
     LoseNextAnswer(&'static str),
     /// No request for this path gets through.
     Refuse(&'static str),
+    /// Of five requests one passes, one is late, one is cut off before it arrives and one after, and one is met with silence.
+    Everything,
 }
+
+/// How late a late request is.
+const LATE: Duration = Duration::from_millis(300);
+/// How long the silence lasts: longer than anybody waits.
+const SILENCE: Duration = Duration::from_secs(6);
 
 struct Inside {
     target: Url,
     http: reqwest::Client,
     seen: Mutex<Vec<Seen>>,
     trouble: Mutex<Trouble>,
+    troubled: AtomicU64,
 }
 
 impl Inside {
@@ -76,6 +87,7 @@ impl Proxy {
             http: local::parts::http_client()?,
             seen: Mutex::default(),
             trouble: Mutex::default(),
+            troubled: AtomicU64::default(),
         });
         let router = Router::new().fallback(pass).with_state(Arc::clone(&inside));
         let server = tokio::spawn(async move {
@@ -115,6 +127,16 @@ async fn pass(State(inside): State<Arc<Inside>>, request: Request) -> Response {
     if let Trouble::Delay(delay) = trouble {
         tokio::time::sleep(delay).await;
     }
+    let turn = if trouble == Trouble::Everything { inside.troubled.fetch_add(1, Ordering::Relaxed) % 5 } else { 0 };
+    match turn {
+        1 => tokio::time::sleep(LATE).await,
+        2 => return cut_off(),
+        4 => {
+            tokio::time::sleep(SILENCE).await;
+            return cut_off();
+        }
+        _ => {}
+    }
     if matches!(trouble, Trouble::Refuse(refused) if refused == path) {
         return (StatusCode::SERVICE_UNAVAILABLE, "refused on the way").into_response();
     }
@@ -123,10 +145,17 @@ async fn pass(State(inside): State<Arc<Inside>>, request: Request) -> Response {
             *inside.trouble() = Trouble::None;
             (StatusCode::BAD_GATEWAY, "lost on the way back").into_response()
         }
+        Ok(_) if turn == 3 => cut_off(),
         Ok(response) => response,
         // As the gateway of Supabase does when PostgREST is away.
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error:#}")).into_response(),
     }
+}
+
+/// An answer that breaks off where its body should begin.
+fn cut_off() -> Response {
+    let cut = futures::stream::once(async { Err::<axum::body::Bytes, _>(std::io::Error::other("cut off")) });
+    Response::new(Body::from_stream(cut))
 }
 
 async fn forward(inside: &Inside, parts: http::request::Parts, body: Body, target: &str) -> Result<Response> {

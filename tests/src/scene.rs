@@ -53,7 +53,7 @@ pub async fn connect_carrier(stack: &Stack, tenant: &Tenant, carrier: &CarrierSt
     stack
         .sql
         .execute(
-            "insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base, max_concurrent_calls) \
+            "insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base, max_concurrent_calls) \
              values ($1, 'plivo', $2, $3, $4, 1000)",
             &[&account, &carrier.auth_id, &sealed, &base],
         )

@@ -42,6 +42,8 @@ pub struct Stack {
     pub dial_queue: Queue,
     /// The queue of events that the database could not take.
     pub intake_queue: Queue,
+    /// The queue of recordings to copy.
+    pub recording_queue: Queue,
     /// The owner's connection to the database.
     pub sql: Client,
     /// The database.
@@ -53,22 +55,28 @@ pub struct Stack {
 impl Stack {
     /// Starts one. `supervisor` is [`crate::supervisor_binary`].
     pub async fn start(supervisor: &Path) -> Result<Self> {
+        Self::start_with_pool(supervisor, POOL).await
+    }
+
+    /// As [`Stack::start`], with so many connections from PostgREST to the database.
+    pub async fn start_with_pool(supervisor: &Path, pool: u32) -> Result<Self> {
         let database = Database::migrated(supervisor).await?;
         let binary = install::postgrest(&Progress::hidden()).await?;
         let listening = Listening::bind(None).await?;
         let keys = Keys::generate(&listening.origin_text())?;
-        let options =
-            PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool: POOL };
+        let options = PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool };
         let folder = &database.attached.folder;
-        let (postgrest, dial_queue, intake_queue, sql) = tokio::try_join!(
+        let (postgrest, dial_queue, intake_queue, recording_queue, sql) = tokio::try_join!(
             Postgrest::start(&options, &keys, folder, folder),
             Queue::create(&database.attached, "dial"),
             Queue::create(&database.attached, "intake"),
+            Queue::create(&database.attached, "recording"),
             database.connect(Role::Owner),
         )?;
         let proxy = Proxy::start(postgrest.url.clone()).await?;
         let origin = listening.origin_text();
-        let gateway = listening.serve(keys.clone(), proxy.url.clone(), None)?;
+        let storage = folder.join(format!("storage-{}", uuid::Uuid::new_v4().simple()));
+        let gateway = listening.with_storage(storage).serve(keys.clone(), proxy.url.clone(), None)?;
         let config = Config::from_vars(
             [
                 ("SUPABASE_URL", origin.as_str()),
@@ -77,6 +85,7 @@ impl Stack {
                 ("SECRET_ARN", "not asked for in process"),
                 ("DIAL_QUEUE_URL", &dial_queue.url),
                 ("INTAKE_QUEUE_URL", &intake_queue.url),
+                ("RECORDING_QUEUE_URL", &recording_queue.url),
                 ("AGENT_ORIGINS", &serde_json::json!({ "default": AGENT_ORIGIN }).to_string()),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
@@ -88,6 +97,7 @@ impl Stack {
             postgrest,
             dial_queue,
             intake_queue,
+            recording_queue,
             sql,
             database,
             _gateway: gateway,

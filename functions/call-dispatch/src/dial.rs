@@ -10,6 +10,7 @@ use shared::{
     secrets::Secrets,
     telephony::{
         CallbackEvent, DialOutcome, Outcome,
+        carrier::Credentials,
         plivo::{
             self,
             api::{Account, Create},
@@ -48,7 +49,8 @@ struct Dial {
     provider: String,
     carrier_account_id: Uuid,
     account_sid: String,
-    auth_token_sealed: String,
+    #[serde(alias = "auth_token_sealed")]
+    credentials_sealed: String,
     api_base: String,
     from: String,
     to: String,
@@ -168,7 +170,7 @@ async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<(Account, Create)> 
         &secrets,
         &dial.carrier_account_id,
         &dial.account_sid,
-        &dial.auth_token_sealed,
+        &dial.credentials_sealed,
         &dial.api_base,
     )?;
     let token = CallbackToken {
@@ -208,14 +210,16 @@ pub fn account(
     secrets: &Secrets,
     id: &Uuid,
     account_sid: &str,
-    auth_token_sealed: &str,
+    credentials_sealed: &str,
     api_base: &str,
 ) -> Result<Account> {
     let api_base = url::Url::parse(api_base).map_err(|_| Error::internal("the account's api_base is no URL"))?;
     if !plivo::api::is_allowed(&api_base, dispatch.config.is_local()) {
         return Err(Error::internal("the account's api_base is not a host that may be asked to dial"));
     }
-    let auth_token = Sealer::new(&secrets.seal_keys)?.open(auth_token_sealed, &id.to_string())?;
+    let credentials = Credentials::read(&Sealer::new(&secrets.seal_keys)?.open(credentials_sealed, &id.to_string())?);
+    let auth_token =
+        credentials.get("auth_token").ok_or_else(|| Error::internal("the account has no auth token"))?.to_owned();
     Ok(Account { auth_id: account_sid.to_owned(), auth_token, api_base })
 }
 

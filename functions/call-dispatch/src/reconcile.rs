@@ -33,7 +33,8 @@ struct Silent {
     organization_id: Uuid,
     carrier_account_id: Uuid,
     account_sid: String,
-    auth_token_sealed: String,
+    #[serde(alias = "auth_token_sealed")]
+    credentials_sealed: String,
     api_base: String,
     provider_call_id: Option<String>,
     from: String,
@@ -73,7 +74,7 @@ async fn ask(dispatch: &Dispatch, silent: &Silent) -> Result<Option<CallReport>>
         &secrets,
         &silent.carrier_account_id,
         &silent.account_sid,
-        &silent.auth_token_sealed,
+        &silent.credentials_sealed,
         &silent.api_base,
     )?;
     let found = account
@@ -123,7 +124,7 @@ mod tests {
             organization_id: Uuid::nil(),
             carrier_account_id: Uuid::nil(),
             account_sid: String::new(),
-            auth_token_sealed: String::new(),
+            credentials_sealed: String::new(),
             api_base: String::new(),
             provider_call_id: provider_call_id.map(str::to_owned),
             from: String::new(),

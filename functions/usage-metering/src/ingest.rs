@@ -7,27 +7,15 @@ use crate::Metering;
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use shared::{
     Error, Result,
+    api_key::ApiKey,
     http::{self as web, Request, Response},
     trigger::Invocation,
 };
 
 /// Events that one request may carry.
 const MAX_EVENTS: usize = 1_000;
-/// Length of `tlk_` and eight hexadecimal digits, by which a key is found.
-const PREFIX_LENGTH: usize = 12;
-/// Length of a whole key: the prefix, an underscore and forty hexadecimal digits.
-const KEY_LENGTH: usize = PREFIX_LENGTH + 1 + 40;
-
-/// An organization's key, as the database is shown it.
-#[derive(Serialize, Debug, PartialEq)]
-struct ApiKey<'a> {
-    prefix: &'a str,
-    sha256: String,
-}
-
 /// What the database makes of an event.
 #[derive(Deserialize, Serialize)]
 struct Outcome {
@@ -60,7 +48,7 @@ struct Outcomes {
 /// `POST usage/events`. A batch is answered 200 with an outcome an event; a single event with its own outcome, where a conflict is
 /// 409 and a rejection 422. Errors: 401 and 403 for the key, 400 for what is no event, 413 for more than a thousand.
 pub async fn receive(metering: &Metering, request: &Request, invocation: &Invocation) -> Result<Response> {
-    let key = api_key(request)?;
+    let key = ApiKey::of(request)?;
     let (events, is_batch) = events(request.json()?)?;
     let request = json!({ "v": 1, "api_key": key, "events": events });
     // Recording is idempotent, so a lost answer is asked for again.
@@ -70,33 +58,6 @@ pub async fn receive(metering: &Metering, request: &Request, invocation: &Invoca
     }
     let outcome = outcomes.results.into_iter().next();
     single(outcome.ok_or_else(|| Error::internal("record_usage answered an event with nothing"))?)
-}
-
-/// The key in `Authorization: Bearer` or `x-api-key`. Error 401 without one, or for what cannot be one.
-fn api_key(request: &Request) -> Result<ApiKey<'_>> {
-    let bearer = request.header("authorization").and_then(|value| {
-        let (scheme, token) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
-    });
-    let (field, key) = match (request.header("x-api-key"), bearer) {
-        (Some(key), _) => ("x-api-key", key.trim()),
-        (None, Some(key)) => ("authorization", key),
-        (None, None) => {
-            return Err(Error::unauthorized("this route needs an organization's API key").at("authorization"));
-        }
-    };
-    let is_key =
-        key.len() == KEY_LENGTH && key.is_ascii() && key.starts_with("tlk_") && key.as_bytes()[PREFIX_LENGTH] == b'_';
-    if !is_key {
-        return Err(Error::new(
-            StatusCode::UNAUTHORIZED,
-            "invalid_api_key",
-            "this is not an API key of an organization",
-        )
-        .at(field)
-        .hint("A key starts with tlk_ and is shown once, when it is made."));
-    }
-    Ok(ApiKey { prefix: &key[..PREFIX_LENGTH], sha256: hex::encode(Sha256::digest(key)) })
 }
 
 /// The events of a body, as the database takes them, and whether they came as a batch.
@@ -159,51 +120,6 @@ fn field_of(code: &str) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bytes::Bytes;
-    use http::{HeaderMap, HeaderName, Method};
-
-    const KEY: &str = "tlk_0123abcd_0123456789abcdef0123456789abcdef01234567";
-
-    fn with_headers(headers: &[(&'static str, &str)]) -> Request {
-        Request {
-            method: Method::POST,
-            path: String::new(),
-            query: String::new(),
-            headers: headers
-                .iter()
-                .map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()))
-                .collect::<HeaderMap>(),
-            body: Bytes::new(),
-        }
-    }
-
-    #[test]
-    fn a_key_is_found_by_its_prefix_and_known_by_its_hash() {
-        let bearer = format!("Bearer {KEY}");
-        for headers in [[("authorization", bearer.as_str())], [("x-api-key", KEY)]] {
-            let request = with_headers(&headers);
-            let key = api_key(&request).unwrap();
-            assert_eq!(key.prefix, "tlk_0123abcd");
-            assert_eq!(key.sha256, hex::encode(Sha256::digest(KEY)));
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_a_key_is_401_and_names_the_header() {
-        for (name, value) in [
-            ("authorization", "Bearer eyJ.a.b"),
-            ("authorization", "Bearer "),
-            ("x-api-key", "tlk_short"),
-            ("x-api-key", &KEY.replace("tlk", "tlx")),
-        ] {
-            let error = api_key(&with_headers(&[(name, value)])).unwrap_err();
-            assert_eq!((error.status, error.code.as_str()), (StatusCode::UNAUTHORIZED, "invalid_api_key"), "{value}");
-            assert_eq!(error.field.as_deref(), Some(name));
-        }
-        assert_eq!(api_key(&with_headers(&[])).unwrap_err().code, "unauthorized");
-        assert_eq!(api_key(&with_headers(&[("authorization", "Basic x")])).unwrap_err().code, "unauthorized");
-    }
-
     #[test]
     fn one_event_and_a_batch_are_told_apart() {
         let one =

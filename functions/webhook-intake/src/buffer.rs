@@ -1,12 +1,12 @@
 //! The buffer: what the database could not take, kept on a queue and drained by the same function.
 
 use crate::{
-    Intake,
+    Intake, callbacks,
     pipeline::{self, Disposition, Verdict},
-    sources::carriers::{Callback, METHOD, SIGNED_HEADERS},
+    sources::{self, apply_request, carriers::Callback},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use serde_json::{Value, json};
 use shared::{
     Error, Result,
@@ -18,17 +18,23 @@ use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
+use uuid::Uuid;
 
 /// How long one event may take when drained.
 const APPLY_LIMIT: Duration = Duration::from_secs(5);
 
-/// A callback as it arrived, as a message's body.
-pub fn keep(request: &Request, verdict: Verdict) -> Result<String> {
-    let headers =
-        SIGNED_HEADERS.iter().filter_map(|name| Some(((*name).to_owned(), request.header(name)?.to_owned()))).collect();
+/// A request as it arrived, as a message's body, with the headers that `keeps` names.
+pub fn message(request: &Request, verified: bool, received_at_ms: i64, keeps: impl Fn(&str) -> bool) -> Result<String> {
+    let headers = request
+        .headers
+        .iter()
+        .filter(|(name, _)| *name == http::header::CONTENT_TYPE || keeps(name.as_str()))
+        .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
+        .collect();
     IntakeMessage::Request {
         v: VERSION,
-        verified: verdict == Verdict::Signed,
+        verified,
+        received_at_ms,
         path: request.path.clone(),
         query: request.query.clone(),
         headers,
@@ -59,9 +65,9 @@ async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Resu
             "v": 1, "source": "reconcile", "source_id": source_id, "kind": "report", "attempt_id": attempt_id,
             "dedupe_key": dedupe_key, "verified": true, "headers": {}, "body": "", "call": call,
         }),
-        IntakeMessage::Request { verified, path, query, headers, body, .. } => {
+        IntakeMessage::Request { verified, received_at_ms, path, query, headers, body, .. } => {
             let request = restore(path, query, headers, &body)?;
-            match event_of(intake, &request, verified).await? {
+            match event_of(intake, &request, verified, received_at_ms).await? {
                 Some(event) => event,
                 // Nobody was told that it was taken for good; a forgery leaves no row.
                 None => return Ok(Disposition::Ignored),
@@ -71,23 +77,54 @@ async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Resu
     apply_until(intake, &event, invocation.wait_until()).await
 }
 
-/// The event of a buffered request; `None` when it now proves to be forged.
-async fn event_of(intake: &Intake, request: &Request, verified: bool) -> Result<Option<Value>> {
+/// The event of a buffered request; `None` when it now proves to be forged, or for nobody. A signature is judged by the time at which
+/// it came.
+async fn event_of(intake: &Intake, request: &Request, verified: bool, received_at_ms: i64) -> Result<Option<Value>> {
     let segments = request.segments();
-    let [carrier, event, token] = segments.as_slice() else {
-        return Err(Error::malformed("path", "a buffered request names no source"));
-    };
-    let callback = Callback::of(carrier, event, token)?;
-    let token = callback.open(&*intake.secrets.get().await?)?;
-    if !verified {
-        match pipeline::verify(intake, &callback, &token, request, APPLY_LIMIT).await {
-            Ok(Verdict::Signed) => {}
-            Ok(Verdict::Unchecked) => return Err(Error::unavailable("the account's secret still cannot be had")),
-            Err(error) if error.status == http::StatusCode::FORBIDDEN => return Ok(None),
-            Err(error) => return Err(error),
+    let event = match segments.as_slice() {
+        [carrier, event, token] => {
+            let callback = Callback::of(carrier, event, token)?;
+            callbacks::drained(intake, &callback, request, verified, received_at_ms, APPLY_LIMIT).await
         }
+        [name, id] => {
+            let named = sources::find(name).zip(id.parse::<Uuid>().ok());
+            let (source, id) = named.ok_or_else(|| Error::malformed("path", "a buffered request names no source"))?;
+            drained(intake, source, id, request, verified, received_at_ms).await
+        }
+        _ => Err(Error::malformed("path", "a buffered request names no source")),
+    };
+    match event {
+        Ok(event) => Ok(Some(event)),
+        Err(error) if matches!(error.status.as_u16(), 403 | 404) => {
+            tracing::warn!(error = %error, "a buffered request is dropped");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
-    Ok(Some(callback.event_of(&token, &request.headers, &request.form(), &request.body)))
+}
+
+/// What a buffered request of a source tells. Its settings are needed to read it, also where its signature was checked before.
+async fn drained(
+    intake: &Intake,
+    source: &dyn sources::Source,
+    id: Uuid,
+    request: &Request,
+    verified: bool,
+    received_at_ms: i64,
+) -> Result<Value> {
+    let verdict = if verified {
+        let known = |open: &sources::OpenSource| (open.provider == source.name()).then_some(true);
+        pipeline::check(intake, id, APPLY_LIMIT, known).await?
+    } else {
+        Some(pipeline::verify(intake, source, id, request, received_at_ms, APPLY_LIMIT).await?)
+    };
+    match verdict {
+        Some(Verdict::Signed(open)) => {
+            Ok(apply_request(source.name(), id, request, &pipeline::read(source, &open, request)))
+        }
+        Some(Verdict::Unchecked) => Err(Error::unavailable("the source's secret still cannot be had")),
+        None => Err(Error::bad_signature()),
+    }
 }
 
 /// Applies an event, again and again while the database is away and the invocation lasts: it is stored under its key, once.
@@ -110,7 +147,7 @@ fn restore(path: String, query: String, headers: BTreeMap<String, String>, body:
         .filter_map(|(name, value)| Some((HeaderName::try_from(name).ok()?, HeaderValue::from_str(value).ok()?)))
         .collect();
     let body = STANDARD.decode(body).map_err(|_| Error::malformed("body", "a buffered body is not base64"))?;
-    Ok(Request { method: METHOD, path, query, headers, body: body.into() })
+    Ok(Request { method: Method::POST, path, query, headers, body: body.into() })
 }
 
 #[cfg(test)]
@@ -123,19 +160,20 @@ mod tests {
         headers.insert("x-plivo-signature-v3-nonce", HeaderValue::from_static("n"));
         headers.insert("authorization", HeaderValue::from_static("secret"));
         let request = Request {
-            method: METHOD,
+            method: Method::POST,
             path: "/functions/v1/webhook-intake/plivo/ring/t".to_owned(),
             query: "a=1".to_owned(),
             headers,
             body: b"CallUUID=\xff".to_vec().into(),
         };
-        let text = keep(&request, Verdict::Unchecked).unwrap();
+        let text = message(&request, false, 7, |name| name.starts_with("x-plivo")).unwrap();
         assert!(!text.contains("secret"));
-        let IntakeMessage::Request { verified, path, query, headers, body, .. } = serde_json::from_str(&text).unwrap()
+        let IntakeMessage::Request { verified, received_at_ms, path, query, headers, body, .. } =
+            serde_json::from_str(&text).unwrap()
         else {
             panic!("another kind");
         };
-        assert!(!verified);
+        assert!(!verified && received_at_ms == 7);
         let back = restore(path, query, headers, &body).unwrap();
         assert_eq!((back.path, back.query, back.body), (request.path, request.query, request.body));
         assert_eq!(back.headers.len(), 1);

@@ -1,4 +1,4 @@
-//! What the outside world tells us: carriers' callbacks, verified, kept and applied once.
+//! What the outside world tells us: what carriers and other sources send, verified, kept and applied once.
 //!
 //! One pipeline for all sources: raw body bounded and read once → source resolved from the path → verified in constant time →
 //! one database call that stores the raw event under its dedupe key and applies it, in one transaction. When the database does not
@@ -6,12 +6,16 @@
 
 mod accounts;
 mod buffer;
+mod callbacks;
+mod manage;
 mod pipeline;
-mod sources;
+mod recordings;
+pub mod sources;
 
 use accounts::Accounts;
 use http::Method;
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 use shared::{
     Error, Result,
     config::Config,
@@ -19,6 +23,7 @@ use shared::{
     queue::Queues,
     secrets::SecretStore,
     standard_webhooks,
+    storage::Storage,
     supabase::{self, Supabase},
     trigger::{Function, Invocation, Message},
 };
@@ -33,6 +38,8 @@ pub struct Intake {
     supabase: Supabase,
     queues: Queues,
     accounts: Accounts,
+    storage: Storage,
+    http: reqwest::Client,
 }
 
 impl Intake {
@@ -45,13 +52,44 @@ impl Intake {
 
     /// As [`Intake::new`], with an HTTP client and secrets of the caller's.
     pub fn with_secrets(config: Config, http: reqwest::Client, secrets: SecretStore) -> Self {
-        let supabase = Supabase::new(&config, http, secrets.clone());
-        Self { config, secrets, supabase, queues: Queues::default(), accounts: Accounts::default() }
+        let supabase = Supabase::new(&config, http.clone(), secrets.clone());
+        let storage = Storage::new(&config, http.clone(), secrets.clone());
+        Self { config, secrets, supabase, queues: Queues::default(), accounts: Accounts::default(), storage, http }
     }
 
-    /// Applies again what failed to apply, when it is due.
+    /// Applies again what failed to apply, when it is due, and puts recordings on the queue again that nobody copied.
     async fn sweep(&self) -> Result<Value> {
-        self.supabase.call("sweep_events", &json!({ "v": 1, "limit": SWEEP_LIMIT })).await
+        #[derive(Deserialize)]
+        struct Swept {
+            #[serde(flatten)]
+            events: Map<String, Value>,
+            #[serde(default)]
+            recordings: Vec<recordings::Waiting>,
+            #[serde(default)]
+            deletions: u64,
+        }
+        let mut swept: Swept = self.supabase.call("sweep_events", &json!({ "v": 1, "limit": SWEEP_LIMIT })).await?;
+        if !swept.recordings.is_empty() {
+            recordings::announce(self, &swept.recordings).await;
+            swept.events.insert("recordings".to_owned(), json!(swept.recordings.len()));
+        }
+        if swept.deletions > 0 {
+            // Storage may be away; what was swept is swept, and the objects are due again.
+            match recordings::delete_erased(self).await {
+                Ok(gone) => drop(swept.events.insert("deleted".to_owned(), json!(gone))),
+                Err(error) => tracing::error!(error = %error, "recordings of erased persons could not be deleted"),
+            }
+        }
+        Ok(Value::Object(swept.events))
+    }
+
+    /// Drops what is past its time, and tells a person of rows that no month's partition took.
+    async fn retention(&self) -> Result<Value> {
+        let done: Value = self.supabase.call("apply_retention", &json!({ "v": 1 })).await?;
+        if done["unplaced"].as_object().is_some_and(|unplaced| !unplaced.is_empty()) {
+            tracing::error!(unplaced = %done["unplaced"], "rows are in a default partition: no month's partition took them");
+        }
+        Ok(done)
     }
 
     async fn nudge(&self, request: &Request) -> Result<Response> {
@@ -71,22 +109,36 @@ impl Function for Intake {
         let segments = request.segments();
         match (&request.method, segments.as_slice()) {
             (&Method::POST, ["nudge"]) => self.nudge(&request).await,
+            (&Method::POST, ["leads"]) => sources::leads::receive(self, &request).await,
+            (&Method::POST, ["sources"]) => manage::create(self, &request).await,
+            (&Method::POST, ["sources", id, "secrets"]) => manage::rotate(self, id, &request).await,
+            (&Method::POST, ["calls", id, "recording"]) => recordings::link(self, id, &request).await,
             (&Method::POST, [carrier, event, token]) => {
                 let callback = sources::carriers::Callback::of(carrier, event, token)?;
-                pipeline::receive(self, &callback, &request).await
+                callbacks::receive(self, &callback, &request).await
             }
-            (_, ["nudge"] | [_, _, _]) => Err(Error::method_not_allowed(&request.method)),
+            (&Method::POST, [name, id]) => match sources::find(name).zip(id.parse().ok()) {
+                Some((source, id)) => pipeline::receive(self, source, id, &request).await,
+                None => Err(Error::not_found("there is no such source")),
+            },
+            (_, ["nudge" | "leads" | "sources"] | [_, _] | [_, _, _]) => {
+                Err(Error::method_not_allowed(&request.method))
+            }
             _ => Err(Error::not_found("there is no such source")),
         }
     }
 
     async fn messages(&self, batch: Vec<Message>, invocation: &Invocation) -> Vec<String> {
-        buffer::drain(self, batch, invocation).await
+        let (recordings, events): (Vec<_>, Vec<_>) = batch.into_iter().partition(recordings::is_about_one);
+        let mut again = recordings::copy(self, recordings, invocation).await;
+        again.extend(buffer::drain(self, events, invocation).await);
+        again
     }
 
     async fn job(&self, job: &str, _: &Invocation) -> Result<Value> {
         match job {
             "sweep" => self.sweep().await,
+            "retention" => self.retention().await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }

@@ -1,25 +1,25 @@
 //! From a request to an applied event: verify, then one database call, else the buffer, else 503.
 
-use crate::{Intake, buffer, sources::carriers::Callback};
+use crate::{
+    Intake, buffer, recordings,
+    sources::{self, Event, OpenSource, Source},
+};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use shared::{
     Error, Result,
     http::{self as web, Request, Response},
     queue::Outgoing,
-    seal::Sealer,
-    telephony::{CallbackEvent, token::CallbackToken},
 };
 use std::time::Duration;
 use uuid::Uuid;
 
 /// How long the database may be silent before an event goes to the buffer.
-const APPLY_LIMIT: Duration = Duration::from_secs(2);
-/// How long an answered callee may wait for the database: the event is a hint, the document needs no database.
-const HINT_LIMIT: Duration = Duration::from_millis(150);
-/// How long the queue may take to keep such a hint.
-const HINT_QUEUE_LIMIT: Duration = Duration::from_millis(100);
+pub const APPLY_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the queue may take to hear of a recording.
+const ANNOUNCE_LIMIT: Duration = Duration::from_millis(500);
 
 /// What became of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,111 +44,123 @@ struct Answer {
     result: Disposition,
     #[serde(default)]
     organization_id: Option<Uuid>,
+    #[serde(default)]
+    recordings: Vec<recordings::Waiting>,
 }
 
-/// Whether the carrier's signature could be checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is right.
-    Signed,
-    /// The account's secret could not be had; the token in the URL is right.
+/// Whether the sender's signature could be checked.
+pub enum Verdict<T> {
+    /// It is right; what it took to check it.
+    Signed(T),
+    /// The source's secret could not be had.
     Unchecked,
 }
 
-/// Receives one callback. Errors: 403 for a token or signature that is not right, 503 when neither database nor queue takes it.
-pub async fn receive(intake: &Intake, callback: &Callback, request: &Request) -> Result<Response> {
-    let secrets = intake.secrets.get().await?;
-    let token = callback.open(&secrets)?;
-    let span = tracing::Span::current();
-    span.record("attempt_id", tracing::field::display(token.attempt_id));
-    let is_answer = callback.event == CallbackEvent::Answer;
-    let limit = if is_answer { HINT_LIMIT } else { APPLY_LIMIT };
-    let verdict = verify(intake, callback, &token, request, limit).await?;
-    let form = request.form();
-    if is_answer {
-        let now = chrono::Utc::now().timestamp();
-        let document = callback.answer_document(&token, &form, &secrets, &intake.config, now);
-        offer(intake, callback, &token, request, verdict).await;
-        return web::text(StatusCode::OK, "application/xml", document);
+/// Receives what a source sends to `POST <source>/<id>`. Errors: 404 where there is no such source, 403 for a signature that is not
+/// right, 503 when neither database nor queue takes it.
+pub async fn receive(intake: &Intake, source: &dyn Source, id: Uuid, request: &Request) -> Result<Response> {
+    if source.is_greeting(request) {
+        return web::json(&json!({ "result": Disposition::Ignored }));
     }
-    let applied = match verdict {
-        Verdict::Signed => {
-            let event = callback.event_of(&token, &request.headers, &form, &request.body);
-            apply(intake, &event, APPLY_LIMIT).await
+    let now_ms = chrono::Utc::now().timestamp_millis();
+    let (verified, applied, reply) = match verify(intake, source, id, request, now_ms, APPLY_LIMIT).await? {
+        Verdict::Signed(open) => {
+            let event = sources::apply_request(source.name(), id, request, &read(source, &open, request));
+            (true, apply(intake, &event, APPLY_LIMIT).await, source.reply(&open, request))
         }
-        Verdict::Unchecked => Err(Error::unavailable("the account's secret could not be had")),
+        Verdict::Unchecked => (false, Err(Error::unavailable("the source's secret could not be had")), None),
     };
     let applied = match applied {
         Ok(applied) => applied,
         Err(error) => {
             tracing::warn!(error = %error, "the database did not take the event; it goes to the buffer");
-            keep(intake, &token, request, verdict).await?;
+            let message = buffer::message(request, verified, now_ms, |header| source.keeps(header, verified))?;
+            keep(intake, id.to_string(), message).await?;
             Disposition::Buffered
         }
     };
-    reply(applied)
+    match reply {
+        Some(reply) => web::json(&reply),
+        None => answer(applied),
+    }
 }
 
-/// Verifies the carrier's signature against the account that the token names.
+/// Verifies a request against the source that its path names.
 pub async fn verify(
     intake: &Intake,
-    callback: &Callback,
-    token: &CallbackToken,
+    source: &dyn Source,
+    id: Uuid,
     request: &Request,
+    now_ms: i64,
     limit: Duration,
-) -> Result<Verdict> {
+) -> Result<Verdict<OpenSource>> {
+    let verdict =
+        check(intake, id, limit, |open| (open.provider == source.name()).then(|| source.verify(open, request, now_ms)))
+            .await?;
+    verdict.ok_or_else(|| {
+        tracing::warn!(source = source.name(), source_id = %id, "a signature does not match");
+        Error::bad_signature()
+    })
+}
+
+/// Looks the source up and asks `is_signed`, a second time with a fresh look when the secret may have been rotated. `None`: the
+/// signature is wrong. Error 404 where there is no such source, or it is another provider's (`is_signed` gives `None`).
+pub async fn check(
+    intake: &Intake,
+    id: Uuid,
+    limit: Duration,
+    is_signed: impl Fn(&OpenSource) -> Option<bool>,
+) -> Result<Option<Verdict<OpenSource>>> {
+    let secrets = intake.secrets.get().await?;
     for looked_again in [false, true] {
-        let account = match intake.accounts.get(&intake.supabase, token.carrier_account_id, limit).await {
-            Ok(account) => account,
+        let open = match intake.accounts.get(&intake.supabase, &secrets, id, limit).await {
+            Ok(open) => open,
             Err(error) => {
-                tracing::warn!(error = %error, "the account's secret could not be had; the event is kept unverified");
-                return Ok(Verdict::Unchecked);
+                tracing::warn!(error = %error, "the source's secret could not be had; the event is kept unverified");
+                return Ok(Some(Verdict::Unchecked));
             }
         };
-        if !account.found || account.provider != callback.carrier {
-            return Err(Error::bad_signature());
-        }
-        let sealer = Sealer::new(&intake.secrets.get().await?.seal_keys)?;
-        let auth_token = sealer.open(&account.auth_token_sealed, &token.carrier_account_id.to_string())?;
-        if callback.is_signed(auth_token, &intake.config.public_origin, request) {
-            return Ok(Verdict::Signed);
-        }
-        if looked_again || !intake.accounts.forget(token.carrier_account_id).await {
-            break;
+        let named = match open.and_then(|open| Some((is_signed(&open)?, open))) {
+            Some((true, open)) => return Ok(Some(Verdict::Signed(open))),
+            Some((false, _)) => true,
+            None => false,
+        };
+        if looked_again || !intake.accounts.forget(id).await {
+            let unknown = || Error::not_found("there is no such source").at("source_id");
+            return if named { Ok(None) } else { Err(unknown()) };
         }
     }
-    tracing::warn!(carrier = callback.carrier, "a callback's signature does not match");
-    Err(Error::bad_signature().at("x-plivo-signature-v3"))
+    Ok(None)
+}
+
+/// What a verified request tells; what is not understood is an event too.
+pub fn read(source: &dyn Source, open: &OpenSource, request: &Request) -> Vec<Event> {
+    match source.read(open, request) {
+        Ok(events) if !events.is_empty() => events,
+        Ok(_) => vec![Event::ignored("empty", &request.body, "it tells nothing")],
+        Err(error) => vec![Event::ignored("unreadable", &request.body, format!("{}: {}", error.code, error.message))],
+    }
 }
 
 /// Stores and applies an event: one request.
 pub async fn apply(intake: &Intake, event: &Value, limit: Duration) -> Result<Disposition> {
-    let answer: Answer = intake.supabase.call_within("apply_event", event, limit).await?;
+    let event = sources::without_nul(event.clone());
+    let answer: Answer = intake.supabase.call_within("apply_event", &event, limit).await?;
     if let Some(organization) = answer.organization_id {
         tracing::Span::current().record("organization_id", tracing::field::display(organization));
     }
-    tracing::debug!(kind = event["kind"].as_str(), result = ?answer.result, "event");
+    tracing::debug!(source = event["source"].as_str(), result = ?answer.result, "event");
+    // A carrier's link may live for ten minutes only; a queue that is slow to take it must not hold the carrier up.
+    let announced = tokio::time::timeout(ANNOUNCE_LIMIT, recordings::announce(intake, &answer.recordings)).await;
+    if announced.is_err() {
+        tracing::warn!("the queue is slow; the recording waits for the sweep");
+    }
     Ok(answer.result)
 }
 
-/// Offers an answer event to the database, else to the queue, within what an answered callee can wait. Losing it loses nothing: the
-/// hang-up and the carrier's record carry the answer time.
-async fn offer(intake: &Intake, callback: &Callback, token: &CallbackToken, request: &Request, verdict: Verdict) {
-    if verdict == Verdict::Signed {
-        let event = callback.event_of(token, &request.headers, &request.form(), &request.body);
-        if apply(intake, &event, HINT_LIMIT).await.is_ok() {
-            return;
-        }
-    }
-    if tokio::time::timeout(HINT_QUEUE_LIMIT, keep(intake, token, request, verdict)).await.is_err() {
-        tracing::warn!("neither database nor queue took the answer event in time");
-    }
-}
-
-/// Puts the raw request on the buffer. Error 503 when the queue refuses too.
-async fn keep(intake: &Intake, token: &CallbackToken, request: &Request, verdict: Verdict) -> Result<()> {
-    let message = Outgoing { group: token.carrier_account_id.to_string(), body: buffer::keep(request, verdict)? };
-    let refused = intake.queues.send(&intake.config, "intake", &[message]).await?;
+/// Puts a raw request on the buffer, behind the others of its source. Error 503 when the queue refuses too.
+pub async fn keep(intake: &Intake, group: String, body: String) -> Result<()> {
+    let refused = intake.queues.send(&intake.config, "intake", &[Outgoing { group, body }]).await?;
     if refused.is_empty() {
         Ok(())
     } else {
@@ -156,20 +168,23 @@ async fn keep(intake: &Intake, token: &CallbackToken, request: &Request, verdict
     }
 }
 
-fn reply(applied: Disposition) -> Result<Response> {
-    match applied {
-        // 2xx, since sending it again would change nothing; the body says what is wrong with it.
-        Disposition::Orphan => web::json_with(
-            StatusCode::ACCEPTED,
-            &serde_json::json!({
-                "result": applied,
-                "code": "unknown_attempt",
-                "message": "the event is kept; its attempt is not known here, or is bound to another call",
-                "details": { "field": "attempt_id" },
-                "hint": null,
-            }),
-        ),
-        Disposition::Buffered => web::json_with(StatusCode::ACCEPTED, &serde_json::json!({ "result": applied })),
-        _ => web::json(&serde_json::json!({ "result": applied })),
+/// 2xx for all that is kept, since sending it again would change nothing; the body says what became of it.
+pub fn answer(applied: Disposition) -> Result<Response> {
+    let status = match applied {
+        Disposition::Orphan | Disposition::Buffered => StatusCode::ACCEPTED,
+        _ => StatusCode::OK,
+    };
+    let mut body = Map::from_iter([("result".to_owned(), json!(applied))]);
+    if applied == Disposition::Orphan {
+        body.extend([
+            ("code".to_owned(), json!("unknown_attempt")),
+            (
+                "message".to_owned(),
+                json!("the event is kept; what it is about is not known here, or is bound to another call"),
+            ),
+            ("details".to_owned(), json!({ "field": "attempt_id" })),
+            ("hint".to_owned(), Value::Null),
+        ]);
     }
+    web::json_with(status, &body)
 }

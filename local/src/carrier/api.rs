@@ -4,7 +4,7 @@ use super::{
     Account, World,
     call::{Book, Call, Detection, Hook, Request, Stage, digits},
     faults::Fault,
-    outcome, play,
+    outcome, play, sound,
 };
 use axum::{
     Json, Router,
@@ -29,6 +29,7 @@ pub(super) fn router(world: Arc<World>) -> Router {
     Router::new()
         .route("/v1/Account/{auth_id}/Call/", get(list).post(create))
         .route("/v1/Account/{auth_id}/Call/{call_uuid}/", get(one).delete(hang_up))
+        .route("/recordings/{auth_id}/{file}", get(sound::recording))
         .fallback(async || error(StatusCode::NOT_FOUND, "not found"))
         .with_state(world)
 }
@@ -41,7 +42,7 @@ fn error(status: StatusCode, message: &str) -> Response {
 type Params = HashMap<String, String>;
 
 /// The account whose credentials came along, if it is the one in the path.
-fn authenticate(world: &World, auth_id: &str, headers: &HeaderMap) -> Result<Account, Box<Response>> {
+pub(super) fn authenticate(world: &World, auth_id: &str, headers: &HeaderMap) -> Result<Account, Box<Response>> {
     let credentials = headers
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())

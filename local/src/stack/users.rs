@@ -95,7 +95,7 @@ impl Stack {
         self.connect(Role::Owner)
             .await?
             .execute(
-                "insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base) \
+                "insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base) \
                  values ($1, 'plivo', $2, $3, $4)",
                 &[&id, &auth_id, &sealed, &base],
             )

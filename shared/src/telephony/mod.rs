@@ -1,7 +1,13 @@
 //! Calls as every part of Trunkline speaks of them, whichever carrier carries them.
 
+pub mod carrier;
+mod fields;
 pub mod plivo;
+pub mod telnyx;
 pub mod token;
+pub mod twilio;
+pub mod vonage;
+mod xml;
 
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -94,6 +100,84 @@ pub struct CallReport {
     pub recording: Option<Recording>,
     /// Whether a machine answered.
     pub machine: Option<bool>,
+    /// The agent's audio stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<Stream>,
+    /// The leg that the call was transferred to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
+    /// Whether somebody called us: the called number says whose the call is.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub inbound: bool,
+    /// Whether the carrier's own count of seconds never comes with its callbacks: then the talk, from answer to end, is what counts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub bill_talk: bool,
+    /// A fault that the carrier reports, for a person to see.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice: Option<String>,
+    /// A word of the carrier's that maps to none of ours, and where it stands. It is counted beside the event, and is no news of the call.
+    #[serde(skip)]
+    pub unmapped: Option<(&'static str, String)>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// How the agent's audio stream fares. The order is the rank: a later report never takes it back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamStatus {
+    /// The agent hears the callee.
+    Started,
+    /// It goes on, badly.
+    Degraded,
+    /// It is over.
+    Stopped,
+    /// It broke, or never began.
+    Failed,
+}
+
+/// What a callback tells of the agent's audio stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stream {
+    /// The carrier's id of it.
+    pub id: Option<String>,
+    /// How it fares.
+    pub status: StreamStatus,
+    /// What broke it, as the carrier says.
+    pub error: Option<String>,
+}
+
+/// How a transfer fares. The order is the rank, a success above every failure: of two tries one that was answered counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransferStatus {
+    /// The person is dialled.
+    Initiated,
+    /// The person's phone rings.
+    Ringing,
+    /// It was taken back.
+    Cancelled,
+    /// It could not be made.
+    Failed,
+    /// Nobody answered.
+    NoAnswer,
+    /// The line was busy.
+    Busy,
+    /// The two talk.
+    Answered,
+    /// They have talked.
+    Completed,
+}
+
+/// What a callback tells of the leg that a call was transferred to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// The carrier's id of that leg.
+    pub leg: Option<String>,
+    /// How it fares.
+    pub status: TransferStatus,
 }
 
 /// A recording that the carrier holds.
@@ -114,23 +198,48 @@ pub enum CallbackEvent {
     Answer,
     /// The callee's phone rings.
     Ring,
+    /// Any step of the call: the carriers that have one URL for all of them.
+    Status,
     /// The call is over.
     Hangup,
     /// A recording is ready.
     Recording,
+    /// Whether a machine answered.
+    Machine,
+    /// The agent's audio stream began, ended or broke.
+    Stream,
+    /// A step of the leg that the call was transferred to; the answer may be a document.
+    Dial,
+    /// Somebody calls one of our numbers: no token, since the URL is the account's and not a call's.
+    Inbound,
 }
 
 impl CallbackEvent {
     /// All events, in the order in which a call has them.
-    pub const ALL: [Self; 4] = [Self::Ring, Self::Answer, Self::Recording, Self::Hangup];
+    pub const ALL: [Self; 9] = [
+        Self::Inbound,
+        Self::Status,
+        Self::Ring,
+        Self::Answer,
+        Self::Machine,
+        Self::Stream,
+        Self::Dial,
+        Self::Recording,
+        Self::Hangup,
+    ];
 
     /// The name in the path.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Answer => "answer",
             Self::Ring => "ring",
+            Self::Status => "status",
             Self::Hangup => "hangup",
             Self::Recording => "recording",
+            Self::Machine => "machine",
+            Self::Stream => "stream",
+            Self::Dial => "dial",
+            Self::Inbound => "inbound",
         }
     }
 }

@@ -67,6 +67,7 @@ const STORES: Right = With(&["store.view"]);
 const EDIT_STORES: Right = With(&["store.edit"]);
 const PROPERTIES: Right = With(&["property.view"]);
 const EDIT_PROPERTIES: Right = With(&["property.edit"]);
+const WEBHOOKS: Right = With(&["webhook.manage"]);
 const USAGE: Right = With(&["usage.view"]);
 
 /// Every table that there is or is about to be. One without a line here fails the test.
@@ -82,6 +83,7 @@ pub const WALLS: &[Wall] = &[
     reading("invitations",  With(&["member.manage"])),
     reading("audit_logs",   AUDIT),
     reading("impersonation_sessions", AUDIT),
+    reading("webhook_sources", WEBHOOKS),
     Wall { seen: "user_id = '{me}'", changeable: "user_id = '{me}'", in_the_way: Some("true"), ..wall("user_settings", Members, Members, Members, Members) },
     Wall { seen: "kind = 'agent'", ..reading("websocket_sessions", CALLS) },
     // Leads.
@@ -116,6 +118,7 @@ pub const WALLS: &[Wall] = &[
     reading("customer_totals", STORES),
     wall("orders",          STORES,              EDIT_STORES,                 EDIT_STORES,         Nobody),
     wall("order_line_items", STORES,             EDIT_STORES,                 EDIT_STORES,         Nobody),
+    reading("privacy_requests", STORES),
     wall("conversations",   STORES,              Nobody,                      EDIT_STORES,         Nobody),
     reading("conversation_messages", STORES),
     wall("calls",           With(&["store.view", "call.view"]), Nobody,       With(&["store.edit", "store.view", "call.view"]), Nobody),
@@ -137,6 +140,7 @@ pub const WALLS: &[Wall] = &[
     reading("credit_accounts", BILLING),
     reading("credit_ledger", BILLING),
     reading("credit_transactions", BILLING),
+    reading("call_charges", BILLING),
     // Reference data, with the rows of it that are one customer's own.
     reference("permissions", None),
     reference("tax_rates", None),
@@ -196,6 +200,14 @@ const RUNNING: &str = "set local session_replication_role = replica;
 const PAUSED: &str = "set local session_replication_role = replica;
     update public.campaigns set status = 'paused', open_leads = 100 where organization_id = '{org}';
     set local session_replication_role = origin";
+const AN_EVENT: &str = "insert into private.webhook_events
+      (id, received_at, organization_id, source, source_id, dedupe_key, kind, payload_type, status)
+    values ('e0e0e0e0-0000-4000-8000-000000000001', now(), '{org}', 'agent', 'isolation', 'isolation', 'isolation', 'nothing', 'ignored')";
+const A_RECORDING: &str = "insert into private.recordings
+      (organization_id, attempt_id, state, next_try_at, path, bytes, content_type, created_at)
+    values ('{org}', '{call_logs}', 'copied', null, 'isolation', 1, 'audio/mpeg', now())
+    on conflict (attempt_id) do update
+    set state = 'copied', next_try_at = null, path = excluded.path, bytes = 1, content_type = excluded.content_type";
 const ANOTHER_OWNER: &str = "update public.profiles set system_role = 'owner'
     where id = '00000008-0000-4000-9000-000000000008' and id <> '{me}'";
 const INVITED: &str = "update auth.users set email_confirmed_at = now() where id = '{me}';
@@ -239,6 +251,17 @@ pub const FUNCTIONS: &[Use] = &[
     after(RUNNING, call("cancel_campaign", RUN, "'{campaigns}'")),
     call("get_usage",             USAGE, ""),
     call("get_org_subscription",  BILLING, ""),
+    call("create_webhook_source", WEBHOOKS, "gen_random_uuid(), 'retell', 'isolation', 'v1.1.aaaa'"),
+    call("rotate_webhook_source_secret", WEBHOOKS, "'{webhook_sources}', 'v1.1.aaaa'"),
+    call("set_webhook_source_active", WEBHOOKS, "'{webhook_sources}', false"),
+    call("list_unmapped_values",  WEBHOOKS, ""),
+    call("complete_privacy_request", EDIT_STORES, "'{privacy_requests}'"),
+    call("list_webhook_events",   WEBHOOKS, ""),
+    after(AN_EVENT, call("get_webhook_event", WEBHOOKS, "'e0e0e0e0-0000-4000-8000-000000000001'")),
+    call("redrive_webhook_events", WEBHOOKS, "null, '{\"status\": \"dead\"}'"),
+    call("count_webhook_events",  WEBHOOKS, ""),
+    after(A_RECORDING, call("open_recording", With(&["call.listen"]), "'{call_logs}'")),
+    call("erase_person",          With(&["lead.delete"]), "'+919999999999'"),
 ];
 
 /// What a member holds by default: the views and `lead.edit`. An admin holds all but `organization.manage`, an owner all.

@@ -1,7 +1,16 @@
 //! Carriers' callbacks: verified, kept, and applied once, in whatever order they come.
 
+mod agents;
 mod away;
+mod deliveries;
+mod inbound;
+mod properties;
+mod recordings;
 mod refused;
+mod samples;
+mod silence;
+mod sources;
+mod storm;
 
 use anyhow::Result;
 use serde_json::{Value, json};

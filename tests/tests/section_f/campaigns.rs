@@ -212,13 +212,40 @@ const DISAGREEMENTS: &str = "
           where attempt.organization_id = log.organization_id
         )
       union all
+      select problem from private.check_holds()
+      union all
+      select problem from private.check_credit()
+      union all
+      select format('%s seconds used and %s held of 60', log.usage_count, log.reserved)
+      from public.usage_logs as log
+      join public.subscriptions as subscription using (organization_id)
+      join public.subscription_plans as plan on plan.id = subscription.plan_id
+      where plan.slug = 'minute' and log.feature_key = 'call_seconds' and log.usage_count + log.reserved > 60
+      union all
+      select format('wallet: %s consumed, calls cost %s', wallet.total_consumed_minor, coalesce(sum(charge.charged_minor), 0))
+      from public.call_credits as wallet
+      left join public.call_charges as charge using (organization_id, currency)
+      group by wallet.id
+      having wallet.total_consumed_minor <> coalesce(sum(charge.charged_minor), 0) or sum(charge.uncollected_minor) > 0
+      union all
       select format('event %s: %s', event.kind, event.error) from private.webhook_events as event where event.status = 'failed'
     ) as found";
 
 #[tokio::test]
 async fn whatever_sixteen_sessions_do_at_once_every_count_agrees_in_the_end() -> Result<()> {
-    let world = World::with("select scene.subscribe(1, 'plenty'), scene.subscribe(2, 'five')").await?;
+    everything_at_once("select scene.subscribe(1, 'plenty'), scene.subscribe(2, 'five')").await
+}
+
+#[tokio::test]
+async fn whatever_sixteen_sessions_do_at_once_what_is_held_and_paid_agrees_in_the_end() -> Result<()> {
+    everything_at_once("select scene.subscribe(1, 'prepaid'), scene.subscribe(2, 'minute'); select scene.credit(3000)")
+        .await
+}
+
+async fn everything_at_once(plans: &str) -> Result<()> {
+    let world = World::with(plans).await?;
     world.is("select scene.campaign(1 + n % 2, 10 * n + 1, 10 * n + 2, 10 * n + 3, 10 * n + 4) from generate_series(1, 8) as n").await?;
+    world.is("select scene.longest(30)").await?;
     let lead = |n: usize| 10 * (1 + n % 8) + 1 + n / 8 % 4;
     let done = |n: usize, step: usize| {
         let (number, key) = (lead(n), n % 3);

@@ -17,20 +17,24 @@ values ('Issuer', 'KA', 'IN', 'Asia/Kolkata')
 on conflict on constraint billing_issuer_pkey do update
 set legal_name = 'Issuer', state_code = 'KA', country_code = 'IN', timezone = 'Asia/Kolkata', payment_terms_days = 15;
 
--- Plenty has no limits, Five allows five calls, Metered costs 999.00 a month; each has three seats.
+-- Plenty has no limits, Five allows five calls, Metered costs 999.00 a month, Minute stops after 60 seconds, Prepaid is paid with
+-- credit from the first second on, Mixed has three calls and then takes credit; each has three seats.
 insert into public.subscription_plans (id, slug, name, features)
 select scene.id('a100', number::integer), slug, initcap(slug), '{"max_users": 3}'
-from unnest(array['plenty', 'five', 'metered']) with ordinality as plan (slug, number);
+from unnest(array['plenty', 'five', 'metered', 'minute', 'prepaid', 'mixed']) with ordinality as plan (slug, number);
 insert into public.plan_prices (id, plan_id, version, base_minor)
 select scene.id('a200', number), scene.id('a100', number), 1, case number when 3 then 99900 else 0 end
-from generate_series(1, 3) as number;
+from generate_series(1, 6) as number;
 insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor, overage_unit, limit_units, hard)
 values
   (scene.id('a200', 2), 'ai_calls', 5, null, 1, 5, true),
   (scene.id('a200', 3), 'ai_calls', -1, null, 1, -1, false),
-  (scene.id('a200', 3), 'call_seconds', 60, 600, 60, -1, false);
+  (scene.id('a200', 3), 'call_seconds', 60, 600, 60, -1, false),
+  (scene.id('a200', 4), 'call_seconds', 60, null, 1, 60, true);
+insert into public.plan_price_meters (plan_price_id, meter_key, included_units, credit_price_minor, credit_unit)
+values (scene.id('a200', 5), 'call_seconds', 0, 600, 60), (scene.id('a200', 6), 'ai_calls', 3, 600, 60);
 
-insert into public.carrier_accounts (id, provider, account_sid, auth_token_sealed, api_base, max_concurrent_calls)
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base, max_concurrent_calls)
 values (scene.id('c100', 1), 'plivo', 'MATEST', 'sealed', 'https://carrier.example.com', 1000);
 insert into public.organizations (id, name, state_code, max_concurrent_calls)
 values (scene.id('8000', 1), 'Near', 'KA', 1000), (scene.id('8000', 2), 'Far', 'MH', 1000);
@@ -116,6 +120,9 @@ create function scene.phone(number integer) returns text
 language sql immutable as $$ select '+9170000' || lpad(number::text, 5, '0') $$;
 create function scene.number(phone text) returns integer
 language sql immutable as $$ select right(phone, 5)::integer $$;
+-- How long calls may last from now on.
+create function scene.longest(seconds integer) returns void
+language sql as $$ update public.campaigns set max_call_seconds = seconds $$;
 -- The latest attempt of a number.
 create function scene.attempt(number integer) returns uuid
 language sql as $$ select log.id from public.call_logs as log where log.callee_number = scene.phone(number) order by log.id desc limit 1 $$;

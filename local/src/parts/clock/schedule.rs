@@ -72,17 +72,18 @@ mod tests {
         let jobs: Vec<_> = ours.iter().map(|tick| (tick.job.as_str(), tick.function.as_str())).collect();
         let expected = [
             ("sweep", "webhook-intake"),
+            ("retention", "webhook-intake"),
             ("release", "call-dispatch"),
             ("reconcile", "call-dispatch"),
             ("close_periods", "invoice-generation"),
         ];
         assert_eq!(jobs, expected);
-        assert_eq!(serde_json::from_slice::<Value>(&ours[1].input).unwrap(), json!({ "job": "release" }));
+        assert_eq!(serde_json::from_slice::<Value>(&ours[2].input).unwrap(), json!({ "job": "release" }));
     }
 
     #[test]
     fn a_fast_clock_fires_more_often_up_to_a_bound() {
-        let every = |speed| ours(speed)[1].every;
+        let every = |speed| ours(speed)[2].every;
         assert_eq!(every(1.0), Duration::from_secs(60));
         assert_eq!(every(60.0), Duration::from_secs(1));
         assert_eq!(every(100_000.0), SHORTEST);

@@ -65,6 +65,15 @@ impl Access {
         }
     }
 
+    /// Whether it is the service that asks; a user may not, and who has no key at all is told so.
+    pub(super) fn is_service(&self, headers: &HeaderMap, api_key: Option<&str>) -> Result<bool, Refusal> {
+        let own = headers.get(header::AUTHORIZATION).and_then(|own| own.to_str().ok()).and_then(bearer);
+        let key = api_key.or(own).ok_or(Refusal::NoKey)?;
+        let kind = self.kind_of(key).ok_or(Refusal::UnknownKey)?;
+        // A user's token beside a key makes it the user's request.
+        Ok(kind == KeyKind::Secret && own.is_none_or(|token| token == key))
+    }
+
     fn role_token(&self, kind: KeyKind) -> Result<HeaderValue, Refusal> {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         if tokens.as_ref().is_none_or(|(made, ..)| made.elapsed() > TOKEN_REUSE) {

@@ -10,13 +10,17 @@ fn ours() -> Template {
 fn our_queues_have_dead_letters_and_rest_for_six_timeouts() {
     let template = ours();
     let names: Vec<_> = template.queues.iter().map(|queue| queue.name.as_str()).collect();
-    assert_eq!(names, ["trunkline-intake", "trunkline-intake-dead", "trunkline-dial", "trunkline-dial-dead"]);
+    let wanted =
+        ["intake", "recording", "dial"].map(|name| [format!("trunkline-{name}"), format!("trunkline-{name}-dead")]);
+    assert_eq!(names, wanted.as_flattened());
     for function in &template.functions {
         for event in &function.sqs_events {
             let queue = template.queue(&event.queue).unwrap();
             assert!(queue.visibility_timeout >= function.timeout * 6, "{}", queue.name);
             assert!(event.report_batch_item_failures, "{}", queue.name);
-            assert_eq!((event.batch_size, event.maximum_concurrency), (10, Some(10)));
+            // Each recording has a whole invocation to be copied in.
+            let expected = if queue.logical_id == "RecordingQueue" { (1, Some(5)) } else { (10, Some(10)) };
+            assert_eq!((event.batch_size, event.maximum_concurrency), expected);
             let redrive = queue.redrive.as_ref().unwrap();
             assert!(redrive.max_receive_count >= 5);
             let dead = template.queue(&redrive.target).unwrap();

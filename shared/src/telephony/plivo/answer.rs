@@ -1,84 +1,66 @@
-//! Plivo XML for an answered call.
+//! Plivo XML, as Plivo's SDK renders it: the order of attributes is the SDK's.
 
-/// What the callee is connected to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stream<'a> {
-    /// `wss://` URL of the voice agent, at most 2,048 characters.
-    pub url: &'a str,
-    /// Where the recording is reported; `None` when the call is not recorded.
-    pub recording_callback: Option<&'a str>,
+use crate::telephony::{
+    carrier::{Answer, Connect, Dial, SORRY},
+    xml::Element,
+};
+
+/// Writes a document.
+pub fn write(answer: &Answer<'_>) -> String {
+    let response = Element::new("Response");
+    let response = match answer {
+        Answer::Connect(connect) => agent(response, connect),
+        Answer::Dial(dial) => person(response, dial),
+        Answer::Sorry => response.child(Element::new("Speak").text(SORRY)).child(Element::new("Hangup")),
+        Answer::Hangup => response.child(Element::new("Hangup")),
+        Answer::Reject(reason) => response.child(Element::new("Hangup").with("reason", reason.as_str())),
+        Answer::Nothing => response,
+    };
+    response.render("/>")
 }
 
 /// Connects the call with the voice agent, both ways, and keeps it up for as long as the agent's socket is open.
 ///
 /// `keepCallAlive` is what keeps a call with nothing but a stream from ending at once (4010); `<Record>` must stand before the stream.
-pub fn connect(stream: &Stream<'_>) -> String {
-    let record = stream.recording_callback.map_or_else(String::new, |callback| {
-        format!(
-            r#"<Record fileFormat="mp3" maxLength="3600" recordSession="true" callbackUrl="{}" callbackMethod="POST"/>"#,
-            escape(callback)
-        )
-    });
-    format!(
-        r#"<Response>{record}<Stream bidirectional="true" contentType="audio/x-mulaw;rate=8000" keepCallAlive="true">{}</Stream></Response>"#,
-        escape(stream.url)
+fn agent(response: Element, connect: &Connect<'_>) -> Element {
+    let response = match connect.recording_callback {
+        Some(callback) => response.child(
+            Element::new("Record")
+                .with("fileFormat", "mp3")
+                .with("maxLength", 3600)
+                .with("recordSession", true)
+                .with("callbackUrl", callback)
+                .with("callbackMethod", "POST"),
+        ),
+        None => response,
+    };
+    let headers =
+        connect.parameters.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(",");
+    response.child(
+        Element::new("Stream")
+            .with("bidirectional", true)
+            .maybe("statusCallbackUrl", connect.stream_callback)
+            .maybe("statusCallbackMethod", connect.stream_callback.map(|_| "POST"))
+            .with("contentType", "audio/x-mulaw;rate=8000")
+            .maybe("extraHeaders", Some(headers).filter(|headers| !headers.is_empty()))
+            .with("keepCallAlive", true)
+            .text(connect.url),
     )
 }
 
-/// Ends the call.
-pub fn hangup() -> String {
-    "<Response><Hangup/></Response>".to_owned()
-}
-
-/// Nothing to do: the answer to a callback that wants no document.
-pub fn nothing() -> String {
-    "<Response/>".to_owned()
-}
-
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            other => escaped.push(other),
-        }
-    }
-    escaped
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::Value;
-
-    const GOLDEN: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/xml_golden.json"));
-
-    fn golden(id: &str) -> String {
-        let documents: Vec<Value> = serde_json::from_str(GOLDEN).unwrap();
-        let document = documents.iter().find(|d| d["id"] == id).unwrap();
-        document["xml"].as_str().unwrap().to_owned()
-    }
-
-    #[test]
-    fn a_recorded_stream_is_the_sdk_s() {
-        let document = connect(&Stream {
-            url: "wss://voice.example.com/stream/x",
-            recording_callback: Some("https://api.example.com/v1/webhooks/plivo/recording?attempt=01J9Z"),
-        });
-        assert_eq!(document, golden("plivo-record-stream"));
-    }
-
-    #[test]
-    fn nothing_is_the_sdk_s() {
-        assert_eq!(nothing(), golden("plivo-empty"));
-    }
-
-    #[test]
-    fn text_cannot_become_markup() {
-        let document = connect(&Stream { url: "wss://x/<Hangup/>&\"", recording_callback: None });
-        assert!(document.contains("wss://x/&lt;Hangup/&gt;&amp;&quot;</Stream>"));
-    }
+/// Connects the call with a person, and ends it when that is over.
+fn person(response: Element, dial: &Dial<'_>) -> Element {
+    // Plivo writes numbers without a plus sign.
+    let number = |number: &str| number.trim_start_matches('+').to_owned();
+    let element = Element::new("Dial")
+        .maybe("action", dial.action)
+        .maybe("method", dial.action.map(|_| "POST"))
+        .with("timeLimit", dial.time_limit)
+        .with("timeout", dial.timeout)
+        .with("callerId", number(dial.caller_id))
+        .maybe("callbackUrl", dial.leg_callback)
+        .maybe("callbackMethod", dial.leg_callback.map(|_| "POST"))
+        .with("redirect", false)
+        .child(Element::new("Number").text(&number(dial.to)));
+    response.child(element).child(Element::new("Hangup"))
 }

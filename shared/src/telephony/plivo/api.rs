@@ -269,8 +269,7 @@ impl Record {
             ended_at: self.end_time.as_deref().and_then(instant),
             from: self.from_number.as_deref().and_then(e164),
             to: self.to_number.as_deref().and_then(e164),
-            recording: None,
-            machine: None,
+            ..CallReport::default()
         }
     }
 }
