@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := 'de0dc46e8c95';
+  version   constant text := 'ebca5d9a3024';
   installed text;
   clash     text;
 begin
@@ -27,8 +27,8 @@ begin
       'calling_holidays', 'websocket_sessions', 'meters', 'subscription_plans', 'plan_prices', 'plan_price_meters',
       'subscriptions', 'usage_logs', 'usage_days', 'call_credits', 'credit_accounts', 'credit_transactions',
       'credit_ledger', 'call_charges', 'tax_rates', 'invoices', 'invoice_lines', 'invoice_taxes', 'payment_methods',
-      'payments', 'refunds', 'credit_notes', 'credit_note_lines', 'credit_note_taxes', 'webhook_sources', 'audit_logs',
-      'platform_audit_logs', 'impersonation_sessions'
+      'payments', 'refunds', 'credit_notes', 'credit_note_lines', 'credit_note_taxes', 'webhook_sources',
+      'webhook_endpoints', 'event_deliveries', 'audit_logs', 'platform_audit_logs', 'impersonation_sessions'
     );
   if installed like 'Trunkline %' then
     raise exception 'another version of Trunkline is installed here (%); apply supabase/migrations with `supabase db push` instead', installed;
@@ -6229,11 +6229,13 @@ comment on column public.meters.unit is 'The unit of its quantities, singular: c
 comment on column public.meters.is_reserved is 'Counted by the platform alone; usage events from outside are refused.';
 comment on column public.meters.position is 'Order on invoices and in usage lists, lowest first.';
 
--- Calls are counted by the database itself, so these two are part of the schema and not of the seed.
+-- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the others are reported.
 insert into public.meters (key, name, unit, is_reserved, position)
 values
   ('ai_calls', 'AI calls', 'call', true, 10),
-  ('call_seconds', 'Calling time', 'second', true, 20)
+  ('call_seconds', 'Calling time', 'second', true, 20),
+  ('agent_tokens', 'Agent tokens', 'token', false, 30),
+  ('recording_seconds', 'Recordings', 'second', false, 40)
 on conflict (key) do nothing;
 
 -- Plans ---------------------------------------------------------------------------------------------------------------------------
@@ -6613,6 +6615,8 @@ create table public.usage_logs (
   metadata        jsonb not null default '{}',
   created_at      timestamptz not null default private.clock_now(),
   prepaid         bigint not null default 0,
+  plan_price_id   uuid references public.plan_prices (id) on delete restrict,
+  billed_count    bigint,
   constraint usage_logs_tenant_key unique (organization_id, id),
   constraint usage_logs_period_key unique (organization_id, feature_key, period_start),
   constraint usage_logs_periods_apart exclude using gist (
@@ -6621,11 +6625,13 @@ create table public.usage_logs (
   constraint usage_logs_period_ordered check (period_start < period_end),
   constraint usage_logs_count_not_negative check (usage_count >= 0),
   constraint usage_logs_reserved_not_negative check (reserved >= 0),
-  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count)
+  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count),
+  constraint usage_logs_billed_at_a_price check ((plan_price_id is null) = (billed_count is null))
 ) with (fillfactor = 50);
 
 create index idx_usage_logs_org_period on public.usage_logs (organization_id, period_start, period_end);
 create index idx_usage_logs_meter on public.usage_logs (feature_key);
+create index idx_usage_logs_price on public.usage_logs (plan_price_id) where plan_price_id is not null;
 
 revoke all on public.usage_logs from anon, authenticated, service_role;
 grant select on public.usage_logs to authenticated, service_role;
@@ -6645,7 +6651,10 @@ comment on column public.usage_logs.prepaid is
   'Equals the sum of usage_days over the period.';
 comment on column public.usage_logs.period_start is 'First local day of the period.';
 comment on column public.usage_logs.period_end is 'First local day after the period.';
-comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later counts in the next one.';
+comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later still counts here, and an adjustment '
+  'on the next invoice bills it.';
+comment on column public.usage_logs.plan_price_id is 'The price at which the period was billed, and at which what comes late is.';
+comment on column public.usage_logs.billed_count is 'Units that invoices have billed of it so far, without what was prepaid; null until it is closed.';
 
 create table public.usage_days (
   organization_id uuid not null references public.organizations (id) on delete restrict,
@@ -6680,6 +6689,9 @@ create table private.usage_keys (
   source          text not null,
   key             text not null,
   body_hash       bytea,
+  meter_key       text,
+  occurred_at     timestamptz,
+  quantity        bigint,
   constraint usage_keys_pkey primary key (organization_id, source, key)
 ) partition by hash (organization_id);
 
@@ -6702,6 +6714,10 @@ comment on column private.usage_keys.source is
 comment on column private.usage_keys.key is 'The event''s id in its source; for a call the attempt''s id.';
 comment on column private.usage_keys.body_hash is
   'First 16 bytes of the SHA-256 of what was said under this key; null for a call that ended without a billed second.';
+comment on column private.usage_keys.meter_key is 'What was counted, of a call its seconds; null for a correction and while nothing was counted.';
+comment on column private.usage_keys.occurred_at is 'When it happened, which is where its event is found.';
+comment on column private.usage_keys.quantity is
+  'What was counted under this key, with all that corrected it: never less than zero. Null for a correction itself.';
 
 create table private.usage_events (
   id              uuid not null default private.uuid_v7(),
@@ -6713,8 +6729,9 @@ create table private.usage_events (
   occurred_at     timestamptz not null,
   day             date not null,
   recorded_at     timestamptz not null,
+  corrects        text,
   constraint usage_events_pkey primary key (occurred_at, id),
-  constraint usage_events_quantity_positive check (quantity > 0)
+  constraint usage_events_quantity_signed check (quantity > 0 or corrects is not null and quantity <> 0)
 ) partition by range (occurred_at);
 
 select private.close_table('private.usage_events');
@@ -6723,7 +6740,10 @@ comment on table private.usage_events is
   'Every event that was counted, append-only, split by month of occurrence (UTC). Its key row ties it to the organization.';
 comment on column private.usage_events.occurred_at is 'When it happened, in business time.';
 comment on column private.usage_events.day is
-  'The local day it was counted on; later than the day it occurred on when that day''s period was already billed.';
+  'The local day on which it counts, by the time zone of the subscription when it came.';
+comment on column private.usage_events.corrects is
+  'The key, in the same source, of the event whose quantity this one changes; only such an event may be negative. It counts on that '
+  'event''s day.';
 comment on column private.usage_events.recorded_at is 'When it was counted, in business time.';
 
 create function private.refuse_event_change() returns trigger
@@ -7163,6 +7183,39 @@ comment on column public.call_charges.charged_minor is 'What was taken from prep
 comment on column public.call_charges.uncollected_minor is
   'What the call cost beyond the credit that there was, where the plan has no price for overage: recorded, and billed to nobody.';
 comment on column public.call_charges.transaction_id is 'The consumption in the credit ledger; null when nothing was taken.';
+
+create table private.call_corrections (
+  correction_id   text not null,
+  organization_id uuid not null,
+  call_log_id     uuid not null,
+  seconds         bigint not null,
+  credit_seconds  bigint not null,
+  overage_seconds bigint not null,
+  charged_minor   bigint not null,
+  transaction_id  uuid,
+  created_at      timestamptz not null,
+  constraint call_corrections_pkey primary key (correction_id),
+  constraint call_corrections_charge_fkey foreign key (organization_id, call_log_id)
+    references public.call_charges (organization_id, call_log_id) on delete restrict,
+  constraint call_corrections_transaction_fkey foreign key (organization_id, transaction_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint call_corrections_change_something check (seconds <> 0)
+);
+
+create index idx_call_corrections_call on private.call_corrections (organization_id, call_log_id);
+create index idx_call_corrections_transaction on private.call_corrections (organization_id, transaction_id) where transaction_id is not null;
+select private.close_table('private.call_corrections');
+
+create trigger call_corrections_is_append_only before update or delete or truncate on private.call_corrections
+  for each statement execute function private.refuse_money_change();
+
+comment on table private.call_corrections is
+  'How a charge changed when the carrier corrected the seconds of its call, append-only: what a call cost is its charge and all of these.';
+comment on column private.call_corrections.correction_id is 'The key of the usage event that corrected the seconds.';
+comment on column private.call_corrections.seconds is 'By how much the call became longer, or, negative, shorter.';
+comment on column private.call_corrections.credit_seconds is 'Of this, what credit pays for, or gets back.';
+comment on column private.call_corrections.overage_seconds is 'Of this, what the invoice bills, or no longer bills.';
+comment on column private.call_corrections.charged_minor is 'What was taken from prepaid credit; negative is given back.';
 -- 08_invoicing.sql
 
 -- Invoices, their lines and taxes, and what numbers them.
@@ -7172,6 +7225,44 @@ comment on column public.call_charges.transaction_id is 'The consumption in the 
 -- client writes here at all.
 
 -- Who sends the invoices ----------------------------------------------------------------------------------------------------------
+
+create table private.billing_logos (
+  id  text primary key,
+  png bytea not null,
+  constraint billing_logos_id_is_hash check (id = encode(sha256(png), 'hex')),
+  constraint billing_logos_is_png check (substring(png for 8) = '\x89504e470d0a1a0a'),
+  constraint billing_logos_small check (length(png) <= 65536)
+);
+select private.close_table('private.billing_logos');
+
+comment on table private.billing_logos is
+  'Logos of the issuer, each kept under its hash for as long as an invoice may name it: a new logo does not change an old invoice.';
+
+create table private.gst_states (
+  code    text primary key,
+  letters text not null,
+  name    text not null,
+  constraint gst_states_letters_key unique (letters),
+  constraint gst_states_code_format check (code ~ '^[0-9]{2}$'),
+  constraint gst_states_letters_format check (letters ~ '^[A-Z]{2}$')
+);
+select private.close_table('private.gst_states');
+
+comment on table private.gst_states is 'India''s states as a GSTIN begins: the place of supply on an invoice and in a return.';
+comment on column private.gst_states.letters is 'The two letters of ISO 3166-2:IN, as an address may give them.';
+
+insert into private.gst_states (code, letters, name)
+values
+  ('01', 'JK', 'Jammu and Kashmir'), ('02', 'HP', 'Himachal Pradesh'), ('03', 'PB', 'Punjab'), ('04', 'CH', 'Chandigarh'),
+  ('05', 'UK', 'Uttarakhand'), ('06', 'HR', 'Haryana'), ('07', 'DL', 'Delhi'), ('08', 'RJ', 'Rajasthan'), ('09', 'UP', 'Uttar Pradesh'),
+  ('10', 'BR', 'Bihar'), ('11', 'SK', 'Sikkim'), ('12', 'AR', 'Arunachal Pradesh'), ('13', 'NL', 'Nagaland'), ('14', 'MN', 'Manipur'),
+  ('15', 'MZ', 'Mizoram'), ('16', 'TR', 'Tripura'), ('17', 'ML', 'Meghalaya'), ('18', 'AS', 'Assam'), ('19', 'WB', 'West Bengal'),
+  ('20', 'JH', 'Jharkhand'), ('21', 'OD', 'Odisha'), ('22', 'CG', 'Chhattisgarh'), ('23', 'MP', 'Madhya Pradesh'), ('24', 'GJ', 'Gujarat'),
+  ('26', 'DH', 'Dadra and Nagar Haveli and Daman and Diu'), ('27', 'MH', 'Maharashtra'), ('29', 'KA', 'Karnataka'), ('30', 'GA', 'Goa'),
+  ('31', 'LD', 'Lakshadweep'), ('32', 'KL', 'Kerala'), ('33', 'TN', 'Tamil Nadu'), ('34', 'PY', 'Puducherry'),
+  ('35', 'AN', 'Andaman and Nicobar Islands'), ('36', 'TS', 'Telangana'), ('37', 'AP', 'Andhra Pradesh'), ('38', 'LA', 'Ladakh'),
+  ('97', 'OT', 'Other Territory')
+on conflict (code) do nothing;
 
 create table private.billing_issuer (
   singleton          boolean primary key default true,
@@ -7188,13 +7279,25 @@ create table private.billing_issuer (
   timezone           text not null,
   sac_code           text,
   payment_terms_days integer not null default 15,
+  pan                text,
+  phone              text,
+  website            text,
+  note               text,
+  color              text,
+  page_size          text,
+  logo_id            text references private.billing_logos (id) on delete restrict,
   constraint billing_issuer_one_row check (singleton),
   constraint billing_issuer_name_present check (btrim(legal_name) <> ''),
   constraint billing_issuer_gstin_format check (gstin ~ '^[0-9]{2}[A-Z0-9]{13}$'),
   constraint billing_issuer_state_code_format check (state_code ~ '^[A-Z0-9]{1,3}$'),
   constraint billing_issuer_country_code_format check (country_code ~ '^[A-Z]{2}$'),
-  constraint billing_issuer_terms_range check (payment_terms_days between 0 and 365)
+  constraint billing_issuer_terms_range check (payment_terms_days between 0 and 365),
+  constraint billing_issuer_pan_format check (pan ~ '^[A-Z]{5}[0-9]{4}[A-Z]$'),
+  constraint billing_issuer_note_length check (length(note) <= 600),
+  constraint billing_issuer_color_format check (color ~ '^#[0-9a-f]{6}$'),
+  constraint billing_issuer_page_size_known check (page_size in ('A4', 'Letter'))
 );
+create index idx_billing_issuer_logo on private.billing_issuer (logo_id);
 select private.close_table('private.billing_issuer');
 
 create trigger check_timezone before insert or update of timezone on private.billing_issuer
@@ -7204,6 +7307,9 @@ comment on table private.billing_issuer is 'Our own particulars, one row: copied
 comment on column private.billing_issuer.state_code is 'The state we supply from, spelled as in organizations.state_code.';
 comment on column private.billing_issuer.timezone is 'Decides an invoice''s date and the month in its number.';
 comment on column private.billing_issuer.sac_code is 'The service accounting code printed on Indian invoices.';
+comment on column private.billing_issuer.note is 'Printed below the total: how to pay, the bank account.';
+comment on column private.billing_issuer.color is 'Of the documents'' title and rules: #0f4c81. Too light a colour is darkened until it can be read.';
+comment on column private.billing_issuer.page_size is 'A4 or Letter; null follows the country.';
 
 -- Tax rates -----------------------------------------------------------------------------------------------------------------------
 
@@ -7352,7 +7458,7 @@ create table public.invoice_lines (
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage')),
+  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage', 'adjustment')),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
   constraint invoice_lines_price_units_positive check (price_units > 0)
 );
@@ -7368,9 +7474,11 @@ create policy "Members who may see billing see the invoices' lines" on public.in
 
 comment on table public.invoice_lines is
   'What an invoice charges for, line by line; the one place where an amount is rounded, half away from zero.';
-comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it.';
+comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; adjustment: what a period that was billed '
+  'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
-comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once.';
+comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of an adjustment the difference of two such amounts, so that a period costs '
+  'the same however late its usage comes.';
 
 create table public.invoice_taxes (
   id              uuid primary key default gen_random_uuid(),
@@ -7398,6 +7506,36 @@ create policy "Members who may see billing see the invoices' taxes" on public.in
 comment on table public.invoice_taxes is
   'The taxes of an invoice, one row a component, each rounded once and alone: CGST and SGST may differ from IGST by one paisa.';
 comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal.';
+
+create table private.usage_adjustments (
+  event_id        uuid not null,
+  organization_id uuid not null,
+  meter_key       text not null,
+  period_start    date not null,
+  occurred_at     timestamptz not null,
+  quantity        bigint not null,
+  recorded_at     timestamptz not null,
+  settled_at      timestamptz,
+  invoice_line_id uuid,
+  constraint usage_adjustments_pkey primary key (event_id),
+  constraint usage_adjustments_period_fkey foreign key (organization_id, meter_key, period_start)
+    references public.usage_logs (organization_id, feature_key, period_start) on delete restrict,
+  constraint usage_adjustments_line_fkey foreign key (organization_id, invoice_line_id)
+    references public.invoice_lines (organization_id, id) on delete restrict,
+  constraint usage_adjustments_line_settles check (invoice_line_id is null or settled_at is not null)
+);
+
+create index idx_usage_adjustments_open on private.usage_adjustments (organization_id, meter_key, period_start) where settled_at is null;
+create index idx_usage_adjustments_period on private.usage_adjustments (organization_id, meter_key, period_start);
+create index idx_usage_adjustments_line on private.usage_adjustments (organization_id, invoice_line_id) where invoice_line_id is not null;
+select private.close_table('private.usage_adjustments');
+
+comment on table private.usage_adjustments is
+  'Events that came after their period was billed, and the invoice line that billed each: they count in their own period, and the next '
+  'invoice bills the difference at that period''s price.';
+comment on column private.usage_adjustments.period_start is 'The period that they belong to.';
+comment on column private.usage_adjustments.settled_at is 'When the difference was settled; null while an invoice has still to.';
+comment on column private.usage_adjustments.invoice_line_id is 'The line that billed it; null also where the difference cost nothing.';
 
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
@@ -7437,7 +7575,7 @@ begin
   new.finalized_at := coalesce(new.finalized_at, private.clock_now());
   new.invoice_date := coalesce(new.invoice_date, (new.finalized_at at time zone (new.issuer ->> 'timezone'))::date);
   new.due_date := coalesce(new.due_date, new.invoice_date + coalesce((new.issuer ->> 'payment_terms_days')::integer, 0));
-  month := to_char(new.finalized_at at time zone (new.issuer ->> 'timezone'), 'YYYYMM');
+  month := private.series_month(new.finalized_at, new.issuer ->> 'timezone');
   new.invoice_number := private.invoice_number(month, private.take_invoice_numbers(month, 1));
   return new;
 end
@@ -7959,7 +8097,7 @@ begin
     if not found then
       raise exception 'a credit note is issued against a final invoice of its currency' using errcode = '23514';
     end if;
-    month := to_char(new.issued_at at time zone (new.issuer ->> 'timezone'), 'YYYYMM');
+    month := private.series_month(new.issued_at, new.issuer ->> 'timezone');
     new.credit_note_number := private.credit_note_number(month, private.take_credit_note_number(month));
   end if;
   return new;
@@ -8365,13 +8503,20 @@ create table private.outbox (
   attempts        integer not null default 0 check (attempts >= 0),
   next_attempt_at timestamptz,
   last_error      text,
+  object          text,
+  sequence        bigint check (sequence > 0),
   unique (topic, key)
 );
 create index idx_outbox_organization_id on private.outbox (organization_id, id) where dispatched_at is null;
+create index idx_outbox_waiting on private.outbox (organization_id, id) where dispatched_at is null and sequence is not null;
+create index idx_outbox_told on private.outbox (organization_id, created_at, id) where sequence is not null;
 select private.close_table('private.outbox');
 comment on table private.outbox is
   'What happened and is to be told, written in the transaction in which it happened; one row a topic and key, so that nothing is told twice.';
 comment on column private.outbox.created_at is 'Business time.';
+comment on column private.outbox.dispatched_at is 'When it was handed to the organization''s endpoints, one delivery each; at once where there were none.';
+comment on column private.outbox.object is 'What it is about, as call:<id>; null for what is told to nobody outside.';
+comment on column private.outbox.sequence is 'Rises with every event of the object; null for what is told to nobody outside.';
 
 create function private.emit(organization uuid, topic text, key text, payload jsonb, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
@@ -8383,6 +8528,146 @@ end
 $$;
 comment on function private.emit(uuid, text, text, jsonb, timestamptz) is
   'Puts one event into the outbox; the same topic and key again changes nothing.';
+
+
+-- Events out ----------------------------------------------------------------------------------------------------------------------
+-- What of the outbox is told to an organization's own systems. What makes and delivers them: 19_functions_event_delivery.sql.
+
+create table private.event_types (
+  topic       text primary key check (topic ~ '^[a-z_]+\.[a-z_]+$'),
+  version     smallint not null default 1 check (version >= 1),
+  description text not null
+);
+select private.close_table('private.event_types');
+comment on table private.event_types is
+  'What organizations'' own systems may be told. A topic of the outbox that is not here is internal. Each has a JSON schema in docs/events.';
+comment on column private.event_types.version is 'Rises when what the event carries changes in a way that a receiver could trip over.';
+insert into private.event_types (topic, description)
+values
+  ('call.started', 'The carrier has taken a call, or one came in.'),
+  ('call.answered', 'Somebody, or a machine, picked up.'),
+  ('call.ended', 'A call is over, and how.'),
+  ('call.analyzed', 'What the voice agent made of a call is there.'),
+  ('lead.created', 'There is a new lead.'),
+  ('lead.opted_out', 'A lead is not to be called any more.'),
+  ('campaign.started', 'A campaign begins to call.'),
+  ('campaign.paused', 'A campaign begins no more calls for now.'),
+  ('campaign.resumed', 'A paused campaign goes on.'),
+  ('campaign.completed', 'Every lead of a campaign is through.'),
+  ('campaign.cancelled', 'A campaign was called off.'),
+  ('usage.threshold', 'Usage reached a share of what the plan includes.'),
+  ('credit.low', 'Prepaid credit fell below its mark.'),
+  ('subscription.created', 'A subscription begins.'),
+  ('subscription.changed', 'A subscription''s plan, price or state changed.'),
+  ('subscription.cancelled', 'A subscription is over.'),
+  ('invoice.finalized', 'There is a new invoice, with its number.'),
+  ('invoice.paid', 'An invoice is paid in full.'),
+  ('invoice.payment_failed', 'A payment of an invoice failed.'),
+  ('invoice.past_due', 'An invoice was not paid by its due date.'),
+  ('credit_note.issued', 'There is a new credit note, with its number.'),
+  ('order.created', 'A store has a new order.'),
+  ('order.updated', 'An order''s state, payment or fulfilment changed.'),
+  ('order.cancelled', 'An order was cancelled.'),
+  ('conversation.escalated', 'A store''s customer is handed to a person.'),
+  ('endpoint.disabled', 'An endpoint was switched off, because it failed for days or said that it is gone.'),
+  ('endpoint.test', 'A test that somebody asked for; sent to one endpoint, whatever it listens to.');
+
+create table private.event_sequences (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  object          text not null,
+  last            bigint not null check (last > 0),
+  primary key (organization_id, object)
+);
+select private.close_table('private.event_sequences');
+comment on table private.event_sequences is 'The last number given to an event of an object. Its row is the lock that keeps two events of one object apart.';
+
+create table public.webhook_endpoints (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  url             text not null check (url ~ '^https?://[^\s/]\S*$' and length(url) <= 2048),
+  description     text check (length(description) <= 200),
+  events          text[] not null default '{}',
+  enabled         boolean not null default true,
+  disabled_reason text check (disabled_reason in ('user', 'gone', 'failing')),
+  disabled_at     timestamptz,
+  failing_since   timestamptz,
+  created_by      uuid,
+  created_at      timestamptz not null default private.clock_now(),
+  updated_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by),
+  check (enabled = (disabled_reason is null) and enabled = (disabled_at is null))
+);
+create index idx_webhook_endpoints_created_by on public.webhook_endpoints (organization_id, created_by);
+create index idx_webhook_endpoints_enabled on public.webhook_endpoints (organization_id) where enabled;
+
+revoke all on public.webhook_endpoints from anon, authenticated, service_role;
+grant select on public.webhook_endpoints to authenticated, service_role;
+alter table public.webhook_endpoints enable row level security;
+alter table public.webhook_endpoints force row level security;
+create policy "Who manages webhooks may see the endpoints" on public.webhook_endpoints
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+create trigger update_modified_column before update on public.webhook_endpoints
+  for each row execute function private.update_modified_column();
+comment on table public.webhook_endpoints is 'Where an organization''s own systems are told what happened. Changed by functions alone.';
+comment on column public.webhook_endpoints.events is 'What it listens to: topics, or a family as call.*; everything when empty.';
+comment on column public.webhook_endpoints.disabled_reason is 'user: switched off by hand; gone: it answered 410; failing: nothing reached it for days.';
+comment on column public.webhook_endpoints.failing_since is 'Since when nothing has reached it; null once something has.';
+
+create table private.webhook_endpoint_secrets (
+  endpoint_id     uuid primary key,
+  organization_id uuid not null,
+  secret_sealed   text not null,
+  previous_sealed text,
+  previous_until  timestamptz,
+  foreign key (organization_id, endpoint_id) references public.webhook_endpoints (organization_id, id) on delete cascade,
+  check ((previous_sealed is null) = (previous_until is null))
+);
+create index idx_webhook_endpoint_secrets_endpoint on private.webhook_endpoint_secrets (organization_id, endpoint_id);
+select private.close_table('private.webhook_endpoint_secrets');
+comment on table private.webhook_endpoint_secrets is 'What an endpoint''s deliveries are signed with, sealed for its row by the handler. Nobody reads it back.';
+comment on column private.webhook_endpoint_secrets.previous_until is 'Real time until which the one before signs too.';
+
+create table public.event_deliveries (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  endpoint_id     uuid not null,
+  event_id        uuid not null,
+  topic           text not null,
+  status          text not null default 'pending' check (status in ('pending', 'delivered', 'failed', 'dead')),
+  attempts        integer not null default 0 check (attempts >= 0),
+  next_attempt_at timestamptz,
+  lease_until     timestamptz,
+  lease_token     uuid,
+  last_attempt_at timestamptz,
+  response_status integer,
+  response_body   text check (length(response_body) <= 1024),
+  duration_ms     integer check (duration_ms >= 0),
+  error           text check (length(error) <= 500),
+  delivered_at    timestamptz,
+  created_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  unique (endpoint_id, event_id),
+  foreign key (organization_id, endpoint_id) references public.webhook_endpoints (organization_id, id) on delete cascade,
+  check ((next_attempt_at is not null) = (status in ('pending', 'failed')))
+) with (fillfactor = 80);
+create index idx_event_deliveries_log on public.event_deliveries (organization_id, endpoint_id, id desc);
+create index idx_event_deliveries_due on public.event_deliveries (endpoint_id, next_attempt_at, id) where status in ('pending', 'failed');
+create index idx_event_deliveries_leased on public.event_deliveries (endpoint_id, lease_until) where lease_until is not null;
+
+revoke all on public.event_deliveries from anon, authenticated, service_role;
+grant select on public.event_deliveries to authenticated, service_role;
+alter table public.event_deliveries enable row level security;
+alter table public.event_deliveries force row level security;
+create policy "Who manages webhooks may see the deliveries" on public.event_deliveries
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+comment on table public.event_deliveries is
+  'One event to one endpoint, and what became of it. event_id is the outbox''s row, and the id by which a receiver knows a repetition; it has '
+  'no foreign key, so that the log may outlive the event.';
+comment on column public.event_deliveries.status is 'pending: not tried yet; failed: tried, and tried again at next_attempt_at; dead: not tried any more.';
+comment on column public.event_deliveries.next_attempt_at is 'Business time.';
+comment on column public.event_deliveries.lease_until is 'Real time until which it is somebody''s: a message on the queue, then the handler that sends it.';
+comment on column public.event_deliveries.response_body is 'The beginning of what the endpoint answered.';
 
 
 -- audit_logs ----------------------------------------------------------------------------------------------------------------------
@@ -9570,6 +9855,10 @@ begin
 
   -- What is known is kept, what is new is added, and the status only moves forward.
   updated := private.merge_call(attempt, call, at);
+  if apply_call_event.source = 'reconcile' and status = 'ended' and call ->> 'bill_duration_seconds' is not null then
+    -- Of the seconds that are billed the carrier's own record has the last word, also after an event told others.
+    updated.bill_duration_seconds := (call ->> 'bill_duration_seconds')::integer;
+  end if;
   has_ended := status = 'ended' and attempt.status <> 'ended';
   latest := greatest(coalesce(attempt.ended_at, at), attempt.created_at);
   if attempt.direction = 'outbound' and not attempt.dialled
@@ -11568,6 +11857,68 @@ $$;
 comment on function public.cancel_campaign(uuid) is 'Cancels a campaign that is not over; 409 when it is. Needs campaign.run.';
 
 
+-- What a user does with a call ----------------------------------------------------------------------------------------------------
+
+create function private.hang_up_call(call_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('call.control');
+  attempt      public.call_logs;
+begin
+  -- A leg by its own id, or by that of the store's call.
+  select log.* into attempt
+  from public.call_logs as log
+  where log.organization_id = organization
+    and log.id = coalesce(
+      (select call.call_log_id from public.calls as call where call.organization_id = organization and call.id = hang_up_call.call_id),
+      hang_up_call.call_id
+    );
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'call_id');
+  end if;
+  if attempt.status not in ('submitting', 'submission_unknown', 'queued', 'initiated', 'ringing', 'in_progress') or attempt.call_sid is null then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A call that is %s cannot be hung up', replace(attempt.status::text, '_', ' ')), 'status'
+    );
+  end if;
+  perform private.audit(organization, 'call.hung_up', 'call_log', attempt.id, '{}', at);
+  return jsonb_build_object('attempt_id', attempt.id, 'status', attempt.status);
+end
+$$;
+comment on function private.hang_up_call(uuid, timestamptz) is
+  'Whether a call may be hung up by the request''s user, who is put on record. The carrier is told by the handler; how the call ended, it tells itself.';
+
+create function public.hang_up_call(call_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.hang_up_call(call_id, private.clock_now())
+$$;
+comment on function public.hang_up_call(uuid) is
+  'Allows a call under way to be hung up, by its leg''s id or the store''s call''s; 409 when the carrier has not told of it or it is over. Needs call.control.';
+
+create function private.open_hangup(request jsonb) returns jsonb
+language sql stable security definer set search_path = '' as $$
+  select jsonb_build_object(
+    'provider_call_id', log.call_sid,
+    'provider', account.provider,
+    'carrier_account_id', account.id,
+    'account_sid', account.account_sid,
+    'credentials_sealed', account.credentials_sealed,
+    'api_base', account.api_base
+  )
+  from public.call_logs as log
+  join public.carrier_accounts as account on account.id = log.carrier_account_id
+  where log.id = (request ->> 'attempt_id')::uuid and log.call_sid is not null
+$$;
+comment on function private.open_hangup(jsonb) is 'What it takes to tell the carrier that a call is to end; the account''s secrets stay sealed.';
+
+create function public.open_hangup(jsonb) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.open_hangup($1)
+$$;
+comment on function public.open_hangup(jsonb) is
+  '{"v":1,"attempt_id":uuid} -> {"provider_call_id","provider","carrier_account_id","account_sid","credentials_sealed","api_base"}, or null.';
+
+
 -- Who may call what ---------------------------------------------------------------------------------------------------------------
 
 revoke execute on function
@@ -11587,6 +11938,10 @@ grant execute on function
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid)
 to authenticated;
+
+revoke execute on function public.hang_up_call(uuid), public.open_hangup(jsonb) from public, anon, authenticated, service_role;
+grant execute on function private.open_hangup(jsonb), public.open_hangup(jsonb) to service_role;
+grant execute on function private.hang_up_call(uuid, timestamptz), public.hang_up_call(uuid) to authenticated;
 -- 12_functions_usage_metering.sql
 
 -- Counting: quotas that are taken and given back, usage that is recorded once, and what an organization has used.
@@ -11594,7 +11949,8 @@ to authenticated;
 -- One transaction writes an event's key, the event, its day and its period. Locks are always taken in the same order (keys, then
 -- counters by meter and period, then days, then wallets), so that writers wait for each other and never deadlock. The counter of a
 -- period is also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or
--- finds the counter closed and counts in the next period. Nothing falls between.
+-- finds the counter closed: then it counts in its own period all the same, and the next invoice bills the difference at that period's
+-- price. Nothing falls between.
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
@@ -11633,58 +11989,51 @@ language plpgsql stable set search_path = ''
 as $$
 declare
   today date := (at at time zone timezone)::date;
+  first_day date := (subscription.current_period_start at time zone subscription.timezone)::date;
   number integer;
-  is_closed boolean;
 begin
   counted_on := day;
 
-  if subscription.id is null then
-    -- Nobody is billed, but nothing is lost: calendar months, cut where a subscription's periods begin or end.
-    for try in 1..2 loop
-      select log.period_start, log.period_end, bool_or(log.closed_at is not null)
-      into period_start, period_end, is_closed
-      from public.usage_logs as log
-      where log.organization_id = usage_period.organization_id
-        and log.period_start <= counted_on and counted_on < log.period_end
-      group by log.period_start, log.period_end
-      limit 1;
-      if found and is_closed and counted_on < today then
-        counted_on := today;
-      else
-        exit;
-      end if;
-    end loop;
-    if period_start is null then
-      period_start := date_trunc('month', counted_on)::date;
-      period_end := (period_start + interval '1 month')::date;
-      select greatest(usage_period.period_start, max(log.period_end) filter (where log.period_end <= counted_on)),
-        least(usage_period.period_end, min(log.period_start) filter (where log.period_start > counted_on))
-      into period_start, period_end
-      from public.usage_logs as log
-      where log.organization_id = usage_period.organization_id;
+  -- What happens now is never late, not even where a clock lags behind the period.
+  if day >= first_day or day >= today and first_day is not null then
+    counted_on := greatest(day, first_day);
+    period_start := first_day;
+    period_end := (subscription.current_period_end at time zone subscription.timezone)::date;
+    if counted_on >= period_end then
+      -- The period has ended but is not closed yet; the next ones are already known from the anchor.
+      number := subscription.period_no;
+      while private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1) <= counted_on loop
+        number := number + 1;
+      end loop;
+      period_start := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number);
+      period_end := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1);
     end if;
     return;
   end if;
 
-  period_start := (subscription.current_period_start at time zone subscription.timezone)::date;
-  period_end := (subscription.current_period_end at time zone subscription.timezone)::date;
-  if counted_on < period_start then
-    -- Its own period is billed already: it counts today, in the period that will be billed next.
-    counted_on := least(greatest(today, period_start), period_end - 1);
-  elsif counted_on >= period_end then
-    -- The period has ended but is not closed yet; the next ones are already known from the anchor.
-    number := subscription.period_no;
-    while private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1) <= counted_on loop
-      number := number + 1;
-    end loop;
-    period_start := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number);
-    period_end := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1);
+  -- Its own period, billed or not. Where there was none, nobody was billed, but nothing is lost: calendar months, cut where other
+  -- periods begin or end.
+  select log.period_start, log.period_end
+  into period_start, period_end
+  from public.usage_logs as log
+  where log.organization_id = usage_period.organization_id
+    and log.period_start <= day and day < log.period_end
+  order by log.period_start
+  limit 1;
+  if not found then
+    period_start := date_trunc('month', day)::date;
+    period_end := least((period_start + interval '1 month')::date, first_day);
+    select greatest(usage_period.period_start, max(log.period_end) filter (where log.period_end <= day)),
+      least(usage_period.period_end, min(log.period_start) filter (where log.period_start > day))
+    into period_start, period_end
+    from public.usage_logs as log
+    where log.organization_id = usage_period.organization_id;
   end if;
 end
 $$;
 revoke all on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) from public;
 comment on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) is
-  'In which period usage of a local day counts, and on which day: its own, or today if its own period is billed already.';
+  'In which period usage of a local day counts, and on which day: always its own, also where that is billed already.';
 
 -- Quotas --------------------------------------------------------------------------------------------------------------------------
 
@@ -11819,21 +12168,25 @@ comment on function private.release_usage(uuid, text, bigint, timestamptz) is
 -- Counting ------------------------------------------------------------------------------------------------------------------------
 
 create function private.count_usage(
-  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz
+  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz,
+  corrected text[] default null, known_days date[] default null
 ) returns void
 language plpgsql set search_path = ''
 as $$
 declare
   subscription public.subscriptions;
   zone text;
+  first_day date;
   days date[];
   starts date[];
   ends date[];
   is_open boolean := false;
+  is_late boolean;
 begin
   for try in 1..5 loop
     subscription := private.live_subscription(organization_id);
     zone := subscription.timezone;
+    first_day := (subscription.current_period_start at time zone subscription.timezone)::date;
     if zone is null then
       select organization.timezone
       into strict zone
@@ -11841,9 +12194,10 @@ begin
       where organization.id = count_usage.organization_id;
     end if;
 
-    -- Clocks of other systems run ahead: what is said to come from the future counts now.
+    -- Clocks of other systems run ahead: what is said to come from the future counts now. A correction counts on the day of what it
+    -- corrects.
     with event as (
-      select given.position, (least(given.occurred_at, at) at time zone zone)::date as day
+      select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
       from unnest(occurred) with ordinality as given (occurred_at, position)
     ),
     placed as (
@@ -11857,8 +12211,10 @@ begin
     from event
     join placed using (day);
 
-    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
-    select distinct count_usage.organization_id, event.meter, event.period_start, event.period_end
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
+    select distinct
+      count_usage.organization_id, event.meter, event.period_start, event.period_end,
+      case when event.period_start < first_day then at end
     from unnest(meters, starts, ends) as event (meter, period_start, period_end)
     where not exists (
       select
@@ -11871,7 +12227,7 @@ begin
     on conflict do nothing;
 
     with counter as (
-      select log.closed_at
+      select log.closed_at, log.period_start
       from public.usage_logs as log
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
@@ -11881,48 +12237,103 @@ begin
       order by log.feature_key, log.period_start
       for no key update
     )
-    select count(*) filter (where counter.closed_at is null) = (
-      select count(distinct (event.meter, event.period_start))
-      from unnest(meters, starts) as event (meter, period_start)
-    )
-    into is_open
+    select
+      -- A period before the current one is closed, and takes what comes late.
+      count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
+        select count(distinct (event.meter, event.period_start))
+        from unnest(meters, starts) as event (meter, period_start)
+      ),
+      coalesce(bool_or(counter.closed_at is not null), false)
+    into is_open, is_late
     from counter;
     exit when is_open;
-    -- A period was closed in between: its subscription has moved on, and so does this.
+    -- The current period was closed in between: its subscription has moved on, and so does this.
   end loop;
   if not is_open then
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
-  update public.usage_logs as log
-  set usage_count = log.usage_count + added.quantity
-  from (
+  with added as (
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
     from unnest(meters, starts, quantities) as event (meter, period_start, quantity)
     group by event.meter, event.period_start
-  ) as added
-  where log.organization_id = count_usage.organization_id
-    and log.feature_key = added.meter
-    and log.period_start = added.period_start;
+  ),
+  counted as (
+    update public.usage_logs as log
+    set usage_count = log.usage_count + added.quantity
+    from added
+    where log.organization_id = count_usage.organization_id
+      and log.feature_key = added.meter
+      and log.period_start = added.period_start
+    returning log.feature_key, log.period_start, log.usage_count, log.usage_count - added.quantity as before, log.closed_at
+  )
+  -- Who crosses a line says so, once a period: the same line again, after a correction, is the same message.
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    count_usage.organization_id, 'usage.threshold', counted.feature_key || ' ' || counted.period_start || ' ' || line.percent,
+    jsonb_build_object(
+      'meter', counted.feature_key, 'percent', line.percent, 'used', counted.usage_count, 'limit', allowed.units,
+      'period_start', counted.period_start
+    ),
+    at
+  from counted
+  join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = counted.feature_key
+  cross join lateral (
+    select case when term.limit_units >= 0 then term.limit_units when term.included_units >= 0 then term.included_units end as units
+  ) as allowed
+  cross join (values (50), (80), (100)) as line (percent)
+  where counted.closed_at is null
+    and allowed.units > 0
+    and counted.before::numeric * 100 < allowed.units::numeric * line.percent
+    and counted.usage_count::numeric * 100 >= allowed.units::numeric * line.percent
+  order by line.percent
+  on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
   select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, count(*)
   from unnest(meters, days, quantities) as event (meter, day, quantity)
   group by event.meter, event.day
+  having sum(event.quantity) >= 0
   order by event.meter, event.day
   on conflict on constraint usage_days_pkey
   do update set quantity = total.quantity + excluded.quantity, events = total.events + excluded.events;
+  -- What is corrected to less is on its day already; a new row of it could not be negative.
+  if corrected is not null then
+    update public.usage_days as total
+    set quantity = total.quantity + less.quantity, events = total.events + less.events
+    from (
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
+      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      group by event.meter, event.day
+      having sum(event.quantity) < 0
+    ) as less
+    where total.organization_id = count_usage.organization_id and total.meter_key = less.meter and total.day = less.day;
+  end if;
 
-  insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at)
-  select count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at
-  from unnest(sources, keys, meters, quantities, occurred, days)
-    as event (source, key, meter, quantity, occurred_at, day);
+  with written as (
+    insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects)
+    select
+      count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at, event.corrects
+    from unnest(sources, keys, meters, quantities, occurred, days, corrected)
+      as event (source, key, meter, quantity, occurred_at, day, corrects)
+    returning id, meter_key, day, occurred_at, quantity
+  )
+  insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
+  select written.id, count_usage.organization_id, written.meter_key, log.period_start, written.occurred_at, written.quantity, at
+  from written
+  join public.usage_logs as log
+    on log.organization_id = count_usage.organization_id
+    and log.feature_key = written.meter_key
+    and log.period_start <= written.day and written.day < log.period_end
+  where is_late and log.plan_price_id is not null;
 end
 $$;
-revoke all on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) from public;
-comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) is
-  'Adds events of one organization to its periods, days and event log. The caller has made sure of their keys; nothing is refused '
-  'here, also not what is over a limit.';
+revoke all on function
+  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[])
+from public;
+comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[]) is
+  'Adds events of one organization to its periods, days and event log, and tells of 50, 80 and 100 % of a limit. The caller has made sure '
+  'of their keys; nothing is refused here, also not what is over a limit or late.';
 
 create function private.usage_hash(body text) returns bytea
 language sql immutable set search_path = ''
@@ -11947,15 +12358,18 @@ begin
     return;
   end if;
 
-  insert into private.usage_keys as known (organization_id, source, key, body_hash)
-  values (attempt.organization_id, 'call', attempt.id::text, said)
+  insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
+  values (
+    attempt.organization_id, 'call', attempt.id::text, said, case when billed > 0 then 'call_seconds' end,
+    case when billed > 0 then attempt.ended_at end, nullif(billed, 0)
+  )
   on conflict on constraint usage_keys_pkey do nothing;
   is_first := found;
   is_new := is_first and billed > 0;
   if not is_first and billed > 0 then
     -- The call had ended without a billed second, and now the carrier says how many there were.
     update private.usage_keys as known
-    set body_hash = said
+    set body_hash = said, meter_key = 'call_seconds', occurred_at = attempt.ended_at, quantity = billed
     where known.organization_id = attempt.organization_id
       and known.source = 'call'
       and known.key = attempt.id::text
@@ -11963,6 +12377,9 @@ begin
     is_new := found;
   end if;
   if not is_first and not is_new then
+    if attempt.bill_duration_seconds is not null then
+      perform private.correct_call(attempt, billed, at);
+    end if;
     return;
   end if;
 
@@ -11971,7 +12388,8 @@ begin
   from public.usage_logs as log
   where log.organization_id = attempt.organization_id
     and log.feature_key in ('ai_calls', 'call_seconds')
-    and (log.closed_at is null or log.reserved > 0)
+    -- The period in which it ended too, whatever the time zone makes of it.
+    and (log.closed_at is null or log.reserved > 0 or (attempt.ended_at at time zone 'UTC')::date between log.period_start - 1 and log.period_end)
   order by log.feature_key, log.period_start
   for no key update;
   delete from private.call_holds as held where held.attempt_id = attempt.id returning held.* into hold;
@@ -12005,7 +12423,7 @@ $$;
 revoke all on function private.meter_call(public.call_logs, timestamptz) from public;
 comment on function private.meter_call(public.call_logs, timestamptz) is
   'Settles one ended attempt: gives back what was held for it, once, counts the call and its billed seconds and charges what is beyond '
-  'the plan, once, also when the carrier reports them later.';
+  'the plan, once, also when the carrier reports them later. Other seconds than were counted before settle the difference.';
 
 create function private.lift_dispatch_hold(organization_id uuid, reasons text[]) returns boolean
 language plpgsql security definer set search_path = ''
@@ -12270,7 +12688,7 @@ create function private.charge_call(attempt public.call_logs, billed bigint, hol
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  subscription public.subscriptions;
+  price_id uuid;
   calls public.plan_price_meters;
   talk public.plan_price_meters;
   term public.plan_price_meters;
@@ -12284,18 +12702,6 @@ declare
   taken bigint := 0;
 begin
   if billed > 0 then
-    subscription := private.live_subscription(attempt.organization_id);
-    select own.* into calls
-    from public.plan_price_meters as own
-    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
-    select own.* into talk
-    from public.plan_price_meters as own
-    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
-  end if;
-
-  if calls.credit_price_minor is not null and calls.included_units >= 0
-    or talk.credit_price_minor is not null and talk.included_units >= 0 then
-    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
     select event.day
     into strict counted_on
     from private.usage_events as event
@@ -12303,7 +12709,26 @@ begin
       and event.organization_id = attempt.organization_id
       and event.meter_key = 'call_seconds'
       and event.source = 'call'
-      and event.key = attempt.id::text;
+      and event.key = attempt.id::text
+      and event.corrects is null;
+    -- A period that was billed keeps its price, also for a call that is told of later.
+    price_id := coalesce(
+      (
+        select log.plan_price_id
+        from public.usage_logs as log
+        where log.organization_id = attempt.organization_id
+          and log.feature_key = 'call_seconds'
+          and log.period_start <= counted_on and counted_on < log.period_end
+      ),
+      (private.live_subscription(attempt.organization_id)).plan_price_id
+    );
+    select own.* into calls from public.plan_price_meters as own where own.plan_price_id = price_id and own.meter_key = 'ai_calls';
+    select own.* into talk from public.plan_price_meters as own where own.plan_price_id = price_id and own.meter_key = 'call_seconds';
+  end if;
+
+  if calls.credit_price_minor is not null and calls.included_units >= 0
+    or talk.credit_price_minor is not null and talk.included_units >= 0 then
+    select price.currency into money from public.plan_prices as price where price.id = price_id;
     -- With this call, and without what credit paid before.
     select
       sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'ai_calls')::bigint as calls,
@@ -12358,7 +12783,7 @@ begin
     uncollected_minor, transaction_id, created_at
   )
   values (
-    attempt.id, attempt.organization_id, subscription.plan_price_id, term.meter_key, counted_on, beyond,
+    attempt.id, attempt.organization_id, price_id, term.meter_key, counted_on, beyond,
     case when taken < cost then div(paid::numeric * taken, cost)::bigint else paid end, beyond - paid, money, taken, cost - taken,
     (
       select transaction.id
@@ -12383,6 +12808,158 @@ $$;
 comment on function private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz) is
   'Lets go of the credit that was held for a call and takes what its seconds beyond the plan cost, as far as the balance goes, and says '
   'how much. The call is counted already, its counters are locked, and nobody charges it twice.';
+
+create function private.shift_prepaid(organization_id uuid, meter text, day date, units bigint) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  update public.usage_logs as log
+  set prepaid = log.prepaid + units
+  where log.organization_id = shift_prepaid.organization_id
+    and log.feature_key = meter
+    and log.period_start <= shift_prepaid.day and shift_prepaid.day < log.period_end;
+  update public.usage_days as total
+  set prepaid = total.prepaid + units
+  where total.organization_id = shift_prepaid.organization_id and total.meter_key = meter and total.day = shift_prepaid.day;
+end
+$$;
+comment on function private.shift_prepaid(uuid, text, date, bigint) is
+  'Adds to what credit paid of a day and its period. The caller holds the counter''s lock.';
+
+create function private.correct_call(attempt public.call_logs, billed bigint, at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  correction text := attempt.id || '/' || private.uuid_v7();
+  known private.usage_keys;
+  counted_on date;
+  charge record;
+  term public.plan_price_meters;
+  delta bigint;
+  calls integer;
+  overage bigint := 0;
+  paid bigint := 0;
+  cost bigint := 0;
+  entry uuid;
+begin
+  select own.*
+  into known
+  from private.usage_keys as own
+  where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text
+  for no key update;
+  delta := billed - known.quantity;
+  if coalesce(delta, 0) = 0 then
+    return;
+  end if;
+  calls := (billed > 0)::integer - (known.quantity > 0)::integer;
+  update private.usage_keys as own
+  set quantity = billed
+  where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text;
+  insert into private.usage_keys (organization_id, source, key, body_hash)
+  values (attempt.organization_id, 'call', correction, private.usage_hash(concat_ws(e'\x1f', attempt.id, known.quantity, billed)));
+  select event.day
+  into strict counted_on
+  from private.usage_events as event
+  where event.occurred_at = known.occurred_at
+    and event.organization_id = attempt.organization_id
+    and event.meter_key = 'call_seconds'
+    and event.source = 'call'
+    and event.key = attempt.id::text
+    and event.corrects is null;
+  perform
+  from public.usage_logs as log
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('ai_calls', 'call_seconds')
+    and log.period_start <= counted_on and counted_on < log.period_end
+  order by log.feature_key, log.period_start
+  for no key update;
+
+  -- A call within the plan changes the counters alone. One that was charged takes back what was paid last first: overage, then credit.
+  select
+    own.plan_price_id, own.meter_key, own.currency, own.transaction_id,
+    own.credit_seconds + coalesce(sum(later.credit_seconds), 0)::bigint as credit_seconds,
+    own.overage_seconds + coalesce(sum(later.overage_seconds), 0)::bigint as overage_seconds,
+    own.charged_minor + coalesce(sum(later.charged_minor), 0)::bigint as charged_minor
+  into charge
+  from public.call_charges as own
+  left join private.call_corrections as later on later.organization_id = own.organization_id and later.call_log_id = own.call_log_id
+  where own.organization_id = attempt.organization_id and own.call_log_id = attempt.id
+  group by own.call_log_id;
+  if charge.meter_key is not null then
+    select own.* into term
+    from public.plan_price_meters as own
+    where own.plan_price_id = charge.plan_price_id and own.meter_key = charge.meter_key;
+    if delta < 0 then
+      overage := greatest(delta, -charge.overage_seconds);
+      paid := greatest(delta - overage, -charge.credit_seconds);
+      cost := greatest(
+        private.credit_cost(charge.credit_seconds + paid, term) - private.credit_cost(charge.credit_seconds, term), -charge.charged_minor
+      );
+    elsif term.overage_price_minor is not null then
+      overage := delta;
+    else
+      paid := delta;
+      cost := private.credit_cost(charge.credit_seconds + paid, term) - private.credit_cost(charge.credit_seconds, term);
+    end if;
+  end if;
+
+  if delta < 0 and charge.meter_key is not null then
+    perform private.shift_prepaid(attempt.organization_id, 'call_seconds', counted_on, paid);
+    if charge.meter_key = 'ai_calls' then
+      perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
+    end if;
+  end if;
+  perform private.count_usage(
+    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]), array_fill(correction, array[1 + abs(calls)]),
+    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end,
+    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end,
+    array_fill(known.occurred_at, array[1 + abs(calls)]), at, array_fill(attempt.id::text, array[1 + abs(calls)]),
+    array_fill(counted_on, array[1 + abs(calls)])
+  );
+  if charge.meter_key is null then
+    return;
+  end if;
+  if delta > 0 then
+    perform private.shift_prepaid(attempt.organization_id, 'call_seconds', counted_on, paid);
+    if charge.meter_key = 'ai_calls' then
+      perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
+    end if;
+  end if;
+
+  if cost < 0 then
+    -- To the first charge as far as it goes; what a correction took on top is the platform's to keep.
+    cost := -least(-cost, (
+      select original.amount_minor - coalesce(sum(refund.amount_minor), 0)
+      from public.credit_transactions as original
+      left join public.credit_transactions as refund
+        on refund.organization_id = original.organization_id and refund.reverses_id = original.id
+      where original.organization_id = attempt.organization_id and original.id = charge.transaction_id
+      group by original.id
+    ));
+    if cost < 0 then
+      entry := private.refund_credit(
+        attempt.organization_id, charge.transaction_id, -cost, 'call ' || correction, at, 'The carrier corrected the seconds of the call'
+      );
+    end if;
+  elsif cost > 0 then
+    cost := private.debit_credit(
+      attempt.organization_id, charge.currency, cost, 'call ' || correction, at, true, 'consumption', 'call', attempt.id
+    );
+    select written.id
+    into entry
+    from public.credit_transactions as written
+    where written.organization_id = attempt.organization_id and written.idempotency_key = 'call ' || correction;
+  end if;
+  insert into private.call_corrections (
+    correction_id, organization_id, call_log_id, seconds, credit_seconds, overage_seconds, charged_minor, transaction_id, created_at
+  )
+  values (correction, attempt.organization_id, attempt.id, delta, paid, overage, coalesce(cost, 0), entry, at);
+end
+$$;
+comment on function private.correct_call(public.call_logs, bigint, timestamptz) is
+  'Settles the difference when a carrier corrects the seconds of a call that was counted, once: on the call''s own day, as an event that '
+  'names the one it corrects, and in credit where the call was charged.';
+
 
 create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
 language sql stable security definer set search_path = ''
@@ -12438,7 +13015,8 @@ comment on function private.check_holds(uuid) is
 revoke all on function
   private.credit_cost(bigint, public.plan_price_meters), private.credit_reach(bigint, public.plan_price_meters), private.shortest_call(),
   private.hold_calls(uuid, integer[], timestamptz), private.give_back_holds(private.call_holds[], timestamptz),
-  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid)
+  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid),
+  private.shift_prepaid(uuid, text, date, bigint), private.correct_call(public.call_logs, bigint, timestamptz)
 from public;
 
 -- Events of an organization's own systems -----------------------------------------------------------------------------------------
@@ -12474,15 +13052,30 @@ declare
   statuses text[];
   codes text[];
   stored integer[];
+  corrected text[];
+  days date[];
+  place integer;
+  original private.usage_keys;
 begin
-  select key.organization_id, key.scopes
-  into api_key
-  from public.api_keys as key
-  where key.prefix = request #>> '{api_key,prefix}'
-    and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
-    and key.revoked_at is null;
-  if not found then
-    perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+  if request ? 'organization_id' and not request ? 'api_key' then
+    -- From the platform's own queue.
+    select tenant.id as organization_id, array['usage.write'] as scopes
+    into api_key
+    from public.organizations as tenant
+    where tenant.id = private.read_uuid(request, 'organization_id');
+    if not found then
+      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+    end if;
+  else
+    select key.organization_id, key.scopes
+    into api_key
+    from public.api_keys as key
+    where key.prefix = request #>> '{api_key,prefix}'
+      and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
+      and key.revoked_at is null;
+    if not found then
+      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+    end if;
   end if;
   if not 'usage.write' = any (api_key.scopes) then
     perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
@@ -12503,9 +13096,12 @@ begin
       item.value ->> 'source' as source,
       item.value ->> 'type' as meter,
       case
-        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^[0-9]{1,15}$'
+        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
         then (item.value ->> 'quantity')::bigint
       end as quantity,
+      coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
+      item.value -> 'corrects' as correction,
+      item.value ->> 'corrects' as corrects,
       coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
       private.parse_instant(item.value ->> 'time') as instant
     from jsonb_array_elements(given) with ordinality as item (value, position)
@@ -12520,7 +13116,8 @@ begin
         when event.source = 'call' then 'reserved_source'
         when meter.key is null or not meter.is_active then 'unknown_type'
         when meter.is_reserved then 'reserved_type'
-        when event.quantity is null or event.quantity = 0 then 'invalid_quantity'
+        when event.quantity is null or event.quantity = 0 or event.quantity < 0 and not event.is_correction then 'invalid_quantity'
+        when event.is_correction and (jsonb_typeof(event.correction) <> 'string' or event.corrects in ('', event.id)) then 'invalid_corrects'
         when event.is_timed and (event.instant is null or event.instant < '2000-01-01') then 'invalid_time'
         when event.instant > at + interval '5 minutes' then 'time_in_future'
       end as code
@@ -12532,18 +13129,21 @@ begin
     array_agg(meter order by position), array_agg(quantity order by position),
     array_agg(coalesce(instant, at) order by position),
     array_agg(
-      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'))) order by position),
-    array_agg(code order by position),
+      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'), corrects)) order by position),
+    array_agg(corrects order by position), array_fill(null::date, array[count(*)::integer]), array_agg(code order by position),
     array_agg(case when code is not null then 'rejected' end order by position)
-  into ids, sources, meters, quantities, occurred, hashes, codes, statuses
+  into ids, sources, meters, quantities, occurred, hashes, corrected, days, codes, statuses
   from judged;
 
   -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
   with fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash)
-    select api_key.organization_id, first.source, first.id, first.hash
+    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
+    select
+      api_key.organization_id, first.source, first.id, first.hash, case when corrected[first.position] is null then meters[first.position] end,
+      case when corrected[first.position] is null then occurred[first.position] end,
+      case when corrected[first.position] is null then quantities[first.position] end
     from (
-      select distinct on (event.source, event.id) event.source, event.id, event.hash
+      select distinct on (event.source, event.id) event.source, event.id, event.hash, event.position
       from unnest(sources, ids, hashes, codes) with ordinality as event (source, id, hash, code, position)
       where event.code is null
       order by event.source, event.id, event.position
@@ -12561,6 +13161,45 @@ begin
     where event.source = fresh.source and event.id = fresh.key and event.code is null
   ) as first;
 
+  -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
+  for place in
+    select item.position
+    from unnest(stored) as item (position)
+    where corrected[item.position] is not null
+    order by sources[item.position], corrected[item.position], item.position
+  loop
+    select known.*
+    into original
+    from private.usage_keys as known
+    where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+    for no key update;
+    codes[place] := case
+      when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
+      when original.quantity + quantities[place] < 0 then 'correction_too_large'
+    end;
+    if codes[place] is null then
+      update private.usage_keys as known
+      set quantity = known.quantity + quantities[place]
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+      occurred[place] := original.occurred_at;
+      days[place] := (
+        select event.day
+        from private.usage_events as event
+        where event.occurred_at = original.occurred_at
+          and event.organization_id = api_key.organization_id
+          and event.source = original.source
+          and event.key = original.key
+          and event.corrects is null
+      );
+    else
+      -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
+      delete from private.usage_keys as known
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+      statuses[place] := 'rejected';
+      stored := array_remove(stored, place);
+    end if;
+  end loop;
+
   with event as (
     select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
     from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
@@ -12570,6 +13209,7 @@ begin
       when event.status is not null then event.status
       when event.is_stored then 'stored'
       when known.body_hash = event.hash then 'duplicate'
+      when known.key is null then 'rejected'
       else 'conflict'
     end order by event.position)
   into statuses
@@ -12577,10 +13217,10 @@ begin
   left join private.usage_keys as known
     on known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id;
 
-  if stored is not null then
+  if cardinality(stored) > 0 then
     perform private.count_usage(
       api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(quantities[position]), array_agg(occurred[position]), at)
+      array_agg(quantities[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]))
     from unnest(stored) as position;
   end if;
 
@@ -12599,7 +13239,10 @@ begin
             when 'reserved_source' then 'The source "call" belongs to the platform'
             when 'unknown_type' then 'type is not the key of an active meter'
             when 'reserved_type' then 'Calls are counted by the platform, not by events'
-            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999'
+            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction'
+            when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
+            when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
+            when 'correction_too_large' then 'The event that it corrects would count less than nothing'
             when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
             when 'time_in_future' then 'time lies more than five minutes ahead'
           end
@@ -12613,7 +13256,7 @@ $$;
 revoke all on function private.record_usage(jsonb, timestamptz) from public;
 grant execute on function private.record_usage(jsonb, timestamptz) to service_role;
 comment on function private.record_usage(jsonb, timestamptz) is
-  'Records a batch of usage events for the organization of an API key: each one stored, duplicate, conflict or rejected, by itself.';
+  'Records a batch of usage events for the organization of an API key, or one that the platform names: each one stored, duplicate, conflict or rejected, by itself.';
 
 create function public.record_usage(jsonb) returns jsonb
 language sql set search_path = ''
@@ -12623,7 +13266,7 @@ $$;
 revoke all on function public.record_usage(jsonb) from public, anon, authenticated;
 grant execute on function public.record_usage(jsonb) to service_role;
 comment on function public.record_usage(jsonb) is
-  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"},"events":[{"specversion"?,"id","source","type","time"?,"quantity"}]} gives '
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity","corrects"?}]} gives '
   '{"results":[{"id","status","code"?,"message"?}]}.';
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
@@ -12691,6 +13334,224 @@ $$;
 revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
+
+create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('usage.view');
+  subscription public.subscriptions;
+  zone text;
+  today date;
+begin
+  subscription := private.live_subscription(organization);
+  select coalesce(subscription.timezone, tenant.timezone) into zone from public.organizations as tenant where tenant.id = organization;
+  today := (at at time zone zone)::date;
+  to_day := coalesce(to_day, today);
+  from_day := coalesce(
+    from_day, least(coalesce((subscription.current_period_start at time zone subscription.timezone)::date, date_trunc('month', today)::date), to_day)
+  );
+  if from_day > to_day or to_day - from_day > 399 then
+    perform private.raise_error(400, 'invalid_request', 'from is not after to, and at most 400 days are shown at once', 'from');
+  end if;
+  if meter is not null and not exists (select from public.meters as known where known.key = get_usage_daily.meter) then
+    perform private.raise_error(400, 'invalid_request', 'meter is not the key of a meter', 'meter');
+  end if;
+  return jsonb_build_object(
+    'organization_id', organization, 'timezone', zone, 'from', from_day, 'to', to_day,
+    'days', coalesce((
+      select jsonb_agg(
+        jsonb_build_object('day', total.day, 'meter', total.meter_key, 'quantity', total.quantity, 'events', total.events)
+        order by total.day, known.position, total.meter_key)
+      from public.usage_days as total
+      join public.meters as known on known.key = total.meter_key
+      where total.organization_id = organization
+        and total.day between from_day and to_day
+        and (get_usage_daily.meter is null or total.meter_key = get_usage_daily.meter)
+    ), '[]')
+  );
+end
+$$;
+revoke all on function private.get_usage_daily(date, date, text, timestamptz) from public;
+grant execute on function private.get_usage_daily(date, date, text, timestamptz) to authenticated;
+comment on function private.get_usage_daily(date, date, text, timestamptz) is
+  'Usage of the caller''s organization day by day, both ends included, of one meter or all. A day without usage has no row. Left out, '
+  'the days are those of the current period until today.';
+
+create function public.get_usage_daily(from_day date default null, to_day date default null, meter text default null) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_usage_daily(from_day, to_day, meter, private.clock_now())
+$$;
+revoke all on function public.get_usage_daily(date, date, text) from public, anon;
+grant execute on function public.get_usage_daily(date, date, text) to authenticated;
+comment on function public.get_usage_daily(date, date, text) is
+  'Usage of the caller''s organization, {"timezone","from","to","days":[{"day","meter","quantity","events"}]}, of one meter or all.';
+
+-- Does it all add up? -------------------------------------------------------------------------------------------------------------
+--
+-- Keys, events, days and counters are written together and must agree for ever. Whoever finds that they do not stops the billing of
+-- that organization, and nothing else: calls go on, usage is counted, and a person looks.
+
+create function private.check_usage(organization_id uuid default null) returns table (organization uuid, meter text, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  -- One statement, so that all four are seen at one moment.
+  with event as (
+    select own.organization_id, own.meter_key, own.day, sum(own.quantity) as quantity, count(*) as events
+    from private.usage_events as own
+    where own.organization_id = $1 or $1 is null
+    group by own.organization_id, own.meter_key, own.day
+  ),
+  day as (
+    select own.* from public.usage_days as own where own.organization_id = $1 or $1 is null
+  ),
+  known as (
+    -- A call is one key of two meters.
+    select
+      own.organization_id, split.meter_key, sum(split.quantity) as quantity
+    from private.usage_keys as own
+    cross join lateral (
+      values (own.meter_key, own.quantity), (case when own.source = 'call' then 'ai_calls' end, (own.quantity > 0)::integer::bigint)
+    ) as split (meter_key, quantity)
+    where split.meter_key is not null and own.quantity is not null and (own.organization_id = $1 or $1 is null)
+    group by own.organization_id, split.meter_key
+  ),
+  counter as (
+    select own.* from public.usage_logs as own where own.organization_id = $1 or $1 is null
+  )
+  select
+    coalesce(event.organization_id, day.organization_id), coalesce(event.meter_key, day.meter_key),
+    format(
+      'on %s: %s in %s events, %s in %s by day', coalesce(event.day, day.day), coalesce(event.quantity, 0), coalesce(event.events, 0),
+      coalesce(day.quantity, 0), coalesce(day.events, 0)
+    )
+  from event
+  full join day on day.organization_id = event.organization_id and day.meter_key = event.meter_key and day.day = event.day
+  where (coalesce(event.quantity, 0), coalesce(event.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  union all
+  select
+    coalesce(total.organization_id, known.organization_id), coalesce(total.meter_key, known.meter_key),
+    format('in all: %s by events, %s by keys', coalesce(total.quantity, 0), coalesce(known.quantity, 0))
+  from (
+    select event.organization_id, event.meter_key, sum(event.quantity) as quantity
+    from event
+    group by event.organization_id, event.meter_key
+  ) as total
+  full join known on known.organization_id = total.organization_id and known.meter_key = total.meter_key
+  where coalesce(total.quantity, 0) <> coalesce(known.quantity, 0)
+  union all
+  select
+    counter.organization_id, counter.feature_key,
+    format(
+      'from %s to %s: %s counted, %s prepaid, by day %s and %s', counter.period_start, counter.period_end - 1, counter.usage_count,
+      counter.prepaid, coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0)
+    )
+  from counter
+  left join day
+    on day.organization_id = counter.organization_id
+    and day.meter_key = counter.feature_key
+    and day.day >= counter.period_start and day.day < counter.period_end
+  group by counter.organization_id, counter.id, counter.feature_key, counter.period_start, counter.period_end, counter.usage_count, counter.prepaid
+  having (counter.usage_count, counter.prepaid) <> (coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0))
+  union all
+  select day.organization_id, day.meter_key, format('%s belongs to no period', day.day)
+  from day
+  where day.quantity <> 0
+    and not exists (
+      select
+      from public.usage_logs as log
+      where log.organization_id = day.organization_id
+        and log.feature_key = day.meter_key
+        and log.period_start <= day.day and day.day < log.period_end
+    )
+$$;
+comment on function private.check_usage(uuid) is
+  'Compares events, keys, days and counters and returns what disagrees: nothing, ever. For one organization or all.';
+
+create function private.reconcile_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wrong jsonb;
+  held uuid[];
+begin
+  with problem as (
+    select found.organization, jsonb_agg(found.meter || ' ' || found.problem order by found.meter, found.problem) as problems
+    from private.check_usage() as found
+    group by found.organization
+  ),
+  stopped as (
+    update public.subscriptions as subscription
+    set billing_hold = 'usage does not add up: ' || (problem.problems ->> 0)
+    from problem
+    where subscription.organization_id = problem.organization
+      and subscription.status not in ('cancelled', 'inactive')
+      and subscription.billing_hold is null
+    returning subscription.id, subscription.organization_id, subscription.billing_hold
+  ),
+  told as (
+    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    select
+      stopped.organization_id, 'billing.held', stopped.id || ' ' || at, jsonb_build_object('subscription_id', stopped.id, 'reason', stopped.billing_hold),
+      at
+    from stopped
+    on conflict do nothing
+  )
+  select
+    jsonb_agg(jsonb_build_object('organization_id', problem.organization, 'problems', problem.problems) order by problem.organization),
+    (select array_agg(stopped.organization_id) from stopped)
+  into wrong, held
+  from problem;
+  return jsonb_build_object('wrong', coalesce(wrong, '[]'), 'held', coalesce(cardinality(held), 0));
+end
+$$;
+comment on function private.reconcile_usage(jsonb, timestamptz) is
+  'Stops the billing of every organization whose usage does not add up, tells of it, and returns what is wrong. Nothing else stops.';
+
+create function public.reconcile_usage(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.reconcile_usage($1, private.clock_now())
+$$;
+comment on function public.reconcile_usage(jsonb) is
+  'For usage-metering, by schedule. {"v":1} gives {"wrong":[{"organization_id","problems":[…]}],"held":n}.';
+
+create function private.lift_billing_hold(organization_id uuid, reason text, at timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wrong text := (select found.meter || ' ' || found.problem from private.check_usage(lift_billing_hold.organization_id) as found limit 1);
+  lifted public.subscriptions;
+begin
+  if coalesce(btrim(reason), '') = '' then
+    perform private.raise_error(422, 'reason_missing', 'Say why billing goes on', 'reason');
+  end if;
+  if wrong is not null then
+    perform private.raise_error(409, 'usage_disagrees', 'Usage still does not add up: ' || wrong);
+  end if;
+  update public.subscriptions as subscription
+  set billing_hold = null
+  where subscription.organization_id = lift_billing_hold.organization_id
+    and subscription.status not in ('cancelled', 'inactive')
+    and subscription.billing_hold is not null
+  returning subscription.* into lifted;
+  if not found then
+    return false;
+  end if;
+  perform private.audit(organization_id, 'billing.resumed', 'subscription', lifted.id, jsonb_build_object('reason', reason), at);
+  return true;
+end
+$$;
+comment on function private.lift_billing_hold(uuid, text, timestamptz) is
+  'Lets an organization be billed again, for an operator who has mended what was wrong: refused while usage does not add up. The periods '
+  'that were missed are billed by the next run. Says whether there was a hold.';
+
+revoke all on function
+  private.check_usage(uuid), private.reconcile_usage(jsonb, timestamptz), public.reconcile_usage(jsonb),
+  private.lift_billing_hold(uuid, text, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function private.reconcile_usage(jsonb, timestamptz), public.reconcile_usage(jsonb) to service_role;
 
 -- Subscribing ---------------------------------------------------------------------------------------------------------------------
 
@@ -13464,12 +14325,38 @@ as $$
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
-create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
-language plpgsql set search_path = ''
+create type private.priced_line as (
+  position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
+  amount_minor bigint, line_id uuid
+);
+comment on type private.priced_line is 'A line of an invoice that may be made.';
+
+create type private.priced_tax as (position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint);
+comment on type private.priced_tax is 'A component of the tax of an invoice that may be made.';
+
+create type private.priced_adjustment as (meter_key text, period_start date, line_id uuid);
+comment on type private.priced_adjustment is
+  'A period billed before that an invoice which may be made settles, with the line that says so; without one it comes to nothing.';
+
+create function private.price_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz)
+returns table (
+  organization_id uuid, subscription_id uuid, currency text, period_start timestamptz, period_end timestamptz, timezone text,
+  first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
+  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
+)
+language plpgsql stable set search_path = ''
 as $$
+#variable_conflict use_column
 declare
-  drafts uuid[];
+  supplier private.gst_states;
 begin
+  if issuer.country_code = 'IN' then
+    select state.* into supplier
+    from private.gst_states as state
+    where state.code = coalesce(left(issuer.gstin, 2), issuer.state_code) or issuer.gstin is null and state.letters = issuer.state_code;
+  end if;
+
+  return query
   with ended as materialized (
     select
       gen_random_uuid() as invoice_id,
@@ -13490,17 +14377,26 @@ begin
         'state_code', organization.state_code,
         'pincode', organization.pincode,
         'country', organization.country,
-        'country_code', organization.country_code
+        'country_code', organization.country_code,
+        'place_of_supply', place.code || '-' || place.name
       )) as customer,
       organization.country_code,
+      -- A state may be written in two ways, so India's are compared by the code that both have.
       case
-        when organization.country_code = issuer.country_code and organization.state_code = issuer.state_code then 'intra_state'
+        when organization.country_code = issuer.country_code
+          and coalesce(place.code = supplier.code, organization.state_code = issuer.state_code) then 'intra_state'
         else 'inter_state'
       end as tax_scope
     from public.subscriptions as subscription
     join public.subscription_plans as plan on plan.id = subscription.plan_id
     join public.plan_prices as price on price.id = subscription.plan_price_id
     join public.organizations as organization on organization.id = subscription.organization_id
+    left join private.gst_states as place
+      on organization.country_code = 'IN'
+      and (
+        place.code = coalesce(left(organization.gstin, 2), organization.state_code)
+        or organization.gstin is null and place.letters = organization.state_code
+      )
     where subscription.id = any (subscription_ids)
   ),
   used as materialized (
@@ -13520,9 +14416,36 @@ begin
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
   ),
-  item as materialized (
+  late as materialized (
+    -- Periods that were billed before and have changed since, each at its own price.
     select
-      ended.invoice_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
+      ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
+      term.overage_price_minor, term.overage_unit,
+      greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)
+        - greatest(log.billed_count - nullif(term.included_units, -1), 0) as quantity,
+      private.divide_half_away(
+        greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
+        - private.divide_half_away(
+          greatest(log.billed_count - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
+        as amount_minor,
+      log.period_end
+    from ended
+    join lateral (
+      select distinct adjustment.organization_id, adjustment.meter_key, adjustment.period_start
+      from private.usage_adjustments as adjustment
+      where adjustment.organization_id = ended.organization_id and adjustment.settled_at is null
+    ) as adjustment on true
+    join public.usage_logs as log
+      on log.organization_id = adjustment.organization_id
+      and log.feature_key = adjustment.meter_key
+      and log.period_start = adjustment.period_start
+    join public.plan_prices as price on price.id = log.plan_price_id and price.currency = ended.currency
+    join public.meters as meter on meter.key = log.feature_key
+    left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
+  ),
+  current_item as materialized (
+    select
+      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
       ended.plan_name || ' plan, ' || ended.billing_cycle || case when ended.period_no < 0 then ' (trial)' else '' end as description,
       1::bigint as quantity, case ended.billing_cycle when 'yearly' then 'year' else 'month' end as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
@@ -13530,7 +14453,7 @@ begin
     from ended
     union all
     select
-      used.invoice_id, 1, used.position, 'included', used.meter_key,
+      used.invoice_id, null, 1, used.position, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
       least(used.quantity, used.allowance), used.unit, 0, 1, 0
@@ -13538,12 +14461,38 @@ begin
     where used.allowance is null or used.allowance > 0
     union all
     select
-      used.invoice_id, 2, used.position, 'overage', used.meter_key,
+      used.invoice_id, null, 2, used.position, 'overage', used.meter_key,
       used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit),
       used.quantity - used.allowance, used.unit, used.overage_price_minor, used.overage_unit,
-      private.divide_half_away((used.quantity - used.allowance)::numeric * used.overage_price_minor, used.overage_unit)
+      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit)
     from used
     where used.quantity > used.allowance and used.overage_price_minor is not null
+  ),
+  adjustable as materialized (
+    -- What an invoice would have to give back more than it charges waits for the next one.
+    select late.*
+    from late
+    join (
+      select whole.invoice_id, sum(whole.amount_minor) as amount_minor
+      from (
+        select current_item.invoice_id, current_item.amount_minor from current_item
+        union all
+        select late.invoice_id, coalesce(late.amount_minor, 0) from late
+      ) as whole
+      group by whole.invoice_id
+    ) as outcome using (invoice_id)
+    where outcome.amount_minor > 0 or coalesce(late.amount_minor, 0) = 0
+  ),
+  item as materialized (
+    select current_item.* from current_item
+    union all
+    select
+      adjustable.invoice_id, adjustable.line_id, 3, adjustable.position, 'adjustment', adjustable.feature_key,
+      adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
+        || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
+      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor
+    from adjustable
+    where adjustable.amount_minor <> 0
   ),
   subtotal as materialized (
     select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
@@ -13553,7 +14502,7 @@ begin
   tax as materialized (
     select
       ended.invoice_id, rate.name, rate.rate_bp, rate.position, subtotal.amount_minor as taxable_minor,
-      private.divide_half_away(subtotal.amount_minor::numeric * rate.rate_bp, 10000) as amount_minor
+      private.tax_amount(subtotal.amount_minor, rate.rate_bp) as amount_minor
     from ended
     join subtotal using (invoice_id)
     join public.tax_rates as rate
@@ -13562,14 +14511,68 @@ begin
       and rate.valid_from <= (at at time zone issuer.timezone)::date
       and (rate.valid_to is null or rate.valid_to > (at at time zone issuer.timezone)::date)
   ),
-  bill as materialized (
-    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
+  row_line as (
     select
-      ended.invoice_id, subtotal.amount_minor as subtotal_minor,
-      coalesce((select sum(tax.amount_minor) from tax where tax.invoice_id = ended.invoice_id), 0)::bigint as tax_minor
-    from ended
-    join subtotal using (invoice_id)
-    where subtotal.amount_minor > 0
+      item.invoice_id,
+      array_agg(
+        (
+          item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
+          item.amount_minor, item.line_id
+        )::private.priced_line
+        order by item.number) as lines
+    from (
+      select
+        item.*,
+        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.description))::integer as number
+      from item
+    ) as item
+    group by item.invoice_id
+  ),
+  row_tax as (
+    select
+      tax.invoice_id, sum(tax.amount_minor)::bigint as amount_minor,
+      array_agg((tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor)::private.priced_tax order by tax.number) as taxes
+    from (
+      select tax.*, (row_number() over (partition by tax.invoice_id order by tax.position, tax.name))::integer as number
+      from tax
+    ) as tax
+    group by tax.invoice_id
+  )
+  select
+    ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end, ended.timezone,
+    ended.first_day, ended.next_day - 1, subtotal.amount_minor, coalesce(row_tax.amount_minor, 0),
+    jsonb_strip_nulls(
+      to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
+    ),
+    ended.customer, row_line.lines, coalesce(row_tax.taxes, '{}'),
+    array(
+      select
+        (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
+      from adjustable
+      where adjustable.invoice_id = ended.invoice_id
+    )
+  from ended
+  join subtotal using (invoice_id)
+  join row_line using (invoice_id)
+  left join row_tax using (invoice_id);
+end
+$$;
+comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz) is
+  'What the current period of each subscription costs, from its price and its days: the one place where an invoice is priced, for the '
+  'run and for who asks beforehand. In arrears, base included; a trial period has no base price; what came late to earlier periods adjusts it.';
+
+create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
+language plpgsql set search_path = ''
+as $$
+declare
+  drafts uuid[];
+begin
+  with period as materialized (
+    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at) as priced
+  ),
+  priced as materialized (
+    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
+    select period.* from period where period.subtotal_minor > 0
   ),
   draft as (
     insert into public.invoices (
@@ -13577,39 +14580,55 @@ begin
       tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
-      ended.invoice_id, ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end,
-      ended.timezone, ended.first_day, ended.next_day - 1, bill.subtotal_minor, bill.tax_minor, bill.subtotal_minor + bill.tax_minor,
-      jsonb_strip_nulls(to_jsonb(issuer) - 'singleton'), ended.customer, at, at
-    from ended
-    join bill using (invoice_id)
-    returning invoices.id, invoices.organization_id
+      priced.id, priced.organization_id, priced.subscription_id, priced.currency, priced.period_start, priced.period_end,
+      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
+      priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
+    from priced
+    returning invoices.id
   ),
   line as (
     insert into public.invoice_lines (
-      organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
+      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
     )
     select
-      draft.organization_id, draft.id,
-      row_number() over (partition by draft.id order by item.rank, item.meter_position, item.meter_key),
-      item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
-    from draft
-    join item on item.invoice_id = draft.id
+      coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
+    from priced
+    cross join lateral unnest(priced.lines) as item
   ),
   levied as (
     insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
-    select
-      draft.organization_id, draft.id, row_number() over (partition by draft.id order by tax.position, tax.name), tax.name,
-      tax.rate_bp, tax.taxable_minor, tax.amount_minor
-    from draft
-    join tax on tax.invoice_id = draft.id
+    select priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor
+    from priced
+    cross join lateral unnest(priced.taxes) as tax
+  ),
+  settled as (
+    update private.usage_adjustments as adjustment
+    set settled_at = at, invoice_line_id = change.line_id
+    from period
+    cross join lateral unnest(period.adjustments) as change
+    where adjustment.organization_id = period.organization_id
+      and adjustment.meter_key = change.meter_key
+      and adjustment.period_start = change.period_start
+      and adjustment.settled_at is null
+      and (change.line_id is null or period.subtotal_minor > 0)
+    returning adjustment.organization_id, adjustment.meter_key, adjustment.period_start
+  ),
+  rebilled as (
+    update public.usage_logs as log
+    set billed_count = log.usage_count - log.prepaid
+    from (select distinct settled.* from settled) as past
+    where log.organization_id = past.organization_id
+      and log.feature_key = past.meter_key
+      and log.period_start = past.period_start
   )
   select array_agg(draft.id) into drafts from draft;
   return coalesce(drafts, '{}');
 end
 $$;
 comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz) is
-  'Drafts one invoice for the current period of each subscription, from its price and its days; none for a period that costs '
-  'nothing. In arrears, base included; a trial period has no base price.';
+  'Drafts one invoice for the current period of each subscription; none for a period that costs nothing. What came late to periods that '
+  'were billed before is adjusted.';
 
 create function private.close_periods(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
@@ -13684,7 +14703,17 @@ begin
     from public.usage_logs as log
     join public.subscriptions as subscription
       on subscription.organization_id = log.organization_id
-      and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+      and (
+        log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+        or log.plan_price_id is not null and exists (
+          select
+          from private.usage_adjustments as adjustment
+          where adjustment.organization_id = log.organization_id
+            and adjustment.meter_key = log.feature_key
+            and adjustment.period_start = log.period_start
+            and adjustment.settled_at is null
+        )
+      )
     where subscription.id = any (due)
     order by log.organization_id, log.feature_key, log.period_start
     for no key update of log;
@@ -13723,7 +14752,7 @@ begin
     drafts := drafts || private.bill_periods(due, issuer, at);
 
     update public.usage_logs as log
-    set closed_at = at
+    set closed_at = at, plan_price_id = subscription.plan_price_id, billed_count = log.usage_count - log.prepaid
     from public.subscriptions as subscription
     where subscription.id = any (due)
       and log.organization_id = subscription.organization_id
@@ -13772,7 +14801,7 @@ begin
 
   -- Numbers come last: the series is locked from here to the end of the transaction and not a moment longer.
   if cardinality(drafts) > 0 then
-    month := to_char(at at time zone issuer.timezone, 'YYYYMM');
+    month := private.series_month(at, issuer.timezone);
     with block as materialized (
       select private.take_invoice_numbers(month, cardinality(drafts)) as first
     ),
@@ -13830,8 +14859,8 @@ comment on function public.close_periods(jsonb) is
 
 revoke all on function
   private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text),
-  private.bill_periods(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz),
-  public.close_periods(jsonb)
+  private.price_periods(uuid[], private.billing_issuer, timestamptz), private.bill_periods(uuid[], private.billing_issuer, timestamptz),
+  private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
 
@@ -17062,7 +18091,7 @@ from (
     ('private.webhook_events', 'dedupe_key', 'none', null, 'kept', 'Names the event at its source: ids and times, or a hash.'),
     ('private.webhook_event_keys', '*', 'none', null, 'kept', 'Name events at their sources: ids and times, or a hash; a repetition is known by them for ever.'),
     ('private.unmapped_values', 'source field', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
-    ('private.outbox', 'topic key', 'none', null, 'kept', 'What happened, and the id of what it happened to.'),
+    ('private.outbox', 'topic key object', 'none', null, 'kept', 'What happened, and the id of what it happened to.'),
     ('private.recordings', 'state content_type', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
     ('private.recordings', 'path', 'none', null, 'kept', 'Organization and attempt; the object goes.'),
     ('private.storage_deletions', '*', 'none', null, 'kept', 'Objects that are about to go, by organization and attempt.'),
@@ -17135,10 +18164,20 @@ from (
     ('public.properties', 'tower unit_number', 'none', null, 'kept', 'What is sold, not a person.'),
     ('public.call_charges', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('public.privacy_requests', '*', 'none', null, 'kept', 'Evidence that somebody asked, by the platform''s ids.'),
+    ('private.usage_adjustments', '*', 'none', null, 'kept', 'What was counted, for the bill: ids and amounts.'),
+    ('private.call_corrections', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('private.call_holds', '*', 'none', null, 'kept', 'Amounts.'),
     ('private.lead_requests', '*', 'none', null, 'kept', 'Ids, codes and hashes.'),
     ('private.rate_limits', '*', 'none', null, 'kept', 'Ids of keys and forms.'),
     ('private.store_tombstones', '*', 'none', null, 'kept', 'The platform''s ids of what it deleted.'),
+    ('public.event_deliveries', 'response_body', 'content', null, 'scrub', null),
+    ('public.event_deliveries', 'topic status error', 'none', null, 'kept', 'What was told, and how the way there went.'),
+    ('public.webhook_endpoints', '*', 'none', null, 'kept', 'Where an organization''s own systems listen.'),
+    ('private.webhook_endpoint_secrets', '*', 'none', null, 'kept', 'Sealed.'),
+    ('private.event_sequences', '*', 'none', null, 'kept', 'The id of what something happened to.'),
+    ('private.event_types', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.gst_states', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.billing_logos', '*', 'none', null, 'kept', 'The issuer''s.'),
     ('private.personal_data', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.retention_rules', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.dnc_entries', '*', 'none', null, 'kept', 'A public register, kept because the law asks whether it was looked at.'),
@@ -18099,6 +19138,2124 @@ revoke execute on function
   private.ingest_leads(jsonb, timestamptz), public.ingest_leads(jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.ingest_leads(jsonb, timestamptz), public.ingest_leads(jsonb) to service_role;
+-- 19_functions_event_delivery.sql
+
+-- Events out: what makes them, what hands them to endpoints, and what users do with their endpoints.
+--
+-- An event is a row of private.outbox, written in the transaction that makes it true. Most are written by the triggers here, on the
+-- tables whose change they tell of, so that no function can change the state and forget to tell.
+
+
+-- Numbers -------------------------------------------------------------------------------------------------------------------------
+
+create function private.has_endpoint(organization uuid) returns boolean
+language sql stable security definer set search_path = '' as $$
+  select exists (select from public.webhook_endpoints as endpoint where endpoint.organization_id = organization and endpoint.enabled)
+$$;
+comment on function private.has_endpoint(uuid) is 'Whether there is anybody to tell: where there is not, nothing queues up.';
+
+create function private.number_event() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  kind constant text := split_part(new.topic, '.', 1);
+begin
+  if not exists (select from private.event_types as type where type.topic = new.topic)
+    or exists (select from private.outbox as told where told.topic = new.topic and told.key = new.key)
+  then
+    return new;
+  end if;
+  new.object := kind || ':' || coalesce(new.payload ->> (kind || '_id'), new.organization_id::text);
+  insert into private.event_sequences as counter (organization_id, object, last)
+  values (new.organization_id, new.object, 1)
+  on conflict (organization_id, object) do update set last = counter.last + 1
+  returning counter.last into new.sequence;
+  if new.dispatched_at is null and not private.has_endpoint(new.organization_id) then
+    new.dispatched_at := new.created_at;
+  end if;
+  return new;
+end
+$$;
+comment on function private.number_event() is
+  'Trigger: an event for outside is given its object and the object''s next number; the same topic and key again takes none.';
+create trigger number_event before insert on private.outbox
+  for each row when (new.sequence is null) execute function private.number_event();
+
+create function private.nudge_delivery() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if exists (select from fresh where fresh.sequence is not null and fresh.dispatched_at is null) then
+    perform private.nudge('event-delivery');
+  end if;
+  return null;
+end
+$$;
+comment on function private.nudge_delivery() is 'Trigger: there is something to tell; the deliverer looks now instead of within the minute.';
+create trigger nudge_delivery after insert on private.outbox
+  referencing new table as fresh for each statement execute function private.nudge_delivery();
+
+create function private.key_at(id uuid, at timestamptz) returns text
+language sql immutable set search_path = '' as $$
+  select id || ' ' || (extract(epoch from at) * 1000000)::bigint
+$$;
+comment on function private.key_at(uuid, timestamptz) is 'The key of what may happen to an object more than once, and once a transaction.';
+
+
+-- What happened -------------------------------------------------------------------------------------------------------------------
+
+create function private.tell_call() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at      constant timestamptz := private.clock_now();
+  was     public.call_logs;
+  about   constant jsonb := jsonb_build_object(
+    'call_id', new.id, 'direction', new.direction, 'campaign_id', new.campaign_id, 'lead_id', new.lead_id, 'project_id', new.project_id,
+    'attempt_no', new.attempt_no, 'caller_number', new.caller_number, 'callee_number', new.callee_number
+  );
+begin
+  if tg_op = 'UPDATE' then
+    was := old;
+  end if;
+  if coalesce(was.status, 'created') < 'queued' and new.status >= 'queued' and (new.status <> 'ended' or new.dialled) then
+    perform private.emit(
+      new.organization_id, 'call.started', new.id::text,
+      about || jsonb_build_object('started_at', coalesce(new.submitted_at, new.created_at)), at
+    );
+  end if;
+  if was.answered_at is null and new.answered_at is not null then
+    perform private.emit(
+      new.organization_id, 'call.answered', new.id::text, about || jsonb_build_object('answered_at', new.answered_at), at
+    );
+  end if;
+  if was.ai_analysis is null and new.ai_analysis is not null then
+    perform private.emit(
+      new.organization_id, 'call.analyzed', new.id::text,
+      about || jsonb_build_object(
+        'summary', new.summary, 'sentiment_score', new.sentiment_score, 'interest_level', new.interest_level, 'analysis', new.ai_analysis
+      ),
+      at
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.tell_call() is 'Trigger: a call started, was answered, was analysed. That it ended is told by end_attempt().';
+create trigger tell_new_call after insert on public.call_logs
+  for each row when (new.status >= 'queued' or new.answered_at is not null) execute function private.tell_call();
+create trigger tell_call after update of status, answered_at, ai_analysis on public.call_logs
+  for each row when (
+    old.status < 'queued' and new.status >= 'queued' or old.answered_at is null and new.answered_at is not null
+    or old.ai_analysis is null and new.ai_analysis is not null
+  ) execute function private.tell_call();
+
+create function private.lead_event(lead public.leads) returns jsonb
+language sql stable set search_path = '' as $$
+  select jsonb_build_object(
+    'lead_id', lead.id, 'project_id', lead.project_id, 'name', lead.name, 'phone', lead.phone, 'email', lead.email, 'source', lead.source,
+    'external_lead_id', lead.external_lead_id, 'status', lead.status
+  )
+$$;
+comment on function private.lead_event(public.leads) is 'A lead as its events carry it.';
+
+create function private.tell_new_leads() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  -- All at once: an import may be a hundred thousand.
+  with numbered as (
+    insert into private.event_sequences as counter (organization_id, object, last)
+    select fresh.organization_id, 'lead:' || fresh.id, 1 from fresh
+    on conflict (organization_id, object) do update set last = counter.last + 1
+    returning counter.object, counter.last
+  ),
+  listened as (
+    select tenant.organization_id, private.has_endpoint(tenant.organization_id) as is_heard
+    from (select distinct fresh.organization_id from fresh) as tenant
+  )
+  insert into private.outbox (organization_id, topic, key, payload, created_at, dispatched_at, object, sequence)
+  select
+    lead.organization_id, 'lead.created', lead.id::text,
+    private.lead_event(lead), at, case when not listened.is_heard then at end, numbered.object, numbered.last
+  from public.leads as lead
+  join fresh on fresh.organization_id = lead.organization_id and fresh.id = lead.id
+  join numbered on numbered.object = 'lead:' || fresh.id
+  join listened on listened.organization_id = fresh.organization_id
+  on conflict do nothing;
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    lead.organization_id, 'lead.opted_out', private.key_at(lead.id, at),
+    private.lead_event(lead) || jsonb_build_object('reason', lead.opt_out_reason), at
+  from public.leads as lead
+  join fresh on fresh.organization_id = lead.organization_id and fresh.id = lead.id
+  where fresh.do_not_call
+  on conflict do nothing;
+  return null;
+end
+$$;
+comment on function private.tell_new_leads() is 'Trigger: there are new leads.';
+create trigger tell_new_leads after insert on public.leads
+  referencing new table as fresh for each statement execute function private.tell_new_leads();
+
+create function private.tell_opted_out() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  perform private.emit(
+    new.organization_id, 'lead.opted_out', private.key_at(new.id, at),
+    private.lead_event(new) || jsonb_build_object('reason', new.opt_out_reason), at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_opted_out() is 'Trigger: a lead is not to be called any more.';
+create trigger tell_opted_out after update of do_not_call on public.leads
+  for each row when (new.do_not_call and not old.do_not_call) execute function private.tell_opted_out();
+
+create function private.tell_suppressed() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    lead.organization_id, 'lead.opted_out', private.key_at(lead.id, at),
+    private.lead_event(lead) || jsonb_build_object('reason', new.reason), at
+  from public.leads as lead
+  where lead.organization_id = new.organization_id and lead.phone = new.phone_number and not lead.do_not_call
+  order by lead.id
+  on conflict do nothing;
+  return null;
+end
+$$;
+comment on function private.tell_suppressed() is 'Trigger: a number is not to be called any more, as whichever lead.';
+create trigger tell_suppressed after insert on public.suppressions
+  for each row execute function private.tell_suppressed();
+
+create function private.tell_campaign() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  perform private.emit(
+    new.organization_id,
+    'campaign.' || case
+      when new.status <> 'running' then new.status::text
+      when old.status = 'paused' then 'resumed'
+      else 'started'
+    end,
+    private.key_at(new.id, at),
+    jsonb_build_object(
+      'campaign_id', new.id, 'name', new.name, 'project_id', new.project_id, 'status', new.status, 'leads', new.total_enrolled,
+      'open_leads', new.open_leads
+    ),
+    at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_campaign() is 'Trigger: a campaign starts, pauses, goes on, is called off. That it is complete is told by campaign_completed().';
+create trigger tell_campaign after update of status on public.campaigns
+  for each row when (old.status <> new.status and new.status in ('running', 'paused', 'cancelled')) execute function private.tell_campaign();
+
+create function private.tell_subscription() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at  constant timestamptz := private.clock_now();
+  was public.subscriptions;
+begin
+  if tg_op = 'UPDATE' then
+    was := old;
+  end if;
+  perform private.emit(
+    new.organization_id,
+    'subscription.' || case
+      when tg_op = 'INSERT' then 'created'
+      when new.status in ('cancelled', 'inactive') and was.status not in ('cancelled', 'inactive') then 'cancelled'
+      else 'changed'
+    end,
+    private.key_at(new.id, at),
+    (
+      select jsonb_build_object(
+        'subscription_id', new.id, 'plan', plan.slug, 'plan_price_id', new.plan_price_id, 'status', new.status, 'previous_status', was.status,
+        'current_period_start', new.current_period_start, 'current_period_end', new.current_period_end,
+        'cancel_at_period_end', new.cancel_at_period_end
+      )
+      from public.subscription_plans as plan
+      where plan.id = new.plan_id
+    ),
+    at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_subscription() is 'Trigger: a subscription begins, changes or is over. That a period went by is no change.';
+create trigger tell_new_subscription after insert on public.subscriptions
+  for each row execute function private.tell_subscription();
+create trigger tell_subscription after update on public.subscriptions
+  for each row when (
+    (old.plan_id, old.plan_price_id, old.status, old.cancel_at_period_end)
+    is distinct from (new.plan_id, new.plan_price_id, new.status, new.cancel_at_period_end)
+  ) execute function private.tell_subscription();
+
+create function private.order_event(placed public.orders) returns jsonb
+language sql stable set search_path = '' as $$
+  select jsonb_build_object(
+    'order_id', placed.id, 'store_id', placed.store_id, 'external_id', placed.external_id, 'order_number', placed.order_number,
+    'status', placed.status, 'payment_status', placed.payment_status, 'fulfillment_status', placed.fulfillment_status,
+    'total_price_minor', placed.total_price_minor, 'total_refunded_minor', placed.total_refunded_minor,
+    'currency_code', placed.currency_code, 'order_date', placed.order_date
+  )
+$$;
+comment on function private.order_event(public.orders) is 'An order as its events carry it.';
+
+create function private.tell_new_orders() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select placed.organization_id, 'order.created', placed.id::text, private.order_event(placed), at
+  from public.orders as placed
+  join fresh on fresh.organization_id = placed.organization_id and fresh.store_id = placed.store_id and fresh.id = placed.id
+  order by placed.id
+  on conflict do nothing;
+  return null;
+end
+$$;
+comment on function private.tell_new_orders() is 'Trigger: a store has new orders.';
+create trigger tell_new_orders after insert on public.orders
+  referencing new table as fresh for each statement execute function private.tell_new_orders();
+
+create function private.tell_order() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  perform private.emit(
+    new.organization_id,
+    'order.' || case when new.status = 'cancelled' and old.status <> 'cancelled' then 'cancelled' else 'updated' end,
+    private.key_at(new.id, at), private.order_event(new), at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_order() is 'Trigger: an order''s state, payment or fulfilment changed.';
+create trigger tell_order after update of status, payment_status, fulfillment_status, total_refunded_minor on public.orders
+  for each row when (
+    (old.status, old.payment_status, old.fulfillment_status, old.total_refunded_minor)
+    is distinct from (new.status, new.payment_status, new.fulfillment_status, new.total_refunded_minor)
+  ) execute function private.tell_order();
+
+create function private.tell_escalated() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  perform private.emit(
+    new.organization_id, 'conversation.escalated', private.key_at(new.id, at),
+    jsonb_build_object(
+      'conversation_id', new.id, 'store_id', new.store_id, 'channel', new.channel, 'customer_id', new.customer_id,
+      'order_id', new.order_id, 'reason', new.escalation_reason, 'assigned_agent_id', new.assigned_agent_id,
+      'priority_level', new.priority_level
+    ),
+    at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_escalated() is 'Trigger: a customer is handed to a person.';
+create trigger tell_new_escalated after insert on public.conversations
+  for each row when (new.status = 'escalated' or new.escalated_to_human) execute function private.tell_escalated();
+create trigger tell_escalated after update of status, escalated_to_human on public.conversations
+  for each row when (
+    (new.status = 'escalated' or new.escalated_to_human) and not (old.status = 'escalated' or old.escalated_to_human)
+  ) execute function private.tell_escalated();
+
+
+-- Delivering ----------------------------------------------------------------------------------------------------------------------
+
+create function private.wants_event(events text[], topic text) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select cardinality(events) = 0 or topic = any (events) or split_part(topic, '.', 1) || '.*' = any (events)
+$$;
+comment on function private.wants_event(text[], text) is 'Whether an endpoint with this filter is told of a topic.';
+
+create function private.event_body(told private.outbox) returns text
+language sql stable set search_path = '' as $$
+  select jsonb_build_object(
+    'id', told.id, 'type', told.topic, 'version', type.version, 'organization_id', told.organization_id, 'object', told.object,
+    'sequence', told.sequence, 'timestamp', to_char(told.created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+    'data', told.payload
+  )::text
+  from private.event_types as type
+  where type.topic = told.topic
+$$;
+comment on function private.event_body(private.outbox) is 'An event as it is sent: the same bytes at every attempt.';
+
+create function private.fan_out(each integer, at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  made integer;
+begin
+  with recursive tenants as (
+    (
+      select told.organization_id
+      from private.outbox as told
+      where told.dispatched_at is null and told.sequence is not null
+      order by told.organization_id
+      limit 1
+    )
+    union all
+    select (
+      select told.organization_id
+      from private.outbox as told
+      where told.dispatched_at is null and told.sequence is not null and told.organization_id > tenants.organization_id
+      order by told.organization_id
+      limit 1
+    )
+    from tenants
+    where tenants.organization_id is not null
+  ),
+  chosen as (
+    select event.id
+    from tenants
+    cross join lateral (
+      select told.id
+      from private.outbox as told
+      where told.organization_id = tenants.organization_id and told.dispatched_at is null and told.sequence is not null
+      order by told.id
+      limit each
+    ) as event
+  ),
+  locked as (
+    select told.id
+    from private.outbox as told
+    where told.id in (select chosen.id from chosen) and told.dispatched_at is null
+    order by told.id
+    for no key update skip locked
+  ),
+  taken as (
+    update private.outbox as told
+    set dispatched_at = at
+    from locked
+    where told.id = locked.id
+    returning told.id, told.organization_id, told.topic
+  )
+  insert into public.event_deliveries (organization_id, endpoint_id, event_id, topic, next_attempt_at, created_at)
+  select taken.organization_id, endpoint.id, taken.id, taken.topic, at, at
+  from taken
+  join public.webhook_endpoints as endpoint
+    on endpoint.organization_id = taken.organization_id and endpoint.enabled and private.wants_event(endpoint.events, taken.topic)
+  order by taken.id, endpoint.id
+  on conflict (endpoint_id, event_id) do nothing;
+  get diagnostics made = row_count;
+  return made;
+end
+$$;
+comment on function private.fan_out(integer, timestamptz) is
+  'Makes a delivery of each waiting event for each endpoint that listens to it; of each organization the oldest few, so that none waits behind another.';
+
+create function private.claim_deliveries(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  wanted  constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 200), 1), 500);
+  claimed jsonb;
+begin
+  perform private.fan_out(500, at);
+  with ready as (
+    -- An endpoint that nothing reaches is tried with a few at a time, so that its timeouts hold up little else.
+    select
+      endpoint.organization_id, endpoint.id,
+      case when endpoint.failing_since is null then 50 else 4 end - (
+        select count(*) from public.event_deliveries as busy where busy.endpoint_id = endpoint.id and busy.lease_until > now()
+      ) as room
+    from public.webhook_endpoints as endpoint
+    where endpoint.enabled
+  ),
+  candidates as (
+    select
+      ready.organization_id, due.id, due.next_attempt_at,
+      row_number() over (partition by ready.id order by due.next_attempt_at, due.id) as nth
+    from ready
+    cross join lateral (
+      select delivery.id, delivery.next_attempt_at
+      from public.event_deliveries as delivery
+      where delivery.endpoint_id = ready.id and delivery.status in ('pending', 'failed') and delivery.next_attempt_at <= at
+        and (delivery.lease_until is null or delivery.lease_until <= now())
+      order by delivery.next_attempt_at, delivery.id
+      limit least(greatest(ready.room, 0), wanted)
+    ) as due
+  ),
+  ranked as (
+    select
+      candidate.id, candidate.next_attempt_at,
+      row_number() over (partition by candidate.organization_id order by candidate.nth, candidate.next_attempt_at, candidate.id) as turn
+    from candidates as candidate
+  ),
+  chosen as (
+    select ranked.id, ranked.turn from ranked order by ranked.turn, ranked.next_attempt_at, ranked.id limit wanted
+  ),
+  locked as (
+    select delivery.id
+    from public.event_deliveries as delivery
+    where delivery.id in (select chosen.id from chosen) and delivery.status in ('pending', 'failed')
+      and (delivery.lease_until is null or delivery.lease_until <= now())
+    order by delivery.id
+    for no key update skip locked
+  ),
+  leased as (
+    update public.event_deliveries as delivery
+    set lease_until = now() + interval '3 minutes', lease_token = null
+    from locked
+    where delivery.id = locked.id
+    returning delivery.id, delivery.organization_id
+  )
+  select jsonb_agg(jsonb_build_object('id', leased.id, 'organization_id', leased.organization_id) order by chosen.turn, leased.id)
+  into claimed
+  from leased
+  join chosen on chosen.id = leased.id;
+  claimed := coalesce(claimed, '[]');
+  return jsonb_build_object('deliveries', claimed, 'more', jsonb_array_length(claimed) = wanted);
+end
+$$;
+comment on function private.claim_deliveries(jsonb, timestamptz) is
+  'Fans out what waits, and leases what is due to the queue: one of each organization before the second of any, and of each endpoint likewise. '
+  'A lease that nobody takes up lapses, and the same delivery is handed out again.';
+
+create function public.claim_deliveries(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_deliveries($1, private.clock_now())
+$$;
+comment on function public.claim_deliveries(jsonb) is
+  '{"v":1,"limit":n} -> {"deliveries":[{"id","organization_id"}],"more"}. Each is to be put on the queue.';
+
+create function private.begin_deliveries(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  token constant uuid := (request ->> 'lease_token')::uuid;
+  begun jsonb;
+begin
+  if token is null then
+    perform private.raise_error(400, 'invalid_request', 'A lease token is required', 'lease_token');
+  end if;
+  with locked as (
+    select delivery.id
+    from public.event_deliveries as delivery
+    where delivery.id in (select element.id::uuid from jsonb_array_elements_text(request -> 'deliveries') as element (id))
+    order by delivery.id
+    for no key update
+  ),
+  taken as (
+    update public.event_deliveries as delivery
+    set lease_token = token, lease_until = now() + interval '60 seconds'
+    from locked, public.webhook_endpoints as endpoint
+    where delivery.id = locked.id and endpoint.id = delivery.endpoint_id and endpoint.enabled
+      and delivery.status in ('pending', 'failed') and delivery.next_attempt_at <= at
+      and (delivery.lease_token is null or delivery.lease_token = token or delivery.lease_until <= now())
+    returning delivery.id, delivery.organization_id, delivery.endpoint_id, delivery.event_id, endpoint.url
+  )
+  select jsonb_agg(
+    jsonb_build_object(
+      'id', taken.id, 'organization_id', taken.organization_id, 'endpoint_id', taken.endpoint_id, 'event_id', taken.event_id,
+      'url', taken.url, 'body', private.event_body(told),
+      'secret_sealed', secret.secret_sealed,
+      'previous_sealed', case when secret.previous_until > now() then secret.previous_sealed end
+    )
+    order by told.id
+  )
+  into begun
+  from taken
+  join private.outbox as told on told.id = taken.event_id
+  join private.webhook_endpoint_secrets as secret on secret.organization_id = taken.organization_id and secret.endpoint_id = taken.endpoint_id;
+  return jsonb_build_object('deliveries', coalesce(begun, '[]'));
+end
+$$;
+comment on function private.begin_deliveries(jsonb, timestamptz) is
+  'Gives a handler what it is to send. Another handler with the same message gets nothing while the first one''s lease lasts.';
+
+create function public.begin_deliveries(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.begin_deliveries($1, private.clock_now())
+$$;
+comment on function public.begin_deliveries(jsonb) is
+  '{"v":1,"lease_token","deliveries":[id]} -> {"deliveries":[{"id","organization_id","endpoint_id","event_id","url","body","secret_sealed",'
+  '"previous_sealed"?}]}.';
+
+create function private.retry_delay(attempts integer) returns interval
+language sql volatile set search_path = '' as $$
+  -- The schedule of Standard Webhooks; up to a fifth later, so that what failed together does not come back together.
+  select (array[
+    interval '5 seconds', '5 minutes', '30 minutes', '2 hours', '5 hours', '10 hours', '14 hours', '20 hours', '24 hours'
+  ])[attempts] * (1 + 0.2 * random())
+$$;
+comment on function private.retry_delay(integer) is 'How long after the nth failed attempt the next one is made; null when there is none.';
+
+create function private.disable_endpoints(endpoints uuid[], reason text, at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints;
+begin
+  for endpoint in
+    update public.webhook_endpoints as target
+    set enabled = false, disabled_reason = reason, disabled_at = at
+    where target.id = any (endpoints) and target.enabled
+    returning target.*
+  loop
+    perform private.audit(
+      endpoint.organization_id, 'webhook_endpoint.disabled', 'webhook_endpoint', endpoint.id,
+      jsonb_build_object('reason', reason, 'failing_since', endpoint.failing_since), at
+    );
+    perform private.emit(
+      endpoint.organization_id, 'endpoint.disabled', private.key_at(endpoint.id, at),
+      jsonb_build_object('endpoint_id', endpoint.id, 'url', endpoint.url, 'reason', reason, 'failing_since', endpoint.failing_since), at
+    );
+  end loop;
+end
+$$;
+comment on function private.disable_endpoints(uuid[], text, timestamptz) is
+  'Switches endpoints off, and tells: on record, and in the outbox, from where the organization''s other endpoints and its owner hear of it.';
+
+create function private.record_deliveries(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  token    constant uuid := (request ->> 'lease_token')::uuid;
+  -- As long as the schedule of one event lasts, about.
+  patience constant interval := interval '3 days';
+  recorded integer;
+  reached  uuid[];
+  missed   uuid[];
+  gone     uuid[];
+  given_up uuid[];
+begin
+  -- Endpoints before their deliveries, as whoever changes or deletes one takes them, and in one order.
+  perform
+  from public.webhook_endpoints as endpoint
+  where endpoint.id in (
+    select delivery.endpoint_id
+    from public.event_deliveries as delivery
+    where delivery.id in (select (result ->> 'id')::uuid from jsonb_array_elements(request -> 'results') as result)
+  )
+  order by endpoint.id
+  for no key update;
+  with results as (
+    select result.*
+    from jsonb_to_recordset(request -> 'results') as result (
+      id uuid, status integer, error text, body text, duration_ms integer, retry_after_seconds bigint
+    )
+  ),
+  locked as (
+    select
+      delivery.id, delivery.endpoint_id, delivery.attempts + 1 as attempts, result.status, result.error, result.body, result.duration_ms,
+      result.retry_after_seconds, coalesce(result.status between 200 and 299, false) as is_delivered, coalesce(result.status = 410, false) as is_gone
+    from public.event_deliveries as delivery
+    join results as result on result.id = delivery.id
+    -- What arrived has arrived, whoever holds the lease by now; a failure counts only for whom it is.
+    where delivery.status in ('pending', 'failed') and (delivery.lease_token = token or result.status between 200 and 299)
+    order by delivery.id
+    for no key update of delivery
+  ),
+  judged as (
+    select locked.*, case when not locked.is_delivered and not locked.is_gone then private.retry_delay(locked.attempts) end as delay
+    from locked
+  ),
+  written as (
+    update public.event_deliveries as delivery
+    set
+      status = case when judged.is_delivered then 'delivered' when judged.delay is null then 'dead' else 'failed' end,
+      attempts = judged.attempts,
+      next_attempt_at = at + greatest(
+        judged.delay,
+        case when judged.delay is not null then make_interval(secs => least(greatest(judged.retry_after_seconds, 0), 86400)) end
+      ),
+      lease_until = null,
+      lease_token = null,
+      last_attempt_at = at,
+      response_status = judged.status,
+      response_body = left(judged.body, 1024),
+      duration_ms = greatest(judged.duration_ms, 0),
+      error = left(judged.error, 500),
+      delivered_at = case when judged.is_delivered then at end
+    from judged
+    where delivery.id = judged.id
+    returning judged.endpoint_id, judged.is_delivered, judged.is_gone
+  )
+  select
+    count(*),
+    array_agg(distinct written.endpoint_id) filter (where written.is_delivered),
+    array_agg(distinct written.endpoint_id) filter (where not written.is_delivered),
+    array_agg(distinct written.endpoint_id) filter (where written.is_gone)
+  into recorded, reached, missed, gone
+  from written;
+
+  update public.webhook_endpoints as endpoint
+  set failing_since = case when endpoint.id = any (reached) then null else at end
+  where endpoint.id = any (reached) and endpoint.failing_since is not null
+    or endpoint.id = any (missed) and endpoint.id <> all (coalesce(reached, '{}')) and endpoint.failing_since is null;
+  given_up := array(
+    select endpoint.id
+    from public.webhook_endpoints as endpoint
+    where endpoint.id = any (missed) and endpoint.enabled and endpoint.failing_since <= at - patience
+    order by endpoint.id
+  );
+  if gone is not null then
+    perform private.disable_endpoints(gone, 'gone', at);
+  end if;
+  if cardinality(given_up) > 0 then
+    perform private.disable_endpoints(given_up, 'failing', at);
+  end if;
+  return jsonb_build_object(
+    'recorded', coalesce(recorded, 0),
+    'more', exists (
+      select
+      from public.event_deliveries as delivery
+      join public.webhook_endpoints as endpoint on endpoint.id = delivery.endpoint_id and endpoint.enabled
+      where delivery.endpoint_id = any (reached || missed) and delivery.status in ('pending', 'failed')
+        and delivery.next_attempt_at <= at and (delivery.lease_until is null or delivery.lease_until <= now())
+    )
+  );
+end
+$$;
+comment on function private.record_deliveries(jsonb, timestamptz) is
+  'What came of attempts: delivered, to be tried again, or dead. An endpoint that says it is gone, or that nothing has reached for days, is switched off.';
+
+create function public.record_deliveries(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.record_deliveries($1, private.clock_now())
+$$;
+comment on function public.record_deliveries(jsonb) is
+  '{"v":1,"lease_token","results":[{"id","status"?,"error"?,"body"?,"duration_ms","retry_after_seconds"?}]} -> {"recorded":n,"more"}. '
+  'More: one of these endpoints has another that is due.';
+
+
+-- Endpoints -----------------------------------------------------------------------------------------------------------------------
+
+create function private.claim_endpoint(endpoint_id uuid) returns public.webhook_endpoints
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+  endpoint     public.webhook_endpoints;
+begin
+  select target.* into endpoint
+  from public.webhook_endpoints as target
+  where target.organization_id = organization and target.id = claim_endpoint.endpoint_id
+  for no key update;
+  if endpoint.id is null then
+    perform private.raise_error(404, 'endpoint_not_found', 'There is no such endpoint', 'endpoint_id');
+  end if;
+  return endpoint;
+end
+$$;
+comment on function private.claim_endpoint(uuid) is 'An endpoint of the caller''s organization, locked; needs webhook.manage.';
+
+create function private.endpoint_json(endpoint public.webhook_endpoints) returns jsonb
+language sql stable security definer set search_path = '' as $$
+  select to_jsonb(endpoint) - 'organization_id' || jsonb_build_object(
+    'previous_secret_until', (
+      select secret.previous_until
+      from private.webhook_endpoint_secrets as secret
+      where secret.organization_id = endpoint.organization_id and secret.endpoint_id = endpoint.id and secret.previous_until > now()
+    )
+  )
+$$;
+comment on function private.endpoint_json(public.webhook_endpoints) is 'An endpoint as its managers see it: without its secret.';
+
+create function private.check_endpoint(url text, events text[], description text) returns void
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  unknown text;
+begin
+  if url is not null and (url !~ '^https?://[^\s/]\S*$' or length(url) > 2048) then
+    perform private.raise_error(422, 'invalid_url', 'An endpoint is an https address of at most 2048 characters', 'url');
+  end if;
+  if length(description) > 200 then
+    perform private.raise_error(422, 'invalid_description', 'A description has at most 200 characters', 'description');
+  end if;
+  select wanted.topic into unknown
+  from unnest(events) as wanted (topic)
+  where wanted.topic is null or not exists (
+    select from private.event_types as type where type.topic = wanted.topic or split_part(type.topic, '.', 1) || '.*' = wanted.topic
+  )
+  limit 1;
+  if found then
+    perform private.raise_error(422, 'unknown_event', format('%L is no event that is told', coalesce(unknown, '')), 'events');
+  end if;
+end
+$$;
+comment on function private.check_endpoint(text, text[], text) is 'Refuses what an endpoint cannot be. Whether its address may be reached is judged when it is.';
+
+create function private.create_webhook_endpoint(
+  endpoint_id uuid, url text, secret_sealed text, events text[], description text, at timestamptz
+) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+  most         constant integer := 20;
+  endpoint     public.webhook_endpoints;
+begin
+  if url is null then
+    perform private.raise_error(422, 'invalid_url', 'An endpoint is an https address of at most 2048 characters', 'url');
+  end if;
+  perform private.check_endpoint(url, events, description);
+  if coalesce(length(secret_sealed), 0) not between 1 and 500 then
+    perform private.raise_error(400, 'invalid_request', 'A sealed secret is required', 'secret_sealed');
+  end if;
+  -- The organization's row is the lock behind which its endpoints are counted.
+  perform from public.organizations as mine where mine.id = organization for no key update;
+  if (select count(*) from public.webhook_endpoints as mine where mine.organization_id = organization) >= most then
+    perform private.raise_error(422, 'too_many_endpoints', format('An organization has at most %s endpoints', most));
+  end if;
+  insert into public.webhook_endpoints (id, organization_id, url, events, description, created_by, created_at, updated_at)
+  values (
+    coalesce(create_webhook_endpoint.endpoint_id, gen_random_uuid()), organization, create_webhook_endpoint.url,
+    coalesce(create_webhook_endpoint.events, '{}'), create_webhook_endpoint.description, private.acting_user_id(), at, at
+  )
+  on conflict (id) do nothing
+  returning * into endpoint;
+  if endpoint.id is null then
+    perform private.raise_error(409, 'idempotency_conflict', 'There is such an endpoint already', 'endpoint_id');
+  end if;
+  insert into private.webhook_endpoint_secrets (endpoint_id, organization_id, secret_sealed)
+  values (endpoint.id, organization, create_webhook_endpoint.secret_sealed);
+  perform private.audit(
+    organization, 'webhook_endpoint.created', 'webhook_endpoint', endpoint.id, jsonb_build_object('url', endpoint.url, 'events', endpoint.events), at
+  );
+  return private.endpoint_json(endpoint);
+end
+$$;
+comment on function private.create_webhook_endpoint(uuid, text, text, text[], text, timestamptz) is
+  'A new endpoint of the caller''s organization. Its id and its secret come from the handler, which has sealed the one for the other.';
+
+create function public.create_webhook_endpoint(
+  endpoint_id uuid, url text, secret_sealed text, events text[] default '{}', description text default null
+) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.create_webhook_endpoint(endpoint_id, url, secret_sealed, events, description, private.clock_now())
+$$;
+comment on function public.create_webhook_endpoint(uuid, text, text, text[], text) is
+  'Makes an endpoint; use POST event-delivery/endpoints, which makes its secret. Needs webhook.manage.';
+
+create function private.update_webhook_endpoint(endpoint_id uuid, url text, events text[], description text, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_endpoint(endpoint_id);
+  before   constant jsonb := jsonb_build_object('url', endpoint.url, 'events', endpoint.events);
+begin
+  perform private.check_endpoint(url, events, description);
+  update public.webhook_endpoints as mine
+  set
+    url = coalesce(update_webhook_endpoint.url, mine.url),
+    events = coalesce(update_webhook_endpoint.events, mine.events),
+    description = coalesce(update_webhook_endpoint.description, mine.description)
+  where mine.id = endpoint.id
+  returning * into endpoint;
+  perform private.audit(
+    endpoint.organization_id, 'webhook_endpoint.changed', 'webhook_endpoint', endpoint.id,
+    jsonb_build_object('from', before, 'to', jsonb_build_object('url', endpoint.url, 'events', endpoint.events)), at
+  );
+  return private.endpoint_json(endpoint);
+end
+$$;
+comment on function private.update_webhook_endpoint(uuid, text, text[], text, timestamptz) is 'What is null stays as it is.';
+
+create function public.update_webhook_endpoint(endpoint_id uuid, url text default null, events text[] default null, description text default null)
+returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.update_webhook_endpoint(endpoint_id, url, events, description, private.clock_now())
+$$;
+comment on function public.update_webhook_endpoint(uuid, text, text[], text) is
+  'Changes an endpoint''s address, filter or description; what is left out stays. Needs webhook.manage.';
+
+create function private.delete_webhook_endpoint(endpoint_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_endpoint(endpoint_id);
+begin
+  delete from public.webhook_endpoints as mine where mine.id = endpoint.id;
+  perform private.audit(
+    endpoint.organization_id, 'webhook_endpoint.deleted', 'webhook_endpoint', endpoint.id, jsonb_build_object('url', endpoint.url), at
+  );
+  return jsonb_build_object('id', endpoint.id, 'deleted', true);
+end
+$$;
+comment on function private.delete_webhook_endpoint(uuid, timestamptz) is 'With its secrets and its log.';
+
+create function public.delete_webhook_endpoint(endpoint_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.delete_webhook_endpoint(endpoint_id, private.clock_now())
+$$;
+comment on function public.delete_webhook_endpoint(uuid) is 'Deletes an endpoint and its log. Needs webhook.manage.';
+
+create function private.rotate_webhook_secret(endpoint_id uuid, secret_sealed text, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_endpoint(endpoint_id);
+begin
+  if coalesce(length(secret_sealed), 0) not between 1 and 500 then
+    perform private.raise_error(400, 'invalid_request', 'A sealed secret is required', 'secret_sealed');
+  end if;
+  update private.webhook_endpoint_secrets as mine
+  set secret_sealed = rotate_webhook_secret.secret_sealed, previous_sealed = mine.secret_sealed, previous_until = now() + interval '24 hours'
+  where mine.organization_id = endpoint.organization_id and mine.endpoint_id = endpoint.id;
+  perform private.audit(endpoint.organization_id, 'webhook_endpoint.secret_rotated', 'webhook_endpoint', endpoint.id, '{}', at);
+  return private.endpoint_json(endpoint);
+end
+$$;
+comment on function private.rotate_webhook_secret(uuid, text, timestamptz) is 'For a day both secrets sign.';
+
+create function public.rotate_webhook_secret(endpoint_id uuid, secret_sealed text) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.rotate_webhook_secret(endpoint_id, secret_sealed, private.clock_now())
+$$;
+comment on function public.rotate_webhook_secret(uuid, text) is
+  'Gives an endpoint a new secret; use POST event-delivery/endpoints/{id}/rotate, which makes it. Needs webhook.manage.';
+
+create function private.set_webhook_endpoint(endpoint_id uuid, enabled boolean, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_endpoint(endpoint_id);
+begin
+  if endpoint.enabled is distinct from coalesce(set_webhook_endpoint.enabled, false) then
+    update public.webhook_endpoints as mine
+    set
+      enabled = coalesce(set_webhook_endpoint.enabled, false),
+      disabled_reason = case when not coalesce(set_webhook_endpoint.enabled, false) then 'user' end,
+      disabled_at = case when not coalesce(set_webhook_endpoint.enabled, false) then at end,
+      failing_since = null
+    where mine.id = endpoint.id
+    returning * into endpoint;
+    perform private.audit(
+      endpoint.organization_id, case when endpoint.enabled then 'webhook_endpoint.enabled' else 'webhook_endpoint.disabled' end,
+      'webhook_endpoint', endpoint.id, jsonb_strip_nulls(jsonb_build_object('reason', endpoint.disabled_reason)), at
+    );
+    if endpoint.enabled then
+      perform private.nudge('event-delivery');
+    end if;
+  end if;
+  return private.endpoint_json(endpoint);
+end
+$$;
+comment on function private.set_webhook_endpoint(uuid, boolean, timestamptz) is
+  'Switched on, it goes on where it stood; what happened meanwhile is sent by a replay.';
+
+create function public.set_webhook_endpoint(endpoint_id uuid, enabled boolean) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.set_webhook_endpoint(endpoint_id, enabled, private.clock_now())
+$$;
+comment on function public.set_webhook_endpoint(uuid, boolean) is 'Switches an endpoint on or off. Needs webhook.manage.';
+
+create function private.claim_live_endpoint(endpoint_id uuid) returns public.webhook_endpoints
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_endpoint(endpoint_id);
+begin
+  if not endpoint.enabled then
+    perform private.raise_error(409, 'endpoint_disabled', 'The endpoint is switched off', 'endpoint_id');
+  end if;
+  return endpoint;
+end
+$$;
+comment on function private.claim_live_endpoint(uuid) is 'As claim_endpoint(); 409 when it is switched off.';
+
+create function private.test_webhook_endpoint(endpoint_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_live_endpoint(endpoint_id);
+  event    uuid := private.uuid_v7();
+  delivery uuid;
+begin
+  -- Handed out already, to this endpoint alone.
+  insert into private.outbox (id, organization_id, topic, key, payload, created_at, dispatched_at)
+  values (
+    event, endpoint.organization_id, 'endpoint.test', event::text,
+    jsonb_build_object('endpoint_id', endpoint.id, 'message', 'A test of this endpoint.'), at, at
+  );
+  insert into public.event_deliveries (organization_id, endpoint_id, event_id, topic, next_attempt_at, created_at)
+  values (endpoint.organization_id, endpoint.id, event, 'endpoint.test', at, at)
+  returning id into delivery;
+  perform private.nudge('event-delivery');
+  return jsonb_build_object('event_id', event, 'delivery_id', delivery);
+end
+$$;
+comment on function private.test_webhook_endpoint(uuid, timestamptz) is 'Sends an event of its own to one endpoint.';
+
+create function public.test_webhook_endpoint(endpoint_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.test_webhook_endpoint(endpoint_id, private.clock_now())
+$$;
+comment on function public.test_webhook_endpoint(uuid) is
+  'Sends endpoint.test to the endpoint; 409 when it is switched off. Returns {"event_id","delivery_id"}. Needs webhook.manage.';
+
+create function private.claim_delivery(delivery_id uuid) returns public.event_deliveries
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('webhook.manage');
+  delivery     public.event_deliveries;
+begin
+  select target.* into delivery
+  from public.event_deliveries as target
+  where target.organization_id = organization and target.id = claim_delivery.delivery_id;
+  if delivery.id is null then
+    perform private.raise_error(404, 'delivery_not_found', 'There is no such delivery', 'delivery_id');
+  end if;
+  return delivery;
+end
+$$;
+comment on function private.claim_delivery(uuid) is 'A delivery of the caller''s organization; needs webhook.manage.';
+
+create function private.delivery_json(delivery public.event_deliveries) returns jsonb
+language sql stable security definer set search_path = '' as $$
+  select to_jsonb(delivery) - array['organization_id', 'lease_until', 'lease_token'] || jsonb_build_object(
+    'request', (select private.event_body(told)::jsonb from private.outbox as told where told.id = delivery.event_id)
+  )
+$$;
+comment on function private.delivery_json(public.event_deliveries) is 'A line of the delivery log with what was sent.';
+
+create function private.get_event_delivery(delivery_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return private.delivery_json(private.claim_delivery(delivery_id));
+end
+$$;
+comment on function private.get_event_delivery(uuid) is 'One line of the delivery log.';
+
+create function public.get_event_delivery(delivery_id uuid) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.get_event_delivery(delivery_id)
+$$;
+comment on function public.get_event_delivery(uuid) is 'One line of the delivery log, with the request''s body. Needs webhook.manage.';
+
+create function private.replay_delivery(delivery_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  delivery public.event_deliveries := private.claim_delivery(delivery_id);
+  endpoint public.webhook_endpoints := private.claim_live_endpoint(delivery.endpoint_id);
+begin
+  update public.event_deliveries as mine
+  set status = 'pending', attempts = 0, next_attempt_at = at, delivered_at = null
+  where mine.id = delivery.id
+  returning * into delivery;
+  perform private.audit(
+    endpoint.organization_id, 'webhook_endpoint.replayed', 'webhook_endpoint', endpoint.id, jsonb_build_object('delivery_id', delivery.id), at
+  );
+  perform private.nudge('event-delivery');
+  return private.delivery_json(delivery);
+end
+$$;
+comment on function private.replay_delivery(uuid, timestamptz) is 'The same event under the same id, from the schedule''s beginning.';
+
+create function public.replay_delivery(delivery_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.replay_delivery(delivery_id, private.clock_now())
+$$;
+comment on function public.replay_delivery(uuid) is 'Sends an event to its endpoint again; 409 when that is switched off. Needs webhook.manage.';
+
+create function private.replay_deliveries(endpoint_id uuid, since timestamptz, until timestamptz, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  endpoint public.webhook_endpoints := private.claim_live_endpoint(endpoint_id);
+  most     constant integer := 10000;
+  events   uuid[];
+begin
+  if since is null or until is null or since >= until then
+    perform private.raise_error(422, 'invalid_time', 'A range begins before it ends', 'since');
+  end if;
+  events := array(
+    select told.id
+    from private.outbox as told
+    where told.organization_id = endpoint.organization_id and told.sequence is not null
+      and told.created_at >= since and told.created_at < until
+      and told.topic <> 'endpoint.test' and private.wants_event(endpoint.events, told.topic)
+    order by told.created_at, told.id
+    limit most + 1
+  );
+  if cardinality(events) > most then
+    perform private.raise_error(422, 'range_too_large', format('A replay is of at most %s events', most), 'since');
+  end if;
+  insert into public.event_deliveries as delivery (organization_id, endpoint_id, event_id, topic, next_attempt_at, created_at)
+  select endpoint.organization_id, endpoint.id, told.id, told.topic, at, at
+  from private.outbox as told
+  where told.id = any (events)
+  order by told.id
+  on conflict on constraint event_deliveries_endpoint_id_event_id_key do update
+  set status = 'pending', attempts = 0, next_attempt_at = at, delivered_at = null;
+  perform private.audit(
+    endpoint.organization_id, 'webhook_endpoint.replayed', 'webhook_endpoint', endpoint.id,
+    jsonb_build_object('since', since, 'until', until, 'events', cardinality(events)), at
+  );
+  perform private.nudge('event-delivery');
+  return jsonb_build_object('replayed', cardinality(events));
+end
+$$;
+comment on function private.replay_deliveries(uuid, timestamptz, timestamptz, timestamptz) is
+  'Whatever the endpoint listens to and happened in a range, also what it was never sent because it was switched off or not there yet.';
+
+create function public.replay_deliveries(endpoint_id uuid, since timestamptz, until timestamptz default null) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.replay_deliveries(endpoint_id, since, coalesce(until, private.clock_now()), private.clock_now())
+$$;
+comment on function public.replay_deliveries(uuid, timestamptz, timestamptz) is
+  'Sends what happened in [since, until) to an endpoint again, at most 10,000 events, each under its own id. Needs webhook.manage.';
+
+
+-- Who may call --------------------------------------------------------------------------------------------------------------------
+
+revoke execute on function
+  private.has_endpoint(uuid), private.number_event(), private.nudge_delivery(), private.key_at(uuid, timestamptz), private.tell_call(),
+  private.lead_event(public.leads), private.tell_new_leads(), private.tell_opted_out(), private.tell_suppressed(), private.tell_campaign(),
+  private.tell_subscription(), private.order_event(public.orders), private.tell_new_orders(), private.tell_order(), private.tell_escalated(),
+  private.wants_event(text[], text), private.event_body(private.outbox), private.fan_out(integer, timestamptz),
+  private.retry_delay(integer), private.disable_endpoints(uuid[], text, timestamptz), private.claim_endpoint(uuid),
+  private.endpoint_json(public.webhook_endpoints), private.check_endpoint(text, text[], text), private.claim_live_endpoint(uuid),
+  private.claim_delivery(uuid), private.delivery_json(public.event_deliveries)
+from public;
+revoke execute on function
+  private.claim_deliveries(jsonb, timestamptz), private.begin_deliveries(jsonb, timestamptz), private.record_deliveries(jsonb, timestamptz),
+  public.claim_deliveries(jsonb), public.begin_deliveries(jsonb), public.record_deliveries(jsonb),
+  private.create_webhook_endpoint(uuid, text, text, text[], text, timestamptz),
+  private.update_webhook_endpoint(uuid, text, text[], text, timestamptz), private.delete_webhook_endpoint(uuid, timestamptz),
+  private.rotate_webhook_secret(uuid, text, timestamptz), private.set_webhook_endpoint(uuid, boolean, timestamptz),
+  private.test_webhook_endpoint(uuid, timestamptz), private.get_event_delivery(uuid), private.replay_delivery(uuid, timestamptz),
+  private.replay_deliveries(uuid, timestamptz, timestamptz, timestamptz),
+  public.create_webhook_endpoint(uuid, text, text, text[], text), public.update_webhook_endpoint(uuid, text, text[], text),
+  public.delete_webhook_endpoint(uuid), public.rotate_webhook_secret(uuid, text), public.set_webhook_endpoint(uuid, boolean),
+  public.test_webhook_endpoint(uuid), public.get_event_delivery(uuid), public.replay_delivery(uuid),
+  public.replay_deliveries(uuid, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.claim_deliveries(jsonb, timestamptz), private.begin_deliveries(jsonb, timestamptz), private.record_deliveries(jsonb, timestamptz),
+  public.claim_deliveries(jsonb), public.begin_deliveries(jsonb), public.record_deliveries(jsonb)
+to service_role;
+grant execute on function
+  private.create_webhook_endpoint(uuid, text, text, text[], text, timestamptz),
+  private.update_webhook_endpoint(uuid, text, text[], text, timestamptz), private.delete_webhook_endpoint(uuid, timestamptz),
+  private.rotate_webhook_secret(uuid, text, timestamptz), private.set_webhook_endpoint(uuid, boolean, timestamptz),
+  private.test_webhook_endpoint(uuid, timestamptz), private.get_event_delivery(uuid), private.replay_delivery(uuid, timestamptz),
+  private.replay_deliveries(uuid, timestamptz, timestamptz, timestamptz),
+  public.create_webhook_endpoint(uuid, text, text, text[], text), public.update_webhook_endpoint(uuid, text, text[], text),
+  public.delete_webhook_endpoint(uuid), public.rotate_webhook_secret(uuid, text), public.set_webhook_endpoint(uuid, boolean),
+  public.test_webhook_endpoint(uuid), public.get_event_delivery(uuid), public.replay_delivery(uuid),
+  public.replay_deliveries(uuid, timestamptz, timestamptz)
+to authenticated;
+-- 20_functions_documents.sql
+
+-- Invoices and credit notes as documents: whole, as they were issued; the next one before it is due; and all of them for an accountant.
+--
+-- Nothing here prices anything and nothing writes, but for the issuer's logo. Amounts leave as integers of the minor unit in documents,
+-- and as plain decimals in exports, which are read by spreadsheets.
+
+create function private.set_billing_logo(png bytea) returns text
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  hash text := encode(sha256(png), 'hex');
+begin
+  insert into private.billing_logos (id, png) values (hash, png) on conflict (id) do nothing;
+  update private.billing_issuer as issuer set logo_id = hash where issuer.singleton;
+  return hash;
+end
+$$;
+comment on function private.set_billing_logo(bytea) is
+  'For the operator: a PNG of at most 64 KiB becomes the logo of invoices from now on; those that there are keep theirs.';
+
+create function private.billing_logo(id text) returns text
+language sql stable set search_path = ''
+as $$
+  select translate(encode(logo.png, 'base64'), E'\n', '') from private.billing_logos as logo where logo.id = $1
+$$;
+comment on function private.billing_logo(text) is 'A logo in base64; null if there is none.';
+
+-- Whole documents -----------------------------------------------------------------------------------------------------------------
+
+create function private.invoice_document(organization_id uuid, invoice_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select to_jsonb(invoice) - array['metadata', 'created_at', 'updated_at'] || jsonb_build_object(
+    'document', 'invoice',
+    'logo', private.billing_logo(invoice.issuer ->> 'logo_id'),
+    'lines', coalesce((
+      select jsonb_agg(
+        to_jsonb(line) - array['id', 'organization_id', 'invoice_id'] order by line.position
+      )
+      from public.invoice_lines as line
+      where line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+    ), '[]'),
+    'taxes', coalesce((
+      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'invoice_id'] order by tax.position)
+      from public.invoice_taxes as tax
+      where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+    ), '[]')
+  )
+  from public.invoices as invoice
+  where invoice.id = $2 and invoice.status <> 'draft' and (invoice.organization_id = $1 or $1 is null)
+$$;
+comment on function private.invoice_document(uuid, uuid) is
+  'An invoice that is no draft, with its lines, taxes and logo, of one organization or, with null, of any; null if there is none.';
+
+create function private.credit_note_document(organization_id uuid, credit_note_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select to_jsonb(note) - array['idempotency_key', 'created_by', 'created_at'] || jsonb_build_object(
+    'document', 'credit_note',
+    'logo', private.billing_logo(note.issuer ->> 'logo_id'),
+    'invoice_number', invoice.invoice_number,
+    'invoice_date', invoice.invoice_date,
+    'timezone', invoice.timezone,
+    'lines', coalesce((
+      select jsonb_agg(
+        to_jsonb(line) - array['id', 'organization_id', 'credit_note_id', 'invoice_line_id']
+          || jsonb_build_object('invoice_position', billed.position)
+        order by line.position)
+      from public.credit_note_lines as line
+      join public.invoice_lines as billed on billed.organization_id = line.organization_id and billed.id = line.invoice_line_id
+      where line.organization_id = note.organization_id and line.credit_note_id = note.id
+    ), '[]'),
+    'taxes', coalesce((
+      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id'] order by tax.position)
+      from public.credit_note_taxes as tax
+      where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+    ), '[]')
+  )
+  from public.credit_notes as note
+  join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+  where note.id = $2 and note.status <> 'draft' and (note.organization_id = $1 or $1 is null)
+$$;
+comment on function private.credit_note_document(uuid, uuid) is
+  'A credit note that was issued, with its lines, taxes, logo and what it names of its invoice; as invoice_document.';
+
+create function private.get_invoice(invoice_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  document jsonb := private.invoice_document(private.require_org('billing.view'), invoice_id);
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such invoice, or it is not yours to see', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.get_invoice(uuid) is 'An invoice of the caller''s organization as a document. Needs billing.view.';
+
+create function private.get_credit_note(credit_note_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  document jsonb := private.credit_note_document(private.require_org('billing.view'), credit_note_id);
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such credit note, or it is not yours to see', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.get_credit_note(uuid) is 'A credit note of the caller''s organization as a document. Needs billing.view.';
+
+create function private.open_document(request jsonb) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  wanted uuid := private.read_uuid(request, 'id');
+  document jsonb := case private.read_choice(request, 'document', array['invoice', 'credit_note'])
+    when 'invoice' then private.invoice_document(null, wanted)
+    else private.credit_note_document(null, wanted)
+  end;
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such document', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.open_document(jsonb) is 'A document for whoever holds a signed link to it; the handler has checked the link.';
+
+-- The next invoice ----------------------------------------------------------------------------------------------------------------
+
+create function private.preview_invoice(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  subscription public.subscriptions := private.live_subscription(organization);
+  issuer private.billing_issuer;
+  bill record;
+  dated date;
+begin
+  if subscription.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription, so nothing will be billed');
+  end if;
+  select own.* into issuer from private.billing_issuer as own;
+  if not found then
+    perform private.raise_error(409, 'billing_issuer_missing', 'Nothing is billed before private.billing_issuer says who bills');
+  end if;
+  select priced.* into bill from private.price_periods(array[subscription.id], issuer, at) as priced;
+  dated := (greatest(at, bill.period_end) at time zone issuer.timezone)::date;
+  return jsonb_build_object(
+    'document', 'preview',
+    'logo', private.billing_logo(issuer.logo_id),
+    'organization_id', bill.organization_id,
+    'subscription_id', bill.subscription_id,
+    'kind', 'period',
+    'currency', bill.currency,
+    'period_start', bill.period_start,
+    'period_end', bill.period_end,
+    'timezone', bill.timezone,
+    'first_day', bill.first_day,
+    'last_day', bill.last_day,
+    'subtotal_minor', bill.subtotal_minor,
+    'tax_minor', bill.tax_minor,
+    'total_minor', bill.subtotal_minor + bill.tax_minor,
+    'invoice_date', dated,
+    'due_date', dated + issuer.payment_terms_days,
+    'as_of', at,
+    -- What costs nothing makes no invoice.
+    'is_billed', bill.subtotal_minor > 0,
+    'issuer', bill.issuer_particulars,
+    'customer', bill.customer,
+    'lines', (select jsonb_agg(to_jsonb(item) - 'line_id' order by item.position) from unnest(bill.lines) as item),
+    'taxes', to_jsonb(bill.taxes)
+  );
+end
+$$;
+comment on function private.preview_invoice(timestamptz) is
+  'The next invoice of the caller''s subscription, as the run would make it if its period ended now: priced by the same function. Writes '
+  'nothing. Needs billing.view.';
+
+-- For an accountant ---------------------------------------------------------------------------------------------------------------
+
+create function private.decimal_amount(minor bigint, currency text) returns numeric
+language sql immutable set search_path = ''
+as $$
+  -- ISO 4217. The same list is in the documents' money.
+  select round($1 / power(10::numeric, exponent.digits), exponent.digits)
+  from (
+    select case
+      when $2 in (
+        'BIF', 'CLP', 'DJF', 'GNF', 'ISK', 'JPY', 'KMF', 'KRW', 'PYG', 'RWF', 'UGX', 'VND', 'VUV', 'XAF', 'XOF', 'XPF'
+      ) then 0
+      when $2 in ('BHD', 'IQD', 'JOD', 'KWD', 'LYD', 'OMR', 'TND') then 3
+      else 2
+    end as digits
+  ) as exponent
+$$;
+comment on function private.decimal_amount(bigint, text) is 'An amount of the minor unit as a plain decimal of the currency: 913320 INR is 9133.20.';
+
+create function private.check_export_days(from_day date, to_day date) returns void
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if from_day is null or to_day is null or from_day > to_day or to_day - from_day > 3660 then
+    perform private.raise_error(400, 'invalid_request', 'from and to are days, the first not after the last, ten years apart at most', 'from');
+  end if;
+end
+$$;
+comment on function private.check_export_days(date, date) is 'Ends the request with 400 unless the days of an export make a range.';
+
+create function private.export_invoices(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'document', 'number', 'date', 'due_date', 'status', 'against', 'customer', 'customer_gstin', 'place_of_supply', 'first_day',
+      'last_day', 'currency', 'subtotal', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.document, item.number, item.dated, item.due_date, item.status, item.against, item.customer ->> 'name',
+          item.customer ->> 'gstin', item.customer ->> 'place_of_supply', item.first_day, item.last_day, item.currency,
+          private.decimal_amount(item.subtotal_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
+          private.decimal_amount(item.sgst, item.currency)::text, private.decimal_amount(item.igst, item.currency)::text,
+          private.decimal_amount(item.tax_minor - item.cgst - item.sgst - item.igst, item.currency)::text,
+          private.decimal_amount(item.tax_minor, item.currency)::text, private.decimal_amount(item.total_minor, item.currency)::text,
+          private.decimal_amount(item.amount_paid_minor, item.currency)::text,
+          private.decimal_amount(item.credited_minor, item.currency)::text,
+          private.decimal_amount(
+            case when item.document = 'invoice' and item.status in ('open', 'uncollectible')
+              then item.total_minor - item.amount_paid_minor - item.credited_minor else 0 end, item.currency)::text,
+          item.id
+        )
+        order by item.dated, item.number)
+      from (
+        select every.*
+        from (
+          select
+            'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.due_date,
+            invoice.status::text, null::text as against, invoice.customer, invoice.first_day, invoice.last_day, invoice.currency,
+            invoice.subtotal_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor, invoice.credited_minor,
+            invoice.id, levied.cgst, levied.sgst, levied.igst
+          from public.invoices as invoice
+          cross join lateral (
+            select
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as cgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as sgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as igst
+            from public.invoice_taxes as tax
+            where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+          ) as levied
+          where invoice.organization_id = organization and invoice.status <> 'draft'
+            and invoice.invoice_date between from_day and to_day
+          union all
+          select
+            'credit_note', note.credit_note_number, note.credit_note_date, null, note.status::text, invoice.invoice_number,
+            note.customer, null, null, note.currency, -note.subtotal_minor, -note.tax_minor, -note.total_minor, 0, 0, note.id,
+            -levied.cgst, -levied.sgst, -levied.igst
+          from public.credit_notes as note
+          join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+          cross join lateral (
+            select
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as cgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as sgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as igst
+            from public.credit_note_taxes as tax
+            where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+          ) as levied
+          where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
+        ) as every
+        order by every.dated, every.number
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_invoices(date, date) is
+  'Invoices and credit notes dated in a range of days, both included, as rows for a spreadsheet: a credit note''s amounts are negative, so '
+  'that columns add up. 10,001 rows at most: one more than is given. Needs billing.view.';
+
+create function private.export_invoice_lines(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'document', 'number', 'date', 'line', 'kind', 'meter', 'description', 'sac', 'quantity', 'unit', 'unit_price', 'price_units',
+      'currency', 'amount'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.document, item.number, item.dated, item.position, item.kind, item.meter_key, item.description, item.sac, item.quantity,
+          item.unit, private.decimal_amount(item.unit_price_minor, item.currency)::text, item.price_units, item.currency,
+          private.decimal_amount(item.amount_minor, item.currency)::text
+        )
+        order by item.dated, item.number, item.position)
+      from (
+        select every.*
+        from (
+          select
+            'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, line.position, line.kind,
+            line.meter_key, line.description, invoice.issuer ->> 'sac_code' as sac, line.quantity, line.unit, line.unit_price_minor,
+            line.price_units, invoice.currency, line.amount_minor
+          from public.invoices as invoice
+          join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+          where invoice.organization_id = organization and invoice.status <> 'draft'
+            and invoice.invoice_date between from_day and to_day
+          union all
+          select
+            'credit_note', note.credit_note_number, note.credit_note_date, line.position, 'credit', null, line.description,
+            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor
+          from public.credit_notes as note
+          join public.credit_note_lines as line on line.organization_id = note.organization_id and line.credit_note_id = note.id
+          where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
+        ) as every
+        order by every.dated, every.number, every.position
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_invoice_lines(date, date) is
+  'The lines of what export_invoices gives, credit notes'' negative. Needs billing.view.';
+
+create function private.export_payments(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  zone text := (select tenant.timezone from public.organizations as tenant where tenant.id = organization);
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'date', 'payment', 'gateway', 'status', 'purpose', 'invoice', 'currency', 'amount', 'applied', 'refunded', 'problem', 'id'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          (item.happened_at at time zone zone)::date, item.gateway_payment_id, item.gateway, item.status, item.purpose,
+          item.invoice_number, item.currency, private.decimal_amount(item.amount_minor, item.currency)::text,
+          private.decimal_amount(item.applied_minor, item.currency)::text,
+          private.decimal_amount(item.refunded_minor, item.currency)::text, item.problem, item.id
+        )
+        order by item.happened_at, item.id)
+      from (
+        select payment.*, invoice.invoice_number, coalesce(payment.captured_at, payment.created_at) as happened_at
+        from public.payments as payment
+        left join public.invoices as invoice
+          on invoice.organization_id = payment.organization_id and invoice.id = payment.invoice_id
+        where payment.organization_id = organization
+          and coalesce(payment.captured_at, payment.created_at) >= private.local_midnight(from_day, zone)
+          and coalesce(payment.captured_at, payment.created_at) < private.local_midnight(to_day + 1, zone)
+        order by happened_at, payment.id
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_payments(date, date) is
+  'Payments captured, or else begun, in a range of the organization''s days, both included. 10,001 rows at most. Needs billing.view.';
+
+create function private.gstr1(organization uuid, from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  with given as (
+    select
+      'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.issuer, invoice.customer,
+      invoice.currency, invoice.subtotal_minor, invoice.total_minor, invoice.total_minor as invoice_total, 1 as sign, levied.*
+    from public.invoices as invoice
+    cross join lateral (
+      select
+        coalesce(sum(tax.rate_bp), 0)::integer as rate_bp,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as camt,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as samt,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as iamt
+      from public.invoice_taxes as tax
+      where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+    ) as levied
+    where invoice.status not in ('draft', 'void')
+      and (invoice.organization_id = $1 or $1 is null)
+      and invoice.invoice_date between $2 and $3
+    union all
+    select
+      'credit_note', note.credit_note_number, note.credit_note_date, note.issuer, note.customer, note.currency, note.subtotal_minor,
+      note.total_minor, invoice.total_minor, -1, levied.*
+    from public.credit_notes as note
+    join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+    cross join lateral (
+      select
+        coalesce(sum(tax.rate_bp), 0)::integer,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint
+      from public.credit_note_taxes as tax
+      where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+    ) as levied
+    where note.status <> 'draft'
+      and (note.organization_id = $1 or $1 is null)
+      and note.credit_note_date between $2 and $3
+  ),
+  placed as (
+    select
+      given.*, given.customer ->> 'gstin' as ctin, receiver.code as pos,
+      receiver.code is distinct from supplier.code as is_inter_state,
+      given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' = 'IN' and given.currency = 'INR'
+        and receiver.code is not null as is_domestic
+    from given
+    -- Documents of before the place of supply was written on them say it by their codes.
+    left join private.gst_states as receiver
+      on receiver.code = coalesce(left(given.customer ->> 'gstin', 2), left(given.customer ->> 'place_of_supply', 2), given.customer ->> 'state_code')
+      or not given.customer ?| array['gstin', 'place_of_supply'] and receiver.letters = given.customer ->> 'state_code'
+    left join private.gst_states as supplier
+      on supplier.code = coalesce(left(given.issuer ->> 'gstin', 2), left(given.issuer ->> 'place_of_supply', 2), given.issuer ->> 'state_code')
+      or not given.issuer ?| array['gstin', 'place_of_supply'] and supplier.letters = given.issuer ->> 'state_code'
+  ),
+  sorted as (
+    select
+      placed.*,
+      case
+        when not placed.is_domestic then 'left_out'
+        when placed.ctin is not null then case placed.document when 'invoice' then 'b2b' else 'cdnr' end
+        -- A large one to an unregistered buyer of another state is told alone: above a lakh of rupees.
+        when placed.is_inter_state and placed.invoice_total > 10000000 then case placed.document when 'invoice' then 'b2cl' else 'cdnur' end
+        else 'b2cs'
+      end as section,
+      jsonb_build_array(jsonb_build_object('num', 1, 'itm_det', jsonb_build_object(
+        'txval', private.decimal_amount(placed.subtotal_minor, 'INR'), 'rt', round(placed.rate_bp / 100.0, 2),
+        'camt', private.decimal_amount(placed.camt, 'INR'), 'samt', private.decimal_amount(placed.samt, 'INR'),
+        'iamt', private.decimal_amount(placed.iamt, 'INR'), 'csamt', 0
+      ))) as itms,
+      to_char(placed.dated, 'DD-MM-YYYY') as idt,
+      private.decimal_amount(placed.total_minor, 'INR') as val
+    from placed
+  )
+  select jsonb_build_object(
+    'gstin', (select issuer.gstin from private.billing_issuer as issuer),
+    'fp', to_char($3, 'MMYYYY'),
+    'b2b', coalesce((
+      select jsonb_agg(jsonb_build_object('ctin', buyer.ctin, 'inv', buyer.inv) order by buyer.ctin)
+      from (
+        select
+          sorted.ctin,
+          jsonb_agg(
+            jsonb_build_object(
+              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R', 'itms', sorted.itms
+            )
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'b2b'
+        group by sorted.ctin
+      ) as buyer
+    ), '[]'),
+    'b2cl', coalesce((
+      select jsonb_agg(jsonb_build_object('pos', place.pos, 'inv', place.inv) order by place.pos)
+      from (
+        select
+          sorted.pos,
+          jsonb_agg(
+            jsonb_build_object('inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'itms', sorted.itms)
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'b2cl'
+        group by sorted.pos
+      ) as place
+    ), '[]'),
+    'b2cs', coalesce((
+      select jsonb_agg(
+        jsonb_build_object(
+          'sply_ty', case when rest.is_inter_state then 'INTER' else 'INTRA' end, 'pos', rest.pos, 'typ', 'OE',
+          'rt', round(rest.rate_bp / 100.0, 2), 'txval', private.decimal_amount(rest.txval, 'INR'),
+          'camt', private.decimal_amount(rest.camt, 'INR'), 'samt', private.decimal_amount(rest.samt, 'INR'),
+          'iamt', private.decimal_amount(rest.iamt, 'INR'), 'csamt', 0
+        )
+        order by rest.pos, rest.rate_bp)
+      from (
+        select
+          sorted.is_inter_state, sorted.pos, sorted.rate_bp, sum(sorted.sign * sorted.subtotal_minor)::bigint as txval,
+          sum(sorted.sign * sorted.camt)::bigint as camt, sum(sorted.sign * sorted.samt)::bigint as samt,
+          sum(sorted.sign * sorted.iamt)::bigint as iamt
+        from sorted
+        where sorted.section = 'b2cs'
+        group by sorted.is_inter_state, sorted.pos, sorted.rate_bp
+      ) as rest
+    ), '[]'),
+    'cdnr', coalesce((
+      select jsonb_agg(jsonb_build_object('ctin', buyer.ctin, 'nt', buyer.nt) order by buyer.ctin)
+      from (
+        select
+          sorted.ctin,
+          jsonb_agg(
+            jsonb_build_object(
+              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R',
+              'itms', sorted.itms
+            )
+            order by sorted.number) as nt
+        from sorted
+        where sorted.section = 'cdnr'
+        group by sorted.ctin
+      ) as buyer
+    ), '[]'),
+    'cdnur', coalesce((
+      select jsonb_agg(
+        jsonb_build_object(
+          'typ', 'B2CL', 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
+        )
+        order by sorted.number)
+      from sorted
+      where sorted.section = 'cdnur'
+    ), '[]'),
+    'left_out', coalesce((
+      select jsonb_agg(sorted.number order by sorted.number)
+      from sorted
+      where sorted.section = 'left_out'
+    ), '[]')
+  )
+$$;
+comment on function private.gstr1(uuid, date, date) is
+  'What was billed in a range of days in the sections and field names of India''s GSTR-1, for one organization or, with null, for all: '
+  'the operator''s own return. left_out names what is not domestic, not in rupees or without a known place, for a person to report.';
+
+create function private.export_gstr1(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  if (
+    select count(*)
+    from public.invoices as invoice
+    where invoice.organization_id = organization and invoice.invoice_date between from_day and to_day
+  ) > 10000 then
+    perform private.raise_error(413, 'export_too_large', 'More than 10,000 invoices: ask for fewer days', 'to');
+  end if;
+  return private.gstr1(organization, from_day, to_day);
+end
+$$;
+comment on function private.export_gstr1(date, date) is 'gstr1 for the caller''s organization. Needs billing.view.';
+
+-- The calls of a line -------------------------------------------------------------------------------------------------------------
+
+create function private.export_line_calls(invoice_id uuid, line integer) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  bill public.invoices;
+  billed public.invoice_lines;
+  skipped bigint;
+begin
+  select own.* into bill
+  from public.invoices as own
+  where own.organization_id = organization and own.id = invoice_id and own.status <> 'draft';
+  select own.* into billed
+  from public.invoice_lines as own
+  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null;
+  if billed.id is null then
+    perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
+  end if;
+  -- In the order in which they were counted, calls fill the meter's lines one after the other.
+  select coalesce(sum(earlier.quantity), 0)::bigint into skipped
+  from public.invoice_lines as earlier
+  where earlier.organization_id = organization
+    and earlier.invoice_id = bill.id
+    and earlier.meter_key = billed.meter_key
+    and earlier.position < billed.position;
+  return jsonb_build_object(
+    'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.occurred_at, item.source, item.key, item.direction,
+          -- Who may see calls sees whom they were with; a bill shows the end of the number.
+          case when item.number is not null then '…' || right(item.number, 4) end,
+          item.quantity, item.share, billed.unit, bill.currency,
+          private.decimal_amount(
+            private.divide_half_away(item.until::numeric * billed.amount_minor, billed.quantity)
+              - private.divide_half_away((item.until - item.share)::numeric * billed.amount_minor, billed.quantity), bill.currency)::text
+        )
+        order by item.occurred_at, item.id)
+      from (
+        select
+          part.*, sum(part.share) over (order by part.occurred_at, part.id) as until
+        from (
+          select
+            counted.*,
+            least(counted.running, skipped + billed.quantity) - greatest(counted.running - counted.quantity, skipped) as share
+          from (
+            select
+              event.id, event.occurred_at, event.source, event.key, event.quantity, attempt.direction,
+              case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number,
+              (sum(event.quantity) over (order by event.occurred_at, event.id))::bigint as running
+            from private.usage_events as event
+            left join public.call_logs as attempt
+              on attempt.organization_id = event.organization_id and attempt.id = case event.source when 'call' then event.key::uuid end
+            where event.organization_id = organization
+              and event.meter_key = billed.meter_key
+              and event.day between bill.first_day and bill.last_day
+              and event.occurred_at < bill.period_end
+          ) as counted
+        ) as part
+        where part.share > 0
+        order by part.occurred_at, part.id
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_line_calls(uuid, integer) is
+  'The counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up to the '
+  'line''s, also where an event is partly within the plan. Needs billing.view.';
+
+-- What users and handlers call ----------------------------------------------------------------------------------------------------
+
+create function public.get_invoice(invoice_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_invoice(invoice_id)
+$$;
+comment on function public.get_invoice(uuid) is 'An invoice of the caller''s organization, whole: particulars, lines, taxes. Needs billing.view.';
+
+create function public.get_credit_note(credit_note_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_credit_note(credit_note_id)
+$$;
+comment on function public.get_credit_note(uuid) is 'A credit note of the caller''s organization, whole. Needs billing.view.';
+
+create function public.preview_invoice() returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.preview_invoice(private.clock_now())
+$$;
+comment on function public.preview_invoice() is 'The next invoice of the caller''s organization as of now; writes nothing. Needs billing.view.';
+
+create function public.export_invoices(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_invoices(from_day, to_day)
+$$;
+comment on function public.export_invoices(date, date) is 'Invoices and credit notes of a range of days as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_invoice_lines(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_invoice_lines(from_day, to_day)
+$$;
+comment on function public.export_invoice_lines(date, date) is 'Their lines as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_payments(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_payments(from_day, to_day)
+$$;
+comment on function public.export_payments(date, date) is 'Payments of a range of days as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_gstr1(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_gstr1(from_day, to_day)
+$$;
+comment on function public.export_gstr1(date, date) is 'What was billed in a range of days in the sections of India''s GSTR-1. Needs billing.view.';
+
+create function public.export_line_calls(invoice_id uuid, line integer) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_line_calls(invoice_id, line)
+$$;
+comment on function public.export_line_calls(uuid, integer) is 'The calls that a line of an invoice charges for as {"columns","rows"}; they add up to it. Needs billing.view.';
+
+create function public.open_document(jsonb) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.open_document($1)
+$$;
+comment on function public.open_document(jsonb) is
+  'For invoice-generation. {"v":1,"document":"invoice|credit_note","id"} gives the document, of whichever organization.';
+
+revoke all on function
+  private.set_billing_logo(bytea), private.billing_logo(text), private.invoice_document(uuid, uuid),
+  private.credit_note_document(uuid, uuid), private.decimal_amount(bigint, text), private.check_export_days(date, date),
+  private.gstr1(uuid, date, date), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
+  private.export_invoices(date, date), private.export_invoice_lines(date, date), private.export_payments(date, date),
+  private.export_gstr1(date, date), private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid),
+  public.preview_invoice(), public.export_invoices(date, date), public.export_invoice_lines(date, date),
+  public.export_payments(date, date), public.export_gstr1(date, date), public.export_line_calls(uuid, integer),
+  private.open_document(jsonb), public.open_document(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz), private.export_invoices(date, date),
+  private.export_invoice_lines(date, date), private.export_payments(date, date), private.export_gstr1(date, date),
+  private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid), public.preview_invoice(),
+  public.export_invoices(date, date), public.export_invoice_lines(date, date), public.export_payments(date, date),
+  public.export_gstr1(date, date), public.export_line_calls(uuid, integer)
+to authenticated;
+grant execute on function private.open_document(jsonb), public.open_document(jsonb) to service_role;
+-- 21_functions_rating.sql
+
+-- Rating: what quantities cost. Amounts are whole minor units; a quantity may have decimals and is numeric, never a float. What is
+-- summed is exact, and is rounded once a line, half away from zero. Functions that bill call these, and tests do.
+
+-- A price, a tax, a share of a period ---------------------------------------------------------------------------------------------
+
+create function private.rate_units(quantity numeric, price_minor numeric, price_units numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(quantity * price_minor, price_units);
+end
+$$;
+comment on function private.rate_units(numeric, numeric, numeric) is
+  'What a quantity costs when each `price_units` of it cost `price_minor`: a line.';
+
+create function private.tax_amount(taxable_minor bigint, rate_bp numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(taxable_minor * rate_bp, 10000);
+end
+$$;
+comment on function private.tax_amount(bigint, numeric) is
+  'One component of tax on a net amount, rounded alone; the rate is in hundredths of a percent.';
+
+create function private.gst_amounts(
+  net_minor bigint, is_intra_state boolean, rate_bp numeric, out cgst_minor bigint, out sgst_minor bigint, out igst_minor bigint
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  cgst_minor := case when is_intra_state then private.tax_amount(net_minor, rate_bp / 2) else 0 end;
+  sgst_minor := cgst_minor;
+  igst_minor := case when is_intra_state then 0 else private.tax_amount(net_minor, rate_bp) end;
+end
+$$;
+comment on function private.gst_amounts(bigint, boolean, numeric) is
+  'GST of India by component: half and half within a state, whole between states. The halves may differ from the whole by one unit.';
+
+create function private.prorate(amount_minor bigint, numerator numeric, denominator numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if denominator <= 0 then
+    raise exception 'a share needs a positive denominator' using errcode = '22023';
+  end if;
+  return private.divide_half_away(amount_minor * numerator, denominator);
+end
+$$;
+comment on function private.prorate(bigint, numeric, numeric) is
+  'The part of an amount for the part of its period, rounded once; a credit is the mirror of its charge.';
+
+create function private.allocate_largest_remainder(total_minor bigint, weights numeric[]) returns bigint[]
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  whole numeric := (select sum(given.weight) from unnest(weights) as given (weight));
+begin
+  if whole is null or whole <= 0 or exists (select from unnest(weights) as given (weight) where coalesce(given.weight, -1) < 0) then
+    raise exception 'weights are not negative, and one is positive' using errcode = '22023';
+  end if;
+  return (
+    with share as (
+      select
+        given.position,
+        div(abs(total_minor) * given.weight, whole) as units,
+        row_number() over (order by mod(abs(total_minor) * given.weight, whole) desc, given.position) as rank
+      from unnest(weights) with ordinality as given (weight, position)
+    ),
+    missing as (
+      select abs(total_minor) - sum(share.units) as units
+      from share
+    )
+    select array_agg(
+      (sign(total_minor) * (share.units + case when share.rank <= missing.units then 1 else 0 end))::bigint order by share.position)
+    from share, missing
+  );
+end
+$$;
+comment on function private.allocate_largest_remainder(bigint, numeric[]) is
+  'An amount split by weights into whole units that add up to it: what is missing goes to the largest remainders, the first of equal ones.';
+
+-- Tiers and packages --------------------------------------------------------------------------------------------------------------
+
+create type private.price_tier as (
+  up_to            numeric,
+  unit_price_minor numeric,
+  flat_minor       bigint
+);
+comment on type private.price_tier is
+  'A step of a price: up to and with so many units, null without end, a unit costs so much, and whoever reaches it pays its flat fee.';
+
+create function private.check_tiers(tiers private.price_tier[]) returns void
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(cardinality(tiers), 0) = 0
+    or exists (
+      select
+      from (
+        select
+          given.*, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound,
+          given.position = cardinality(tiers) as is_last
+        from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as tier
+      where tier.unit_price_minor is null or tier.flat_minor is null or (tier.up_to is null) <> tier.is_last
+        or tier.up_to <= tier.lower_bound
+    ) then
+    raise exception 'tiers rise, have prices, and the last one alone has no end' using errcode = '22023';
+  end if;
+end
+$$;
+comment on function private.check_tiers(private.price_tier[]) is 'Fails unless every quantity has its tier.';
+
+create function private.graduated_tiers(tiers private.price_tier[], after_quantity numeric, quantity numeric, price_units numeric)
+returns table (tier bigint, tier_quantity numeric, cost numeric)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  perform private.check_tiers(tiers);
+  if coalesce(after_quantity, -1) < 0 or coalesce(quantity, -1) < 0 or coalesce(price_units, 0) <= 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  return query
+    select reached.position, reached.units, reached.units * reached.unit_price_minor
+      + case
+        when reached.lower_bound >= after_quantity and reached.lower_bound < after_quantity + quantity then reached.flat_minor * price_units
+        else 0
+      end
+    from (
+      select
+        bounded.*,
+        greatest(least(bounded.up_to, after_quantity + quantity) - greatest(bounded.lower_bound, after_quantity), 0) as units
+      from (
+        select given.*, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound
+        from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as bounded
+    ) as reached
+    order by reached.position;
+end
+$$;
+comment on function private.graduated_tiers(private.price_tier[], numeric, numeric, numeric) is
+  'How much of a quantity that follows another falls into each tier, and its exact cost times `price_units`, flat fees of tiers that it '
+  'is the first to reach included.';
+
+create function private.rate_graduated(
+  tiers private.price_tier[], quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(
+    (select sum(part.cost) from private.graduated_tiers(tiers, 0, rate_graduated.quantity, price_units) as part)
+      + case when quantity = 0 and flat_at_zero then tiers[1].flat_minor * price_units else 0 end,
+    price_units);
+end
+$$;
+comment on function private.rate_graduated(private.price_tier[], numeric, boolean, numeric) is
+  'The graduated price: each unit at the price of its own tier, and the flat fees of the tiers reached. Whether nothing owes the first '
+  'flat fee is the plan''s choice.';
+
+create function private.rate_graduated_from(
+  tiers private.price_tier[], after_quantity numeric, quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  cost numeric;
+  before numeric;
+begin
+  select sum(part.cost) into cost from private.graduated_tiers(tiers, after_quantity, rate_graduated_from.quantity, price_units) as part;
+  select sum(part.cost) into before from private.graduated_tiers(tiers, 0, after_quantity, price_units) as part;
+  if flat_at_zero and after_quantity = 0 then
+    before := tiers[1].flat_minor * price_units;
+    cost := case when quantity = 0 then 0 else cost - before end;
+  end if;
+  return private.divide_half_away(before + cost, price_units) - private.divide_half_away(before, price_units);
+end
+$$;
+comment on function private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric) is
+  'What a quantity costs that follows another in the same period: with what that one cost, to the unit the price of both together.';
+
+create function private.rate_volume(
+  tiers private.price_tier[], quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  reached private.price_tier;
+begin
+  perform private.check_tiers(tiers);
+  if coalesce(quantity, -1) < 0 or coalesce(price_units, 0) <= 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  if quantity = 0 and not flat_at_zero then
+    return 0;
+  end if;
+  select given.up_to, given.unit_price_minor, given.flat_minor
+  into reached
+  from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+  where given.up_to is null or rate_volume.quantity <= given.up_to
+  order by given.position
+  limit 1;
+  return private.divide_half_away(quantity * reached.unit_price_minor + reached.flat_minor * price_units, price_units);
+end
+$$;
+comment on function private.rate_volume(private.price_tier[], numeric, boolean, numeric) is
+  'The volume price: all units at the price of the tier that the quantity falls into, and its flat fee.';
+
+create function private.rate_package(quantity numeric, free_units numeric, package_units numeric, price_minor bigint) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(quantity, -1) < 0 or coalesce(free_units, -1) < 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  return (private.started_units(greatest(quantity - free_units, 0), package_units) * price_minor)::bigint;
+end
+$$;
+comment on function private.rate_package(numeric, numeric, numeric, bigint) is
+  'Each started package beyond the free units costs its price.';
+
+create function private.started_units(quantity numeric, unit numeric) returns numeric
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(unit, 0) <= 0 then
+    raise exception 'what is counted by needs to be positive' using errcode = '22023';
+  end if;
+  return div(quantity, unit) + case when mod(quantity, unit) > 0 then 1 else 0 end;
+end
+$$;
+comment on function private.started_units(numeric, numeric) is
+  'How many units of a size a quantity begins: pulses of a call, packages. By the call or by the sum is the plan''s choice.';
+
+-- What a plan includes ------------------------------------------------------------------------------------------------------------
+
+create function private.rate_beyond_allowance(
+  tiers private.price_tier[], quantity numeric, included_units numeric, price_units numeric default 1
+) returns bigint[]
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (
+    select array_agg(private.divide_half_away(part.cost, price_units) order by part.tier)
+    from private.graduated_tiers(
+      tiers, 0, greatest(rate_beyond_allowance.quantity - included_units, 0), price_units
+    ) as part
+  );
+end
+$$;
+comment on function private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric) is
+  'What is beyond an allowance, at graduated prices: a line a tier, each rounded alone.';
+
+create function private.rate_base_and_overage(
+  base_minor bigint, included_units numeric, quantity numeric, price_minor numeric, price_units numeric, rate_bp numeric,
+  out overage_units numeric, out subtotal_minor bigint, out tax_minor bigint, out total_minor bigint
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  overage_units := greatest(quantity - included_units, 0);
+  subtotal_minor := base_minor + private.rate_units(overage_units, price_minor, price_units);
+  tax_minor := private.tax_amount(subtotal_minor, rate_bp);
+  total_minor := subtotal_minor + tax_minor;
+end
+$$;
+comment on function private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric) is
+  'A period of one meter: the base price, what was used beyond the included units, and one tax on both.';
+
+-- Time ----------------------------------------------------------------------------------------------------------------------------
+
+create function private.series_month(instant timestamptz, timezone text) returns text
+language plpgsql stable set search_path = ''
+as $$
+begin
+  return to_char(instant at time zone timezone, 'YYYYMM');
+end
+$$;
+comment on function private.series_month(timestamptz, text) is 'The month in the number of a document, by its issuer''s time zone.';
+
+create function private.hours_in_period(starts timestamptz, ends timestamptz) returns numeric
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return trim_scale(extract(epoch from ends - starts) / 3600);
+end
+$$;
+comment on function private.hours_in_period(timestamptz, timestamptz) is
+  'The hours that pass from one instant to another: a month in which clocks are changed has one more or less.';
+
+revoke all on function
+  private.rate_units(numeric, numeric, numeric), private.tax_amount(bigint, numeric),
+  private.gst_amounts(bigint, boolean, numeric), private.prorate(bigint, numeric, numeric),
+  private.allocate_largest_remainder(bigint, numeric[]), private.check_tiers(private.price_tier[]),
+  private.graduated_tiers(private.price_tier[], numeric, numeric, numeric),
+  private.rate_graduated(private.price_tier[], numeric, boolean, numeric),
+  private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),
+  private.rate_volume(private.price_tier[], numeric, boolean, numeric), private.rate_package(numeric, numeric, numeric, bigint),
+  private.started_units(numeric, numeric), private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric),
+  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.series_month(timestamptz, text),
+  private.hours_in_period(timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
 $trunkline_schema$;
   execute format('comment on schema private is %L', 'Trunkline ' || version);
 end

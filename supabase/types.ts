@@ -678,6 +678,32 @@ isOneToOne: false
       referencedColumns: ["organization_id","id"]
     }
                   ]
+                },"event_deliveries": {
+                  Row: {
+                    "attempts": number,"created_at": string,"delivered_at": string | null,"duration_ms": number | null,"endpoint_id": string,"error": string | null,"event_id": string,"id": string,"last_attempt_at": string | null,"lease_token": string | null,"lease_until": string | null,"next_attempt_at": string | null,"organization_id": string,"response_body": string | null,"response_status": number | null,"status": string,"topic": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "attempts"?: number,"created_at"?: string,"delivered_at"?: string | null,"duration_ms"?: number | null,"endpoint_id": string,"error"?: string | null,"event_id": string,"id"?: string,"last_attempt_at"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"next_attempt_at"?: string | null,"organization_id": string,"response_body"?: string | null,"response_status"?: number | null,"status"?: string,"topic": string
+                  }
+                  Update: {
+                    "attempts"?: number,"created_at"?: string,"delivered_at"?: string | null,"duration_ms"?: number | null,"endpoint_id"?: string,"error"?: string | null,"event_id"?: string,"id"?: string,"last_attempt_at"?: string | null,"lease_token"?: string | null,"lease_until"?: string | null,"next_attempt_at"?: string | null,"organization_id"?: string,"response_body"?: string | null,"response_status"?: number | null,"status"?: string,"topic"?: string
+                  }
+                  Relationships: [
+                    {
+      foreignKeyName: "event_deliveries_organization_id_endpoint_id_fkey"
+      columns: ["organization_id","endpoint_id"]
+isOneToOne: false
+      referencedRelation: "webhook_endpoints"
+      referencedColumns: ["organization_id","id"]
+    },{
+      foreignKeyName: "event_deliveries_organization_id_fkey"
+      columns: ["organization_id"]
+isOneToOne: false
+      referencedRelation: "organizations"
+      referencedColumns: ["id"]
+    }
+                  ]
                 },"impersonation_sessions": {
                   Row: {
                     "active": boolean | null,"admin_id": string,"created_at": string,"ended_at": string | null,"ended_by": string | null,"expires_at": string,"id": string,"is_read_only": boolean,"organization_id": string,"reason": string,"started_at": string,"target_user_id": string
@@ -1672,14 +1698,14 @@ isOneToOne: false
                   ]
                 },"usage_logs": {
                   Row: {
-                    "closed_at": string | null,"created_at": string,"feature_key": string,"id": string,"metadata": NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"prepaid": number,"reserved": number,"usage_count": number
+                    "billed_count": number | null,"closed_at": string | null,"created_at": string,"feature_key": string,"id": string,"metadata": NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"plan_price_id": string | null,"prepaid": number,"reserved": number,"usage_count": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "closed_at"?: string | null,"created_at"?: string,"feature_key": string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
+                    "billed_count"?: number | null,"closed_at"?: string | null,"created_at"?: string,"feature_key": string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id": string,"period_end": string,"period_start": string,"plan_price_id"?: string | null,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
                   }
                   Update: {
-                    "closed_at"?: string | null,"created_at"?: string,"feature_key"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"period_end"?: string,"period_start"?: string,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
+                    "billed_count"?: number | null,"closed_at"?: string | null,"created_at"?: string,"feature_key"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"period_end"?: string,"period_start"?: string,"plan_price_id"?: string | null,"prepaid"?: number,"reserved"?: number,"usage_count"?: number
                   }
                   Relationships: [
                     {
@@ -1693,6 +1719,12 @@ isOneToOne: false
       columns: ["organization_id"]
 isOneToOne: false
       referencedRelation: "organizations"
+      referencedColumns: ["id"]
+    },{
+      foreignKeyName: "usage_logs_plan_price_id_fkey"
+      columns: ["plan_price_id"]
+isOneToOne: false
+      referencedRelation: "plan_prices"
       referencedColumns: ["id"]
     }
                   ]
@@ -1714,6 +1746,32 @@ isOneToOne: false
 isOneToOne: true
       referencedRelation: "profiles"
       referencedColumns: ["organization_id","id"]
+    }
+                  ]
+                },"webhook_endpoints": {
+                  Row: {
+                    "created_at": string,"created_by": string | null,"description": string | null,"disabled_at": string | null,"disabled_reason": string | null,"enabled": boolean,"events": (string)[],"failing_since": string | null,"id": string,"organization_id": string,"updated_at": string,"url": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"organization_id": string,"updated_at"?: string,"url": string
+                  }
+                  Update: {
+                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"organization_id"?: string,"updated_at"?: string,"url"?: string
+                  }
+                  Relationships: [
+                    {
+      foreignKeyName: "webhook_endpoints_organization_id_created_by_fkey"
+      columns: ["organization_id","created_by"]
+isOneToOne: false
+      referencedRelation: "profiles"
+      referencedColumns: ["organization_id","id"]
+    },{
+      foreignKeyName: "webhook_endpoints_organization_id_fkey"
+      columns: ["organization_id"]
+isOneToOne: false
+      referencedRelation: "organizations"
+      referencedColumns: ["id"]
     }
                   ]
                 },"webhook_sources": {
@@ -1795,6 +1853,9 @@ isOneToOne: false
 "auto_complete_inactive_conversations":
 { Args: { "": Json }; Returns: Json
                            },
+"begin_deliveries":
+{ Args: { "": Json }; Returns: Json
+                           },
 "begin_dials":
 { Args: { "": Json }; Returns: Json
                            },
@@ -1805,6 +1866,9 @@ isOneToOne: false
 { Args: { "current_usage"?: number,"feature_key": string }; Returns: boolean
                            },
 "claim_deletions":
+{ Args: { "": Json }; Returns: Json
+                           },
+"claim_deliveries":
 { Args: { "": Json }; Returns: Json
                            },
 "claim_recordings":
@@ -1837,8 +1901,14 @@ isOneToOne: false
 "create_organization":
 { Args: { "country_code"?: string,"name": string,"state_code"?: string,"timezone"?: string }; Returns: Json
                            },
+"create_webhook_endpoint":
+{ Args: { "description"?: string,"endpoint_id": string,"events"?: (string)[],"secret_sealed": string,"url": string }; Returns: Json
+                           },
 "create_webhook_source":
 { Args: { "id": string,"name": string,"provider": string,"secret_sealed": string,"settings"?: Json,"store_id"?: string }; Returns: Json
+                           },
+"delete_webhook_endpoint":
+{ Args: { "endpoint_id": string }; Returns: Json
                            },
 "end_impersonation":
 { Args: Record<PropertyKey, never>; Returns: Json
@@ -1855,6 +1925,21 @@ isOneToOne: false
 "expire_reservations":
 { Args: { "": Json }; Returns: Json
                            },
+"export_gstr1":
+{ Args: { "from_day": string,"to_day": string }; Returns: Json
+                           },
+"export_invoice_lines":
+{ Args: { "from_day": string,"to_day": string }; Returns: Json
+                           },
+"export_invoices":
+{ Args: { "from_day": string,"to_day": string }; Returns: Json
+                           },
+"export_line_calls":
+{ Args: { "invoice_id": string,"line": number }; Returns: Json
+                           },
+"export_payments":
+{ Args: { "from_day": string,"to_day": string }; Returns: Json
+                           },
 "get_auth_org_id":
 { Args: Record<PropertyKey, never>; Returns: string
                            },
@@ -1867,8 +1952,17 @@ isOneToOne: false
 "get_campaign":
 { Args: { "campaign_id": string }; Returns: Json
                            },
+"get_credit_note":
+{ Args: { "credit_note_id": string }; Returns: Json
+                           },
 "get_event":
 { Args: { "": Json }; Returns: Json
+                           },
+"get_event_delivery":
+{ Args: { "delivery_id": string }; Returns: Json
+                           },
+"get_invoice":
+{ Args: { "invoice_id": string }; Returns: Json
                            },
 "get_org_subscription":
 { Args: Record<PropertyKey, never>; Returns: Json
@@ -1876,8 +1970,14 @@ isOneToOne: false
 "get_usage":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
+"get_usage_daily":
+{ Args: { "from_day"?: string,"meter"?: string,"to_day"?: string }; Returns: Json
+                           },
 "get_webhook_event":
 { Args: { "id": string }; Returns: Json
+                           },
+"hang_up_call":
+{ Args: { "call_id": string }; Returns: Json
                            },
 "ingest_leads":
 { Args: { "": Json }; Returns: Json
@@ -1899,6 +1999,12 @@ isOneToOne: false
                            },
 "move_stage":
 { Args: { "position": number,"stage_id": string }; Returns: Json
+                           },
+"open_document":
+{ Args: { "": Json }; Returns: Json
+                           },
+"open_hangup":
+{ Args: { "": Json }; Returns: Json
                            },
 "open_inbound_call":
 { Args: { "": Json }; Returns: Json
@@ -1924,6 +2030,9 @@ isOneToOne: false
 "ping_websockets":
 { Args: { "": Json }; Returns: Json
                            },
+"preview_invoice":
+{ Args: Record<PropertyKey, never>; Returns: Json
+                           },
 "reap_impersonations":
 { Args: { "": Json }; Returns: Json
                            },
@@ -1933,7 +2042,13 @@ isOneToOne: false
 "reconcile_calls":
 { Args: { "": Json }; Returns: Json
                            },
+"reconcile_usage":
+{ Args: { "": Json }; Returns: Json
+                           },
 "record_deletions":
+{ Args: { "": Json }; Returns: Json
+                           },
+"record_deliveries":
 { Args: { "": Json }; Returns: Json
                            },
 "record_dials":
@@ -1966,6 +2081,12 @@ isOneToOne: false
 "remove_payment_method":
 { Args: { "": Json }; Returns: Json
                            },
+"replay_deliveries":
+{ Args: { "endpoint_id": string,"since": string,"until"?: string }; Returns: Json
+                           },
+"replay_delivery":
+{ Args: { "delivery_id": string }; Returns: Json
+                           },
 "reserve_property":
 { Args: { "held_until"?: string,"lead_id"?: string,"property_id": string }; Returns: Json
                            },
@@ -1980,6 +2101,9 @@ isOneToOne: false
                            },
 "roll_up_call_analytics":
 { Args: { "": Json }; Returns: Json
+                           },
+"rotate_webhook_secret":
+{ Args: { "endpoint_id": string,"secret_sealed": string }; Returns: Json
                            },
 "rotate_webhook_source_secret":
 { Args: { "keep_previous_seconds"?: number,"secret_sealed": string,"source_id": string }; Returns: Json
@@ -1996,6 +2120,9 @@ isOneToOne: false
 "set_property_status":
 { Args: { "property_id": string,"status": string }; Returns: Json
                            },
+"set_webhook_endpoint":
+{ Args: { "enabled": boolean,"endpoint_id": string }; Returns: Json
+                           },
 "set_webhook_source_active":
 { Args: { "is_active": boolean,"source_id": string }; Returns: Json
                            },
@@ -2007,6 +2134,12 @@ isOneToOne: false
                            },
 "sweep_events":
 { Args: { "": Json }; Returns: Json
+                           },
+"test_webhook_endpoint":
+{ Args: { "endpoint_id": string }; Returns: Json
+                           },
+"update_webhook_endpoint":
+{ Args: { "description"?: string,"endpoint_id": string,"events"?: (string)[],"url"?: string }; Returns: Json
                            }
           }
           Enums: {

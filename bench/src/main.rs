@@ -1,6 +1,7 @@
 //! Measurements by hand, against limits: they say how fast it is on one machine, and no test depends on them. One file each.
 
 mod figures;
+mod intake;
 mod rls;
 
 use anyhow::Result;
@@ -12,6 +13,8 @@ use clap::Parser;
 enum Benchmark {
     /// What row-level security costs through PostgREST, against the same query with its filter written by hand.
     Rls(rls::Options),
+    /// What `webhook-intake` costs, against a handler that only forwards.
+    Intake(intake::Options),
 }
 
 #[tokio::main]
@@ -19,5 +22,6 @@ async fn main() -> Result<()> {
     println!("{}", figures::machine());
     match Benchmark::parse_from(local::arguments()) {
         Benchmark::Rls(options) => rls::run(&options).await,
+        Benchmark::Intake(options) => intake::run(options).await,
     }
 }

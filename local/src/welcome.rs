@@ -57,7 +57,7 @@ impl Welcome {
                 (Some(carrier), url)
             }
         };
-        let account = stack.create_carrier_account(&url, &at_carrier.auth_id, &at_carrier.auth_token).await?;
+        let account = stack.create_carrier_account("plivo", &url, &at_carrier.auth_id, &at_carrier.auth_token).await?;
         let mut organizations = Vec::new();
         for ((name, email), number) in ORGANIZATIONS.into_iter().zip(CALLER_NUMBERS) {
             let organization = stack.sign_up(name, email).await?;

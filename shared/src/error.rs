@@ -90,6 +90,11 @@ impl Error {
         error
     }
 
+    /// The carrier did not answer, or not with what it documents.
+    pub fn carrier_unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, "carrier_unavailable", message)
+    }
+
     /// Names the field at fault.
     pub fn at(mut self, field: &str) -> Self {
         self.field = Some(field.to_owned());
@@ -110,7 +115,8 @@ impl Error {
     /// Reads an error answer of PostgREST.
     ///
     /// Its pool timeout (`PGRST003`), lost connections (`PGRST000..002`) and PostgreSQL's statement timeout (`57014`),
-    /// shutdown and connection classes mean "later", whatever status they came with.
+    /// shutdown and connection classes mean "later", whatever status they came with. What PostgreSQL says in its own words is dropped:
+    /// it quotes the row or the value that it refuses, and its own log has it.
     pub fn from_postgrest(status: StatusCode, body: &[u8], retry_after: Option<u32>) -> Self {
         let wire: Wire = serde_json::from_slice(body).unwrap_or_default();
         let code = wire.code.unwrap_or_default();
@@ -125,6 +131,7 @@ impl Error {
             error.retry_after_seconds = retry_after.or(error.retry_after_seconds);
             return error;
         }
+        let quotes = quotes_data(&code);
         let code = match (status, code.as_str()) {
             (StatusCode::UNAUTHORIZED, c) if c.is_empty() || c.starts_with("PGRST3") => "invalid_token".to_owned(),
             (StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED, "42501") => "permission_denied".to_owned(),
@@ -143,9 +150,9 @@ impl Error {
         Self {
             status,
             code,
-            message: wire.message.unwrap_or_else(|| "the database refused the request".to_owned()),
+            message: wire.message.filter(|_| !quotes).unwrap_or_else(|| "the database refused the request".to_owned()),
             field,
-            hint: wire.hint,
+            hint: wire.hint.filter(|_| !quotes),
             retry_after_seconds: retry_after,
         }
     }
@@ -177,6 +184,12 @@ impl Error {
     }
 }
 
+/// Whether an error with this code may quote data: PostgreSQL's own have five signs, and those of class 42 name tables and functions
+/// alone. Our codes are words, and say what we wrote.
+fn quotes_data(code: &str) -> bool {
+    code.len() == 5 && !code.starts_with("42") && code.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_uppercase())
+}
+
 impl From<serde_json::Error> for Error {
     fn from(error: serde_json::Error) -> Self {
         Self::malformed("body", format!("the JSON is not what this route takes: {error}"))
@@ -203,6 +216,19 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             assert!(Error::from_postgrest(status, body.as_bytes(), None).is_retryable(), "{code}");
         }
+    }
+
+    #[test]
+    fn what_postgresql_quotes_reaches_nobody() {
+        for code in ["23505", "23514", "22P02", "P0001"] {
+            let body =
+                format!(r#"{{"code":"{code}","message":"no room for +919812345678","hint":"Asha","details":"Asha"}}"#);
+            let error = Error::from_postgrest(StatusCode::BAD_REQUEST, body.as_bytes(), None);
+            let told = format!("{error} {error:?} {}", error.body());
+            assert!(!told.contains("98123") && !told.contains("Asha"), "{told}");
+        }
+        let body = br#"{"code":"42501","message":"permission denied for table leads"}"#;
+        assert!(Error::from_postgrest(StatusCode::FORBIDDEN, body, None).to_string().ends_with("for table leads"));
     }
 
     #[test]

@@ -84,6 +84,11 @@ impl Request {
     pub fn form(&self) -> Vec<(String, String)> {
         form_urlencoded::parse(&self.body).into_owned().collect()
     }
+
+    /// The pairs of the query in the order they came.
+    pub fn query_pairs(&self) -> Vec<(String, String)> {
+        form_urlencoded::parse(self.query.as_bytes()).into_owned().collect()
+    }
 }
 
 /// 200 with a JSON body.

@@ -13,6 +13,7 @@ pub mod mac;
 pub mod queue;
 pub mod seal;
 pub mod secrets;
+pub mod signed_link;
 pub mod standard_webhooks;
 pub mod storage;
 pub mod supabase;

@@ -3,6 +3,7 @@
 //! Source: the specification at standardwebhooks.com; the tolerance of five minutes both ways is that of its libraries.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use chacha20poly1305::aead::Generate;
 use hmac::{Hmac, KeyInit, Mac};
 use http::HeaderMap;
 use sha2::Sha256;
@@ -47,6 +48,11 @@ pub fn verify<'h>(secrets: &[String], headers: &'h HeaderMap, body: &[u8], now: 
     if bool::from(matched) { Ok(id) } else { Err(Refusal::NoMatch) }
 }
 
+/// A new secret: `whsec_` and 32 random bytes.
+pub fn new_secret() -> String {
+    format!("whsec_{}", STANDARD.encode(chacha20poly1305::Key::generate()))
+}
+
 /// The `v1,<base64>` signature of a message; `None` when the secret is not `whsec_` + base64.
 pub fn sign(secret: &str, id: &str, timestamp: i64, body: &[u8]) -> Option<String> {
     let key = STANDARD.decode(secret.strip_prefix("whsec_").unwrap_or(secret)).ok()?;
@@ -77,6 +83,16 @@ mod tests {
     #[test]
     fn the_reference_signature_is_ours() {
         assert_eq!(sign(SECRET, ID, AT, BODY).unwrap(), "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+    }
+
+    #[test]
+    fn a_new_secret_signs_and_is_never_the_same() {
+        let (one, other) = (new_secret(), new_secret());
+        assert_ne!(one, other);
+        assert_eq!(STANDARD.decode(one.strip_prefix("whsec_").unwrap()).unwrap().len(), 32);
+        let signed = headers(&sign(&one, ID, AT, BODY).unwrap());
+        assert_eq!(verify(&[one], &signed, BODY, AT), Ok(ID));
+        assert_eq!(verify(&[other], &signed, BODY, AT), Err(Refusal::NoMatch));
     }
 
     #[test]

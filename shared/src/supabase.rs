@@ -15,19 +15,27 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The HTTP client of a function: built once, one TLS stack, bundled roots (loading the system's costs most of a cold start).
 pub fn http_client() -> Result<reqwest::Client> {
+    http_client_with(|builder| builder)
+}
+
+/// As [`http_client`], with other settings on top: for a client that speaks to others than our own services.
+pub fn http_client_with(
+    settings: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder,
+) -> Result<reqwest::Client> {
     // A second installation in one process, as tests do, keeps the first.
     let _already = rustls::crypto::ring::default_provider().install_default();
     let roots = webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect::<rustls::RootCertStore>();
     let tls = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    reqwest::Client::builder()
+    let builder = reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         // Secret keys are refused when the User-Agent looks like a browser's.
         .user_agent(concat!("trunkline/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(TIMEOUT)
         .redirect(reqwest::redirect::Policy::none())
-        .build()
-        .map_err(|error| Error::internal(format!("the HTTP client cannot be built: {error}")))
+        // Whether to send again is the sender's to know: a call that was asked for must not be asked for twice.
+        .retry(reqwest::retry::never());
+    settings(builder).build().map_err(|error| Error::internal(format!("the HTTP client cannot be built: {error}")))
 }
 
 /// Who a request is made for.

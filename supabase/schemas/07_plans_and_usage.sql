@@ -35,11 +35,13 @@ comment on column public.meters.unit is 'The unit of its quantities, singular: c
 comment on column public.meters.is_reserved is 'Counted by the platform alone; usage events from outside are refused.';
 comment on column public.meters.position is 'Order on invoices and in usage lists, lowest first.';
 
--- Calls are counted by the database itself, so these two are part of the schema and not of the seed.
+-- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the others are reported.
 insert into public.meters (key, name, unit, is_reserved, position)
 values
   ('ai_calls', 'AI calls', 'call', true, 10),
-  ('call_seconds', 'Calling time', 'second', true, 20)
+  ('call_seconds', 'Calling time', 'second', true, 20),
+  ('agent_tokens', 'Agent tokens', 'token', false, 30),
+  ('recording_seconds', 'Recordings', 'second', false, 40)
 on conflict (key) do nothing;
 
 -- Plans ---------------------------------------------------------------------------------------------------------------------------
@@ -419,6 +421,8 @@ create table public.usage_logs (
   metadata        jsonb not null default '{}',
   created_at      timestamptz not null default private.clock_now(),
   prepaid         bigint not null default 0,
+  plan_price_id   uuid references public.plan_prices (id) on delete restrict,
+  billed_count    bigint,
   constraint usage_logs_tenant_key unique (organization_id, id),
   constraint usage_logs_period_key unique (organization_id, feature_key, period_start),
   constraint usage_logs_periods_apart exclude using gist (
@@ -427,11 +431,13 @@ create table public.usage_logs (
   constraint usage_logs_period_ordered check (period_start < period_end),
   constraint usage_logs_count_not_negative check (usage_count >= 0),
   constraint usage_logs_reserved_not_negative check (reserved >= 0),
-  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count)
+  constraint usage_logs_prepaid_range check (prepaid between 0 and usage_count),
+  constraint usage_logs_billed_at_a_price check ((plan_price_id is null) = (billed_count is null))
 ) with (fillfactor = 50);
 
 create index idx_usage_logs_org_period on public.usage_logs (organization_id, period_start, period_end);
 create index idx_usage_logs_meter on public.usage_logs (feature_key);
+create index idx_usage_logs_price on public.usage_logs (plan_price_id) where plan_price_id is not null;
 
 revoke all on public.usage_logs from anon, authenticated, service_role;
 grant select on public.usage_logs to authenticated, service_role;
@@ -451,7 +457,10 @@ comment on column public.usage_logs.prepaid is
   'Equals the sum of usage_days over the period.';
 comment on column public.usage_logs.period_start is 'First local day of the period.';
 comment on column public.usage_logs.period_end is 'First local day after the period.';
-comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later counts in the next one.';
+comment on column public.usage_logs.closed_at is 'Since when the period is billed: usage that arrives later still counts here, and an adjustment '
+  'on the next invoice bills it.';
+comment on column public.usage_logs.plan_price_id is 'The price at which the period was billed, and at which what comes late is.';
+comment on column public.usage_logs.billed_count is 'Units that invoices have billed of it so far, without what was prepaid; null until it is closed.';
 
 create table public.usage_days (
   organization_id uuid not null references public.organizations (id) on delete restrict,
@@ -486,6 +495,9 @@ create table private.usage_keys (
   source          text not null,
   key             text not null,
   body_hash       bytea,
+  meter_key       text,
+  occurred_at     timestamptz,
+  quantity        bigint,
   constraint usage_keys_pkey primary key (organization_id, source, key)
 ) partition by hash (organization_id);
 
@@ -508,6 +520,10 @@ comment on column private.usage_keys.source is
 comment on column private.usage_keys.key is 'The event''s id in its source; for a call the attempt''s id.';
 comment on column private.usage_keys.body_hash is
   'First 16 bytes of the SHA-256 of what was said under this key; null for a call that ended without a billed second.';
+comment on column private.usage_keys.meter_key is 'What was counted, of a call its seconds; null for a correction and while nothing was counted.';
+comment on column private.usage_keys.occurred_at is 'When it happened, which is where its event is found.';
+comment on column private.usage_keys.quantity is
+  'What was counted under this key, with all that corrected it: never less than zero. Null for a correction itself.';
 
 create table private.usage_events (
   id              uuid not null default private.uuid_v7(),
@@ -519,8 +535,9 @@ create table private.usage_events (
   occurred_at     timestamptz not null,
   day             date not null,
   recorded_at     timestamptz not null,
+  corrects        text,
   constraint usage_events_pkey primary key (occurred_at, id),
-  constraint usage_events_quantity_positive check (quantity > 0)
+  constraint usage_events_quantity_signed check (quantity > 0 or corrects is not null and quantity <> 0)
 ) partition by range (occurred_at);
 
 select private.close_table('private.usage_events');
@@ -529,7 +546,10 @@ comment on table private.usage_events is
   'Every event that was counted, append-only, split by month of occurrence (UTC). Its key row ties it to the organization.';
 comment on column private.usage_events.occurred_at is 'When it happened, in business time.';
 comment on column private.usage_events.day is
-  'The local day it was counted on; later than the day it occurred on when that day''s period was already billed.';
+  'The local day on which it counts, by the time zone of the subscription when it came.';
+comment on column private.usage_events.corrects is
+  'The key, in the same source, of the event whose quantity this one changes; only such an event may be negative. It counts on that '
+  'event''s day.';
 comment on column private.usage_events.recorded_at is 'When it was counted, in business time.';
 
 create function private.refuse_event_change() returns trigger
@@ -969,3 +989,36 @@ comment on column public.call_charges.charged_minor is 'What was taken from prep
 comment on column public.call_charges.uncollected_minor is
   'What the call cost beyond the credit that there was, where the plan has no price for overage: recorded, and billed to nobody.';
 comment on column public.call_charges.transaction_id is 'The consumption in the credit ledger; null when nothing was taken.';
+
+create table private.call_corrections (
+  correction_id   text not null,
+  organization_id uuid not null,
+  call_log_id     uuid not null,
+  seconds         bigint not null,
+  credit_seconds  bigint not null,
+  overage_seconds bigint not null,
+  charged_minor   bigint not null,
+  transaction_id  uuid,
+  created_at      timestamptz not null,
+  constraint call_corrections_pkey primary key (correction_id),
+  constraint call_corrections_charge_fkey foreign key (organization_id, call_log_id)
+    references public.call_charges (organization_id, call_log_id) on delete restrict,
+  constraint call_corrections_transaction_fkey foreign key (organization_id, transaction_id)
+    references public.credit_transactions (organization_id, id) on delete restrict,
+  constraint call_corrections_change_something check (seconds <> 0)
+);
+
+create index idx_call_corrections_call on private.call_corrections (organization_id, call_log_id);
+create index idx_call_corrections_transaction on private.call_corrections (organization_id, transaction_id) where transaction_id is not null;
+select private.close_table('private.call_corrections');
+
+create trigger call_corrections_is_append_only before update or delete or truncate on private.call_corrections
+  for each statement execute function private.refuse_money_change();
+
+comment on table private.call_corrections is
+  'How a charge changed when the carrier corrected the seconds of its call, append-only: what a call cost is its charge and all of these.';
+comment on column private.call_corrections.correction_id is 'The key of the usage event that corrected the seconds.';
+comment on column private.call_corrections.seconds is 'By how much the call became longer, or, negative, shorter.';
+comment on column private.call_corrections.credit_seconds is 'Of this, what credit pays for, or gets back.';
+comment on column private.call_corrections.overage_seconds is 'Of this, what the invoice bills, or no longer bills.';
+comment on column private.call_corrections.charged_minor is 'What was taken from prepaid credit; negative is given back.';

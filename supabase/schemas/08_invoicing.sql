@@ -6,6 +6,44 @@
 
 -- Who sends the invoices ----------------------------------------------------------------------------------------------------------
 
+create table private.billing_logos (
+  id  text primary key,
+  png bytea not null,
+  constraint billing_logos_id_is_hash check (id = encode(sha256(png), 'hex')),
+  constraint billing_logos_is_png check (substring(png for 8) = '\x89504e470d0a1a0a'),
+  constraint billing_logos_small check (length(png) <= 65536)
+);
+select private.close_table('private.billing_logos');
+
+comment on table private.billing_logos is
+  'Logos of the issuer, each kept under its hash for as long as an invoice may name it: a new logo does not change an old invoice.';
+
+create table private.gst_states (
+  code    text primary key,
+  letters text not null,
+  name    text not null,
+  constraint gst_states_letters_key unique (letters),
+  constraint gst_states_code_format check (code ~ '^[0-9]{2}$'),
+  constraint gst_states_letters_format check (letters ~ '^[A-Z]{2}$')
+);
+select private.close_table('private.gst_states');
+
+comment on table private.gst_states is 'India''s states as a GSTIN begins: the place of supply on an invoice and in a return.';
+comment on column private.gst_states.letters is 'The two letters of ISO 3166-2:IN, as an address may give them.';
+
+insert into private.gst_states (code, letters, name)
+values
+  ('01', 'JK', 'Jammu and Kashmir'), ('02', 'HP', 'Himachal Pradesh'), ('03', 'PB', 'Punjab'), ('04', 'CH', 'Chandigarh'),
+  ('05', 'UK', 'Uttarakhand'), ('06', 'HR', 'Haryana'), ('07', 'DL', 'Delhi'), ('08', 'RJ', 'Rajasthan'), ('09', 'UP', 'Uttar Pradesh'),
+  ('10', 'BR', 'Bihar'), ('11', 'SK', 'Sikkim'), ('12', 'AR', 'Arunachal Pradesh'), ('13', 'NL', 'Nagaland'), ('14', 'MN', 'Manipur'),
+  ('15', 'MZ', 'Mizoram'), ('16', 'TR', 'Tripura'), ('17', 'ML', 'Meghalaya'), ('18', 'AS', 'Assam'), ('19', 'WB', 'West Bengal'),
+  ('20', 'JH', 'Jharkhand'), ('21', 'OD', 'Odisha'), ('22', 'CG', 'Chhattisgarh'), ('23', 'MP', 'Madhya Pradesh'), ('24', 'GJ', 'Gujarat'),
+  ('26', 'DH', 'Dadra and Nagar Haveli and Daman and Diu'), ('27', 'MH', 'Maharashtra'), ('29', 'KA', 'Karnataka'), ('30', 'GA', 'Goa'),
+  ('31', 'LD', 'Lakshadweep'), ('32', 'KL', 'Kerala'), ('33', 'TN', 'Tamil Nadu'), ('34', 'PY', 'Puducherry'),
+  ('35', 'AN', 'Andaman and Nicobar Islands'), ('36', 'TS', 'Telangana'), ('37', 'AP', 'Andhra Pradesh'), ('38', 'LA', 'Ladakh'),
+  ('97', 'OT', 'Other Territory')
+on conflict (code) do nothing;
+
 create table private.billing_issuer (
   singleton          boolean primary key default true,
   legal_name         text not null,
@@ -21,13 +59,25 @@ create table private.billing_issuer (
   timezone           text not null,
   sac_code           text,
   payment_terms_days integer not null default 15,
+  pan                text,
+  phone              text,
+  website            text,
+  note               text,
+  color              text,
+  page_size          text,
+  logo_id            text references private.billing_logos (id) on delete restrict,
   constraint billing_issuer_one_row check (singleton),
   constraint billing_issuer_name_present check (btrim(legal_name) <> ''),
   constraint billing_issuer_gstin_format check (gstin ~ '^[0-9]{2}[A-Z0-9]{13}$'),
   constraint billing_issuer_state_code_format check (state_code ~ '^[A-Z0-9]{1,3}$'),
   constraint billing_issuer_country_code_format check (country_code ~ '^[A-Z]{2}$'),
-  constraint billing_issuer_terms_range check (payment_terms_days between 0 and 365)
+  constraint billing_issuer_terms_range check (payment_terms_days between 0 and 365),
+  constraint billing_issuer_pan_format check (pan ~ '^[A-Z]{5}[0-9]{4}[A-Z]$'),
+  constraint billing_issuer_note_length check (length(note) <= 600),
+  constraint billing_issuer_color_format check (color ~ '^#[0-9a-f]{6}$'),
+  constraint billing_issuer_page_size_known check (page_size in ('A4', 'Letter'))
 );
+create index idx_billing_issuer_logo on private.billing_issuer (logo_id);
 select private.close_table('private.billing_issuer');
 
 create trigger check_timezone before insert or update of timezone on private.billing_issuer
@@ -37,6 +87,9 @@ comment on table private.billing_issuer is 'Our own particulars, one row: copied
 comment on column private.billing_issuer.state_code is 'The state we supply from, spelled as in organizations.state_code.';
 comment on column private.billing_issuer.timezone is 'Decides an invoice''s date and the month in its number.';
 comment on column private.billing_issuer.sac_code is 'The service accounting code printed on Indian invoices.';
+comment on column private.billing_issuer.note is 'Printed below the total: how to pay, the bank account.';
+comment on column private.billing_issuer.color is 'Of the documents'' title and rules: #0f4c81. Too light a colour is darkened until it can be read.';
+comment on column private.billing_issuer.page_size is 'A4 or Letter; null follows the country.';
 
 -- Tax rates -----------------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +238,7 @@ create table public.invoice_lines (
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage')),
+  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage', 'adjustment')),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
   constraint invoice_lines_price_units_positive check (price_units > 0)
 );
@@ -201,9 +254,11 @@ create policy "Members who may see billing see the invoices' lines" on public.in
 
 comment on table public.invoice_lines is
   'What an invoice charges for, line by line; the one place where an amount is rounded, half away from zero.';
-comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it.';
+comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; adjustment: what a period that was billed '
+  'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
-comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once.';
+comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of an adjustment the difference of two such amounts, so that a period costs '
+  'the same however late its usage comes.';
 
 create table public.invoice_taxes (
   id              uuid primary key default gen_random_uuid(),
@@ -231,6 +286,36 @@ create policy "Members who may see billing see the invoices' taxes" on public.in
 comment on table public.invoice_taxes is
   'The taxes of an invoice, one row a component, each rounded once and alone: CGST and SGST may differ from IGST by one paisa.';
 comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal.';
+
+create table private.usage_adjustments (
+  event_id        uuid not null,
+  organization_id uuid not null,
+  meter_key       text not null,
+  period_start    date not null,
+  occurred_at     timestamptz not null,
+  quantity        bigint not null,
+  recorded_at     timestamptz not null,
+  settled_at      timestamptz,
+  invoice_line_id uuid,
+  constraint usage_adjustments_pkey primary key (event_id),
+  constraint usage_adjustments_period_fkey foreign key (organization_id, meter_key, period_start)
+    references public.usage_logs (organization_id, feature_key, period_start) on delete restrict,
+  constraint usage_adjustments_line_fkey foreign key (organization_id, invoice_line_id)
+    references public.invoice_lines (organization_id, id) on delete restrict,
+  constraint usage_adjustments_line_settles check (invoice_line_id is null or settled_at is not null)
+);
+
+create index idx_usage_adjustments_open on private.usage_adjustments (organization_id, meter_key, period_start) where settled_at is null;
+create index idx_usage_adjustments_period on private.usage_adjustments (organization_id, meter_key, period_start);
+create index idx_usage_adjustments_line on private.usage_adjustments (organization_id, invoice_line_id) where invoice_line_id is not null;
+select private.close_table('private.usage_adjustments');
+
+comment on table private.usage_adjustments is
+  'Events that came after their period was billed, and the invoice line that billed each: they count in their own period, and the next '
+  'invoice bills the difference at that period''s price.';
+comment on column private.usage_adjustments.period_start is 'The period that they belong to.';
+comment on column private.usage_adjustments.settled_at is 'When the difference was settled; null while an invoice has still to.';
+comment on column private.usage_adjustments.invoice_line_id is 'The line that billed it; null also where the difference cost nothing.';
 
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
@@ -270,7 +355,7 @@ begin
   new.finalized_at := coalesce(new.finalized_at, private.clock_now());
   new.invoice_date := coalesce(new.invoice_date, (new.finalized_at at time zone (new.issuer ->> 'timezone'))::date);
   new.due_date := coalesce(new.due_date, new.invoice_date + coalesce((new.issuer ->> 'payment_terms_days')::integer, 0));
-  month := to_char(new.finalized_at at time zone (new.issuer ->> 'timezone'), 'YYYYMM');
+  month := private.series_month(new.finalized_at, new.issuer ->> 'timezone');
   new.invoice_number := private.invoice_number(month, private.take_invoice_numbers(month, 1));
   return new;
 end
@@ -792,7 +877,7 @@ begin
     if not found then
       raise exception 'a credit note is issued against a final invoice of its currency' using errcode = '23514';
     end if;
-    month := to_char(new.issued_at at time zone (new.issuer ->> 'timezone'), 'YYYYMM');
+    month := private.series_month(new.issued_at, new.issuer ->> 'timezone');
     new.credit_note_number := private.credit_note_number(month, private.take_credit_note_number(month));
   end if;
   return new;

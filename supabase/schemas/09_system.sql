@@ -123,13 +123,20 @@ create table private.outbox (
   attempts        integer not null default 0 check (attempts >= 0),
   next_attempt_at timestamptz,
   last_error      text,
+  object          text,
+  sequence        bigint check (sequence > 0),
   unique (topic, key)
 );
 create index idx_outbox_organization_id on private.outbox (organization_id, id) where dispatched_at is null;
+create index idx_outbox_waiting on private.outbox (organization_id, id) where dispatched_at is null and sequence is not null;
+create index idx_outbox_told on private.outbox (organization_id, created_at, id) where sequence is not null;
 select private.close_table('private.outbox');
 comment on table private.outbox is
   'What happened and is to be told, written in the transaction in which it happened; one row a topic and key, so that nothing is told twice.';
 comment on column private.outbox.created_at is 'Business time.';
+comment on column private.outbox.dispatched_at is 'When it was handed to the organization''s endpoints, one delivery each; at once where there were none.';
+comment on column private.outbox.object is 'What it is about, as call:<id>; null for what is told to nobody outside.';
+comment on column private.outbox.sequence is 'Rises with every event of the object; null for what is told to nobody outside.';
 
 create function private.emit(organization uuid, topic text, key text, payload jsonb, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
@@ -141,6 +148,146 @@ end
 $$;
 comment on function private.emit(uuid, text, text, jsonb, timestamptz) is
   'Puts one event into the outbox; the same topic and key again changes nothing.';
+
+
+-- Events out ----------------------------------------------------------------------------------------------------------------------
+-- What of the outbox is told to an organization's own systems. What makes and delivers them: 19_functions_event_delivery.sql.
+
+create table private.event_types (
+  topic       text primary key check (topic ~ '^[a-z_]+\.[a-z_]+$'),
+  version     smallint not null default 1 check (version >= 1),
+  description text not null
+);
+select private.close_table('private.event_types');
+comment on table private.event_types is
+  'What organizations'' own systems may be told. A topic of the outbox that is not here is internal. Each has a JSON schema in docs/events.';
+comment on column private.event_types.version is 'Rises when what the event carries changes in a way that a receiver could trip over.';
+insert into private.event_types (topic, description)
+values
+  ('call.started', 'The carrier has taken a call, or one came in.'),
+  ('call.answered', 'Somebody, or a machine, picked up.'),
+  ('call.ended', 'A call is over, and how.'),
+  ('call.analyzed', 'What the voice agent made of a call is there.'),
+  ('lead.created', 'There is a new lead.'),
+  ('lead.opted_out', 'A lead is not to be called any more.'),
+  ('campaign.started', 'A campaign begins to call.'),
+  ('campaign.paused', 'A campaign begins no more calls for now.'),
+  ('campaign.resumed', 'A paused campaign goes on.'),
+  ('campaign.completed', 'Every lead of a campaign is through.'),
+  ('campaign.cancelled', 'A campaign was called off.'),
+  ('usage.threshold', 'Usage reached a share of what the plan includes.'),
+  ('credit.low', 'Prepaid credit fell below its mark.'),
+  ('subscription.created', 'A subscription begins.'),
+  ('subscription.changed', 'A subscription''s plan, price or state changed.'),
+  ('subscription.cancelled', 'A subscription is over.'),
+  ('invoice.finalized', 'There is a new invoice, with its number.'),
+  ('invoice.paid', 'An invoice is paid in full.'),
+  ('invoice.payment_failed', 'A payment of an invoice failed.'),
+  ('invoice.past_due', 'An invoice was not paid by its due date.'),
+  ('credit_note.issued', 'There is a new credit note, with its number.'),
+  ('order.created', 'A store has a new order.'),
+  ('order.updated', 'An order''s state, payment or fulfilment changed.'),
+  ('order.cancelled', 'An order was cancelled.'),
+  ('conversation.escalated', 'A store''s customer is handed to a person.'),
+  ('endpoint.disabled', 'An endpoint was switched off, because it failed for days or said that it is gone.'),
+  ('endpoint.test', 'A test that somebody asked for; sent to one endpoint, whatever it listens to.');
+
+create table private.event_sequences (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  object          text not null,
+  last            bigint not null check (last > 0),
+  primary key (organization_id, object)
+);
+select private.close_table('private.event_sequences');
+comment on table private.event_sequences is 'The last number given to an event of an object. Its row is the lock that keeps two events of one object apart.';
+
+create table public.webhook_endpoints (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  url             text not null check (url ~ '^https?://[^\s/]\S*$' and length(url) <= 2048),
+  description     text check (length(description) <= 200),
+  events          text[] not null default '{}',
+  enabled         boolean not null default true,
+  disabled_reason text check (disabled_reason in ('user', 'gone', 'failing')),
+  disabled_at     timestamptz,
+  failing_since   timestamptz,
+  created_by      uuid,
+  created_at      timestamptz not null default private.clock_now(),
+  updated_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by),
+  check (enabled = (disabled_reason is null) and enabled = (disabled_at is null))
+);
+create index idx_webhook_endpoints_created_by on public.webhook_endpoints (organization_id, created_by);
+create index idx_webhook_endpoints_enabled on public.webhook_endpoints (organization_id) where enabled;
+
+revoke all on public.webhook_endpoints from anon, authenticated, service_role;
+grant select on public.webhook_endpoints to authenticated, service_role;
+alter table public.webhook_endpoints enable row level security;
+alter table public.webhook_endpoints force row level security;
+create policy "Who manages webhooks may see the endpoints" on public.webhook_endpoints
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+create trigger update_modified_column before update on public.webhook_endpoints
+  for each row execute function private.update_modified_column();
+comment on table public.webhook_endpoints is 'Where an organization''s own systems are told what happened. Changed by functions alone.';
+comment on column public.webhook_endpoints.events is 'What it listens to: topics, or a family as call.*; everything when empty.';
+comment on column public.webhook_endpoints.disabled_reason is 'user: switched off by hand; gone: it answered 410; failing: nothing reached it for days.';
+comment on column public.webhook_endpoints.failing_since is 'Since when nothing has reached it; null once something has.';
+
+create table private.webhook_endpoint_secrets (
+  endpoint_id     uuid primary key,
+  organization_id uuid not null,
+  secret_sealed   text not null,
+  previous_sealed text,
+  previous_until  timestamptz,
+  foreign key (organization_id, endpoint_id) references public.webhook_endpoints (organization_id, id) on delete cascade,
+  check ((previous_sealed is null) = (previous_until is null))
+);
+create index idx_webhook_endpoint_secrets_endpoint on private.webhook_endpoint_secrets (organization_id, endpoint_id);
+select private.close_table('private.webhook_endpoint_secrets');
+comment on table private.webhook_endpoint_secrets is 'What an endpoint''s deliveries are signed with, sealed for its row by the handler. Nobody reads it back.';
+comment on column private.webhook_endpoint_secrets.previous_until is 'Real time until which the one before signs too.';
+
+create table public.event_deliveries (
+  id              uuid primary key default private.uuid_v7(),
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  endpoint_id     uuid not null,
+  event_id        uuid not null,
+  topic           text not null,
+  status          text not null default 'pending' check (status in ('pending', 'delivered', 'failed', 'dead')),
+  attempts        integer not null default 0 check (attempts >= 0),
+  next_attempt_at timestamptz,
+  lease_until     timestamptz,
+  lease_token     uuid,
+  last_attempt_at timestamptz,
+  response_status integer,
+  response_body   text check (length(response_body) <= 1024),
+  duration_ms     integer check (duration_ms >= 0),
+  error           text check (length(error) <= 500),
+  delivered_at    timestamptz,
+  created_at      timestamptz not null default private.clock_now(),
+  unique (organization_id, id),
+  unique (endpoint_id, event_id),
+  foreign key (organization_id, endpoint_id) references public.webhook_endpoints (organization_id, id) on delete cascade,
+  check ((next_attempt_at is not null) = (status in ('pending', 'failed')))
+) with (fillfactor = 80);
+create index idx_event_deliveries_log on public.event_deliveries (organization_id, endpoint_id, id desc);
+create index idx_event_deliveries_due on public.event_deliveries (endpoint_id, next_attempt_at, id) where status in ('pending', 'failed');
+create index idx_event_deliveries_leased on public.event_deliveries (endpoint_id, lease_until) where lease_until is not null;
+
+revoke all on public.event_deliveries from anon, authenticated, service_role;
+grant select on public.event_deliveries to authenticated, service_role;
+alter table public.event_deliveries enable row level security;
+alter table public.event_deliveries force row level security;
+create policy "Who manages webhooks may see the deliveries" on public.event_deliveries
+  for select to authenticated using (organization_id = (select private.org_with('webhook.manage')));
+comment on table public.event_deliveries is
+  'One event to one endpoint, and what became of it. event_id is the outbox''s row, and the id by which a receiver knows a repetition; it has '
+  'no foreign key, so that the log may outlive the event.';
+comment on column public.event_deliveries.status is 'pending: not tried yet; failed: tried, and tried again at next_attempt_at; dead: not tried any more.';
+comment on column public.event_deliveries.next_attempt_at is 'Business time.';
+comment on column public.event_deliveries.lease_until is 'Real time until which it is somebody''s: a message on the queue, then the handler that sends it.';
+comment on column public.event_deliveries.response_body is 'The beginning of what the endpoint answered.';
 
 
 -- audit_logs ----------------------------------------------------------------------------------------------------------------------

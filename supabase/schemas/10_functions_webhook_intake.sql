@@ -385,6 +385,10 @@ begin
 
   -- What is known is kept, what is new is added, and the status only moves forward.
   updated := private.merge_call(attempt, call, at);
+  if apply_call_event.source = 'reconcile' and status = 'ended' and call ->> 'bill_duration_seconds' is not null then
+    -- Of the seconds that are billed the carrier's own record has the last word, also after an event told others.
+    updated.bill_duration_seconds := (call ->> 'bill_duration_seconds')::integer;
+  end if;
   has_ended := status = 'ended' and attempt.status <> 'ended';
   latest := greatest(coalesce(attempt.ended_at, at), attempt.created_at);
   if attempt.direction = 'outbound' and not attempt.dialled

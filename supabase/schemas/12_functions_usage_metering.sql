@@ -3,7 +3,8 @@
 -- One transaction writes an event's key, the event, its day and its period. Locks are always taken in the same order (keys, then
 -- counters by meter and period, then days, then wallets), so that writers wait for each other and never deadlock. The counter of a
 -- period is also its gate: closing a period locks and closes its counters, so a writer either was there before and is billed, or
--- finds the counter closed and counts in the next period. Nothing falls between.
+-- finds the counter closed: then it counts in its own period all the same, and the next invoice bills the difference at that period's
+-- price. Nothing falls between.
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
@@ -42,58 +43,51 @@ language plpgsql stable set search_path = ''
 as $$
 declare
   today date := (at at time zone timezone)::date;
+  first_day date := (subscription.current_period_start at time zone subscription.timezone)::date;
   number integer;
-  is_closed boolean;
 begin
   counted_on := day;
 
-  if subscription.id is null then
-    -- Nobody is billed, but nothing is lost: calendar months, cut where a subscription's periods begin or end.
-    for try in 1..2 loop
-      select log.period_start, log.period_end, bool_or(log.closed_at is not null)
-      into period_start, period_end, is_closed
-      from public.usage_logs as log
-      where log.organization_id = usage_period.organization_id
-        and log.period_start <= counted_on and counted_on < log.period_end
-      group by log.period_start, log.period_end
-      limit 1;
-      if found and is_closed and counted_on < today then
-        counted_on := today;
-      else
-        exit;
-      end if;
-    end loop;
-    if period_start is null then
-      period_start := date_trunc('month', counted_on)::date;
-      period_end := (period_start + interval '1 month')::date;
-      select greatest(usage_period.period_start, max(log.period_end) filter (where log.period_end <= counted_on)),
-        least(usage_period.period_end, min(log.period_start) filter (where log.period_start > counted_on))
-      into period_start, period_end
-      from public.usage_logs as log
-      where log.organization_id = usage_period.organization_id;
+  -- What happens now is never late, not even where a clock lags behind the period.
+  if day >= first_day or day >= today and first_day is not null then
+    counted_on := greatest(day, first_day);
+    period_start := first_day;
+    period_end := (subscription.current_period_end at time zone subscription.timezone)::date;
+    if counted_on >= period_end then
+      -- The period has ended but is not closed yet; the next ones are already known from the anchor.
+      number := subscription.period_no;
+      while private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1) <= counted_on loop
+        number := number + 1;
+      end loop;
+      period_start := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number);
+      period_end := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1);
     end if;
     return;
   end if;
 
-  period_start := (subscription.current_period_start at time zone subscription.timezone)::date;
-  period_end := (subscription.current_period_end at time zone subscription.timezone)::date;
-  if counted_on < period_start then
-    -- Its own period is billed already: it counts today, in the period that will be billed next.
-    counted_on := least(greatest(today, period_start), period_end - 1);
-  elsif counted_on >= period_end then
-    -- The period has ended but is not closed yet; the next ones are already known from the anchor.
-    number := subscription.period_no;
-    while private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1) <= counted_on loop
-      number := number + 1;
-    end loop;
-    period_start := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number);
-    period_end := private.period_boundary(subscription.anchor_on, subscription.billing_cycle, number + 1);
+  -- Its own period, billed or not. Where there was none, nobody was billed, but nothing is lost: calendar months, cut where other
+  -- periods begin or end.
+  select log.period_start, log.period_end
+  into period_start, period_end
+  from public.usage_logs as log
+  where log.organization_id = usage_period.organization_id
+    and log.period_start <= day and day < log.period_end
+  order by log.period_start
+  limit 1;
+  if not found then
+    period_start := date_trunc('month', day)::date;
+    period_end := least((period_start + interval '1 month')::date, first_day);
+    select greatest(usage_period.period_start, max(log.period_end) filter (where log.period_end <= day)),
+      least(usage_period.period_end, min(log.period_start) filter (where log.period_start > day))
+    into period_start, period_end
+    from public.usage_logs as log
+    where log.organization_id = usage_period.organization_id;
   end if;
 end
 $$;
 revoke all on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) from public;
 comment on function private.usage_period(public.subscriptions, uuid, text, date, timestamptz) is
-  'In which period usage of a local day counts, and on which day: its own, or today if its own period is billed already.';
+  'In which period usage of a local day counts, and on which day: always its own, also where that is billed already.';
 
 -- Quotas --------------------------------------------------------------------------------------------------------------------------
 
@@ -228,21 +222,25 @@ comment on function private.release_usage(uuid, text, bigint, timestamptz) is
 -- Counting ------------------------------------------------------------------------------------------------------------------------
 
 create function private.count_usage(
-  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz
+  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz,
+  corrected text[] default null, known_days date[] default null
 ) returns void
 language plpgsql set search_path = ''
 as $$
 declare
   subscription public.subscriptions;
   zone text;
+  first_day date;
   days date[];
   starts date[];
   ends date[];
   is_open boolean := false;
+  is_late boolean;
 begin
   for try in 1..5 loop
     subscription := private.live_subscription(organization_id);
     zone := subscription.timezone;
+    first_day := (subscription.current_period_start at time zone subscription.timezone)::date;
     if zone is null then
       select organization.timezone
       into strict zone
@@ -250,9 +248,10 @@ begin
       where organization.id = count_usage.organization_id;
     end if;
 
-    -- Clocks of other systems run ahead: what is said to come from the future counts now.
+    -- Clocks of other systems run ahead: what is said to come from the future counts now. A correction counts on the day of what it
+    -- corrects.
     with event as (
-      select given.position, (least(given.occurred_at, at) at time zone zone)::date as day
+      select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
       from unnest(occurred) with ordinality as given (occurred_at, position)
     ),
     placed as (
@@ -266,8 +265,10 @@ begin
     from event
     join placed using (day);
 
-    insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
-    select distinct count_usage.organization_id, event.meter, event.period_start, event.period_end
+    insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
+    select distinct
+      count_usage.organization_id, event.meter, event.period_start, event.period_end,
+      case when event.period_start < first_day then at end
     from unnest(meters, starts, ends) as event (meter, period_start, period_end)
     where not exists (
       select
@@ -280,7 +281,7 @@ begin
     on conflict do nothing;
 
     with counter as (
-      select log.closed_at
+      select log.closed_at, log.period_start
       from public.usage_logs as log
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
@@ -290,48 +291,103 @@ begin
       order by log.feature_key, log.period_start
       for no key update
     )
-    select count(*) filter (where counter.closed_at is null) = (
-      select count(distinct (event.meter, event.period_start))
-      from unnest(meters, starts) as event (meter, period_start)
-    )
-    into is_open
+    select
+      -- A period before the current one is closed, and takes what comes late.
+      count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
+        select count(distinct (event.meter, event.period_start))
+        from unnest(meters, starts) as event (meter, period_start)
+      ),
+      coalesce(bool_or(counter.closed_at is not null), false)
+    into is_open, is_late
     from counter;
     exit when is_open;
-    -- A period was closed in between: its subscription has moved on, and so does this.
+    -- The current period was closed in between: its subscription has moved on, and so does this.
   end loop;
   if not is_open then
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
-  update public.usage_logs as log
-  set usage_count = log.usage_count + added.quantity
-  from (
+  with added as (
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
     from unnest(meters, starts, quantities) as event (meter, period_start, quantity)
     group by event.meter, event.period_start
-  ) as added
-  where log.organization_id = count_usage.organization_id
-    and log.feature_key = added.meter
-    and log.period_start = added.period_start;
+  ),
+  counted as (
+    update public.usage_logs as log
+    set usage_count = log.usage_count + added.quantity
+    from added
+    where log.organization_id = count_usage.organization_id
+      and log.feature_key = added.meter
+      and log.period_start = added.period_start
+    returning log.feature_key, log.period_start, log.usage_count, log.usage_count - added.quantity as before, log.closed_at
+  )
+  -- Who crosses a line says so, once a period: the same line again, after a correction, is the same message.
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    count_usage.organization_id, 'usage.threshold', counted.feature_key || ' ' || counted.period_start || ' ' || line.percent,
+    jsonb_build_object(
+      'meter', counted.feature_key, 'percent', line.percent, 'used', counted.usage_count, 'limit', allowed.units,
+      'period_start', counted.period_start
+    ),
+    at
+  from counted
+  join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = counted.feature_key
+  cross join lateral (
+    select case when term.limit_units >= 0 then term.limit_units when term.included_units >= 0 then term.included_units end as units
+  ) as allowed
+  cross join (values (50), (80), (100)) as line (percent)
+  where counted.closed_at is null
+    and allowed.units > 0
+    and counted.before::numeric * 100 < allowed.units::numeric * line.percent
+    and counted.usage_count::numeric * 100 >= allowed.units::numeric * line.percent
+  order by line.percent
+  on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
   select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, count(*)
   from unnest(meters, days, quantities) as event (meter, day, quantity)
   group by event.meter, event.day
+  having sum(event.quantity) >= 0
   order by event.meter, event.day
   on conflict on constraint usage_days_pkey
   do update set quantity = total.quantity + excluded.quantity, events = total.events + excluded.events;
+  -- What is corrected to less is on its day already; a new row of it could not be negative.
+  if corrected is not null then
+    update public.usage_days as total
+    set quantity = total.quantity + less.quantity, events = total.events + less.events
+    from (
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
+      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      group by event.meter, event.day
+      having sum(event.quantity) < 0
+    ) as less
+    where total.organization_id = count_usage.organization_id and total.meter_key = less.meter and total.day = less.day;
+  end if;
 
-  insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at)
-  select count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at
-  from unnest(sources, keys, meters, quantities, occurred, days)
-    as event (source, key, meter, quantity, occurred_at, day);
+  with written as (
+    insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects)
+    select
+      count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at, event.corrects
+    from unnest(sources, keys, meters, quantities, occurred, days, corrected)
+      as event (source, key, meter, quantity, occurred_at, day, corrects)
+    returning id, meter_key, day, occurred_at, quantity
+  )
+  insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
+  select written.id, count_usage.organization_id, written.meter_key, log.period_start, written.occurred_at, written.quantity, at
+  from written
+  join public.usage_logs as log
+    on log.organization_id = count_usage.organization_id
+    and log.feature_key = written.meter_key
+    and log.period_start <= written.day and written.day < log.period_end
+  where is_late and log.plan_price_id is not null;
 end
 $$;
-revoke all on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) from public;
-comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz) is
-  'Adds events of one organization to its periods, days and event log. The caller has made sure of their keys; nothing is refused '
-  'here, also not what is over a limit.';
+revoke all on function
+  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[])
+from public;
+comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[]) is
+  'Adds events of one organization to its periods, days and event log, and tells of 50, 80 and 100 % of a limit. The caller has made sure '
+  'of their keys; nothing is refused here, also not what is over a limit or late.';
 
 create function private.usage_hash(body text) returns bytea
 language sql immutable set search_path = ''
@@ -356,15 +412,18 @@ begin
     return;
   end if;
 
-  insert into private.usage_keys as known (organization_id, source, key, body_hash)
-  values (attempt.organization_id, 'call', attempt.id::text, said)
+  insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
+  values (
+    attempt.organization_id, 'call', attempt.id::text, said, case when billed > 0 then 'call_seconds' end,
+    case when billed > 0 then attempt.ended_at end, nullif(billed, 0)
+  )
   on conflict on constraint usage_keys_pkey do nothing;
   is_first := found;
   is_new := is_first and billed > 0;
   if not is_first and billed > 0 then
     -- The call had ended without a billed second, and now the carrier says how many there were.
     update private.usage_keys as known
-    set body_hash = said
+    set body_hash = said, meter_key = 'call_seconds', occurred_at = attempt.ended_at, quantity = billed
     where known.organization_id = attempt.organization_id
       and known.source = 'call'
       and known.key = attempt.id::text
@@ -372,6 +431,9 @@ begin
     is_new := found;
   end if;
   if not is_first and not is_new then
+    if attempt.bill_duration_seconds is not null then
+      perform private.correct_call(attempt, billed, at);
+    end if;
     return;
   end if;
 
@@ -380,7 +442,8 @@ begin
   from public.usage_logs as log
   where log.organization_id = attempt.organization_id
     and log.feature_key in ('ai_calls', 'call_seconds')
-    and (log.closed_at is null or log.reserved > 0)
+    -- The period in which it ended too, whatever the time zone makes of it.
+    and (log.closed_at is null or log.reserved > 0 or (attempt.ended_at at time zone 'UTC')::date between log.period_start - 1 and log.period_end)
   order by log.feature_key, log.period_start
   for no key update;
   delete from private.call_holds as held where held.attempt_id = attempt.id returning held.* into hold;
@@ -414,7 +477,7 @@ $$;
 revoke all on function private.meter_call(public.call_logs, timestamptz) from public;
 comment on function private.meter_call(public.call_logs, timestamptz) is
   'Settles one ended attempt: gives back what was held for it, once, counts the call and its billed seconds and charges what is beyond '
-  'the plan, once, also when the carrier reports them later.';
+  'the plan, once, also when the carrier reports them later. Other seconds than were counted before settle the difference.';
 
 create function private.lift_dispatch_hold(organization_id uuid, reasons text[]) returns boolean
 language plpgsql security definer set search_path = ''
@@ -679,7 +742,7 @@ create function private.charge_call(attempt public.call_logs, billed bigint, hol
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  subscription public.subscriptions;
+  price_id uuid;
   calls public.plan_price_meters;
   talk public.plan_price_meters;
   term public.plan_price_meters;
@@ -693,18 +756,6 @@ declare
   taken bigint := 0;
 begin
   if billed > 0 then
-    subscription := private.live_subscription(attempt.organization_id);
-    select own.* into calls
-    from public.plan_price_meters as own
-    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'ai_calls';
-    select own.* into talk
-    from public.plan_price_meters as own
-    where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
-  end if;
-
-  if calls.credit_price_minor is not null and calls.included_units >= 0
-    or talk.credit_price_minor is not null and talk.included_units >= 0 then
-    select price.currency into money from public.plan_prices as price where price.id = subscription.plan_price_id;
     select event.day
     into strict counted_on
     from private.usage_events as event
@@ -712,7 +763,26 @@ begin
       and event.organization_id = attempt.organization_id
       and event.meter_key = 'call_seconds'
       and event.source = 'call'
-      and event.key = attempt.id::text;
+      and event.key = attempt.id::text
+      and event.corrects is null;
+    -- A period that was billed keeps its price, also for a call that is told of later.
+    price_id := coalesce(
+      (
+        select log.plan_price_id
+        from public.usage_logs as log
+        where log.organization_id = attempt.organization_id
+          and log.feature_key = 'call_seconds'
+          and log.period_start <= counted_on and counted_on < log.period_end
+      ),
+      (private.live_subscription(attempt.organization_id)).plan_price_id
+    );
+    select own.* into calls from public.plan_price_meters as own where own.plan_price_id = price_id and own.meter_key = 'ai_calls';
+    select own.* into talk from public.plan_price_meters as own where own.plan_price_id = price_id and own.meter_key = 'call_seconds';
+  end if;
+
+  if calls.credit_price_minor is not null and calls.included_units >= 0
+    or talk.credit_price_minor is not null and talk.included_units >= 0 then
+    select price.currency into money from public.plan_prices as price where price.id = price_id;
     -- With this call, and without what credit paid before.
     select
       sum(log.usage_count - log.prepaid) filter (where log.feature_key = 'ai_calls')::bigint as calls,
@@ -767,7 +837,7 @@ begin
     uncollected_minor, transaction_id, created_at
   )
   values (
-    attempt.id, attempt.organization_id, subscription.plan_price_id, term.meter_key, counted_on, beyond,
+    attempt.id, attempt.organization_id, price_id, term.meter_key, counted_on, beyond,
     case when taken < cost then div(paid::numeric * taken, cost)::bigint else paid end, beyond - paid, money, taken, cost - taken,
     (
       select transaction.id
@@ -792,6 +862,158 @@ $$;
 comment on function private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz) is
   'Lets go of the credit that was held for a call and takes what its seconds beyond the plan cost, as far as the balance goes, and says '
   'how much. The call is counted already, its counters are locked, and nobody charges it twice.';
+
+create function private.shift_prepaid(organization_id uuid, meter text, day date, units bigint) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  update public.usage_logs as log
+  set prepaid = log.prepaid + units
+  where log.organization_id = shift_prepaid.organization_id
+    and log.feature_key = meter
+    and log.period_start <= shift_prepaid.day and shift_prepaid.day < log.period_end;
+  update public.usage_days as total
+  set prepaid = total.prepaid + units
+  where total.organization_id = shift_prepaid.organization_id and total.meter_key = meter and total.day = shift_prepaid.day;
+end
+$$;
+comment on function private.shift_prepaid(uuid, text, date, bigint) is
+  'Adds to what credit paid of a day and its period. The caller holds the counter''s lock.';
+
+create function private.correct_call(attempt public.call_logs, billed bigint, at timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  correction text := attempt.id || '/' || private.uuid_v7();
+  known private.usage_keys;
+  counted_on date;
+  charge record;
+  term public.plan_price_meters;
+  delta bigint;
+  calls integer;
+  overage bigint := 0;
+  paid bigint := 0;
+  cost bigint := 0;
+  entry uuid;
+begin
+  select own.*
+  into known
+  from private.usage_keys as own
+  where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text
+  for no key update;
+  delta := billed - known.quantity;
+  if coalesce(delta, 0) = 0 then
+    return;
+  end if;
+  calls := (billed > 0)::integer - (known.quantity > 0)::integer;
+  update private.usage_keys as own
+  set quantity = billed
+  where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text;
+  insert into private.usage_keys (organization_id, source, key, body_hash)
+  values (attempt.organization_id, 'call', correction, private.usage_hash(concat_ws(e'\x1f', attempt.id, known.quantity, billed)));
+  select event.day
+  into strict counted_on
+  from private.usage_events as event
+  where event.occurred_at = known.occurred_at
+    and event.organization_id = attempt.organization_id
+    and event.meter_key = 'call_seconds'
+    and event.source = 'call'
+    and event.key = attempt.id::text
+    and event.corrects is null;
+  perform
+  from public.usage_logs as log
+  where log.organization_id = attempt.organization_id
+    and log.feature_key in ('ai_calls', 'call_seconds')
+    and log.period_start <= counted_on and counted_on < log.period_end
+  order by log.feature_key, log.period_start
+  for no key update;
+
+  -- A call within the plan changes the counters alone. One that was charged takes back what was paid last first: overage, then credit.
+  select
+    own.plan_price_id, own.meter_key, own.currency, own.transaction_id,
+    own.credit_seconds + coalesce(sum(later.credit_seconds), 0)::bigint as credit_seconds,
+    own.overage_seconds + coalesce(sum(later.overage_seconds), 0)::bigint as overage_seconds,
+    own.charged_minor + coalesce(sum(later.charged_minor), 0)::bigint as charged_minor
+  into charge
+  from public.call_charges as own
+  left join private.call_corrections as later on later.organization_id = own.organization_id and later.call_log_id = own.call_log_id
+  where own.organization_id = attempt.organization_id and own.call_log_id = attempt.id
+  group by own.call_log_id;
+  if charge.meter_key is not null then
+    select own.* into term
+    from public.plan_price_meters as own
+    where own.plan_price_id = charge.plan_price_id and own.meter_key = charge.meter_key;
+    if delta < 0 then
+      overage := greatest(delta, -charge.overage_seconds);
+      paid := greatest(delta - overage, -charge.credit_seconds);
+      cost := greatest(
+        private.credit_cost(charge.credit_seconds + paid, term) - private.credit_cost(charge.credit_seconds, term), -charge.charged_minor
+      );
+    elsif term.overage_price_minor is not null then
+      overage := delta;
+    else
+      paid := delta;
+      cost := private.credit_cost(charge.credit_seconds + paid, term) - private.credit_cost(charge.credit_seconds, term);
+    end if;
+  end if;
+
+  if delta < 0 and charge.meter_key is not null then
+    perform private.shift_prepaid(attempt.organization_id, 'call_seconds', counted_on, paid);
+    if charge.meter_key = 'ai_calls' then
+      perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
+    end if;
+  end if;
+  perform private.count_usage(
+    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]), array_fill(correction, array[1 + abs(calls)]),
+    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end,
+    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end,
+    array_fill(known.occurred_at, array[1 + abs(calls)]), at, array_fill(attempt.id::text, array[1 + abs(calls)]),
+    array_fill(counted_on, array[1 + abs(calls)])
+  );
+  if charge.meter_key is null then
+    return;
+  end if;
+  if delta > 0 then
+    perform private.shift_prepaid(attempt.organization_id, 'call_seconds', counted_on, paid);
+    if charge.meter_key = 'ai_calls' then
+      perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
+    end if;
+  end if;
+
+  if cost < 0 then
+    -- To the first charge as far as it goes; what a correction took on top is the platform's to keep.
+    cost := -least(-cost, (
+      select original.amount_minor - coalesce(sum(refund.amount_minor), 0)
+      from public.credit_transactions as original
+      left join public.credit_transactions as refund
+        on refund.organization_id = original.organization_id and refund.reverses_id = original.id
+      where original.organization_id = attempt.organization_id and original.id = charge.transaction_id
+      group by original.id
+    ));
+    if cost < 0 then
+      entry := private.refund_credit(
+        attempt.organization_id, charge.transaction_id, -cost, 'call ' || correction, at, 'The carrier corrected the seconds of the call'
+      );
+    end if;
+  elsif cost > 0 then
+    cost := private.debit_credit(
+      attempt.organization_id, charge.currency, cost, 'call ' || correction, at, true, 'consumption', 'call', attempt.id
+    );
+    select written.id
+    into entry
+    from public.credit_transactions as written
+    where written.organization_id = attempt.organization_id and written.idempotency_key = 'call ' || correction;
+  end if;
+  insert into private.call_corrections (
+    correction_id, organization_id, call_log_id, seconds, credit_seconds, overage_seconds, charged_minor, transaction_id, created_at
+  )
+  values (correction, attempt.organization_id, attempt.id, delta, paid, overage, coalesce(cost, 0), entry, at);
+end
+$$;
+comment on function private.correct_call(public.call_logs, bigint, timestamptz) is
+  'Settles the difference when a carrier corrects the seconds of a call that was counted, once: on the call''s own day, as an event that '
+  'names the one it corrects, and in credit where the call was charged.';
+
 
 create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
 language sql stable security definer set search_path = ''
@@ -847,7 +1069,8 @@ comment on function private.check_holds(uuid) is
 revoke all on function
   private.credit_cost(bigint, public.plan_price_meters), private.credit_reach(bigint, public.plan_price_meters), private.shortest_call(),
   private.hold_calls(uuid, integer[], timestamptz), private.give_back_holds(private.call_holds[], timestamptz),
-  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid)
+  private.charge_call(public.call_logs, bigint, private.call_holds, timestamptz), private.check_holds(uuid),
+  private.shift_prepaid(uuid, text, date, bigint), private.correct_call(public.call_logs, bigint, timestamptz)
 from public;
 
 -- Events of an organization's own systems -----------------------------------------------------------------------------------------
@@ -883,15 +1106,30 @@ declare
   statuses text[];
   codes text[];
   stored integer[];
+  corrected text[];
+  days date[];
+  place integer;
+  original private.usage_keys;
 begin
-  select key.organization_id, key.scopes
-  into api_key
-  from public.api_keys as key
-  where key.prefix = request #>> '{api_key,prefix}'
-    and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
-    and key.revoked_at is null;
-  if not found then
-    perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+  if request ? 'organization_id' and not request ? 'api_key' then
+    -- From the platform's own queue.
+    select tenant.id as organization_id, array['usage.write'] as scopes
+    into api_key
+    from public.organizations as tenant
+    where tenant.id = private.read_uuid(request, 'organization_id');
+    if not found then
+      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+    end if;
+  else
+    select key.organization_id, key.scopes
+    into api_key
+    from public.api_keys as key
+    where key.prefix = request #>> '{api_key,prefix}'
+      and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
+      and key.revoked_at is null;
+    if not found then
+      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+    end if;
   end if;
   if not 'usage.write' = any (api_key.scopes) then
     perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
@@ -912,9 +1150,12 @@ begin
       item.value ->> 'source' as source,
       item.value ->> 'type' as meter,
       case
-        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^[0-9]{1,15}$'
+        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
         then (item.value ->> 'quantity')::bigint
       end as quantity,
+      coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
+      item.value -> 'corrects' as correction,
+      item.value ->> 'corrects' as corrects,
       coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
       private.parse_instant(item.value ->> 'time') as instant
     from jsonb_array_elements(given) with ordinality as item (value, position)
@@ -929,7 +1170,8 @@ begin
         when event.source = 'call' then 'reserved_source'
         when meter.key is null or not meter.is_active then 'unknown_type'
         when meter.is_reserved then 'reserved_type'
-        when event.quantity is null or event.quantity = 0 then 'invalid_quantity'
+        when event.quantity is null or event.quantity = 0 or event.quantity < 0 and not event.is_correction then 'invalid_quantity'
+        when event.is_correction and (jsonb_typeof(event.correction) <> 'string' or event.corrects in ('', event.id)) then 'invalid_corrects'
         when event.is_timed and (event.instant is null or event.instant < '2000-01-01') then 'invalid_time'
         when event.instant > at + interval '5 minutes' then 'time_in_future'
       end as code
@@ -941,18 +1183,21 @@ begin
     array_agg(meter order by position), array_agg(quantity order by position),
     array_agg(coalesce(instant, at) order by position),
     array_agg(
-      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'))) order by position),
-    array_agg(code order by position),
+      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'), corrects)) order by position),
+    array_agg(corrects order by position), array_fill(null::date, array[count(*)::integer]), array_agg(code order by position),
     array_agg(case when code is not null then 'rejected' end order by position)
-  into ids, sources, meters, quantities, occurred, hashes, codes, statuses
+  into ids, sources, meters, quantities, occurred, hashes, corrected, days, codes, statuses
   from judged;
 
   -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
   with fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash)
-    select api_key.organization_id, first.source, first.id, first.hash
+    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
+    select
+      api_key.organization_id, first.source, first.id, first.hash, case when corrected[first.position] is null then meters[first.position] end,
+      case when corrected[first.position] is null then occurred[first.position] end,
+      case when corrected[first.position] is null then quantities[first.position] end
     from (
-      select distinct on (event.source, event.id) event.source, event.id, event.hash
+      select distinct on (event.source, event.id) event.source, event.id, event.hash, event.position
       from unnest(sources, ids, hashes, codes) with ordinality as event (source, id, hash, code, position)
       where event.code is null
       order by event.source, event.id, event.position
@@ -970,6 +1215,45 @@ begin
     where event.source = fresh.source and event.id = fresh.key and event.code is null
   ) as first;
 
+  -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
+  for place in
+    select item.position
+    from unnest(stored) as item (position)
+    where corrected[item.position] is not null
+    order by sources[item.position], corrected[item.position], item.position
+  loop
+    select known.*
+    into original
+    from private.usage_keys as known
+    where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+    for no key update;
+    codes[place] := case
+      when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
+      when original.quantity + quantities[place] < 0 then 'correction_too_large'
+    end;
+    if codes[place] is null then
+      update private.usage_keys as known
+      set quantity = known.quantity + quantities[place]
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+      occurred[place] := original.occurred_at;
+      days[place] := (
+        select event.day
+        from private.usage_events as event
+        where event.occurred_at = original.occurred_at
+          and event.organization_id = api_key.organization_id
+          and event.source = original.source
+          and event.key = original.key
+          and event.corrects is null
+      );
+    else
+      -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
+      delete from private.usage_keys as known
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+      statuses[place] := 'rejected';
+      stored := array_remove(stored, place);
+    end if;
+  end loop;
+
   with event as (
     select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
     from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
@@ -979,6 +1263,7 @@ begin
       when event.status is not null then event.status
       when event.is_stored then 'stored'
       when known.body_hash = event.hash then 'duplicate'
+      when known.key is null then 'rejected'
       else 'conflict'
     end order by event.position)
   into statuses
@@ -986,10 +1271,10 @@ begin
   left join private.usage_keys as known
     on known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id;
 
-  if stored is not null then
+  if cardinality(stored) > 0 then
     perform private.count_usage(
       api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(quantities[position]), array_agg(occurred[position]), at)
+      array_agg(quantities[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]))
     from unnest(stored) as position;
   end if;
 
@@ -1008,7 +1293,10 @@ begin
             when 'reserved_source' then 'The source "call" belongs to the platform'
             when 'unknown_type' then 'type is not the key of an active meter'
             when 'reserved_type' then 'Calls are counted by the platform, not by events'
-            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999'
+            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction'
+            when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
+            when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
+            when 'correction_too_large' then 'The event that it corrects would count less than nothing'
             when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
             when 'time_in_future' then 'time lies more than five minutes ahead'
           end
@@ -1022,7 +1310,7 @@ $$;
 revoke all on function private.record_usage(jsonb, timestamptz) from public;
 grant execute on function private.record_usage(jsonb, timestamptz) to service_role;
 comment on function private.record_usage(jsonb, timestamptz) is
-  'Records a batch of usage events for the organization of an API key: each one stored, duplicate, conflict or rejected, by itself.';
+  'Records a batch of usage events for the organization of an API key, or one that the platform names: each one stored, duplicate, conflict or rejected, by itself.';
 
 create function public.record_usage(jsonb) returns jsonb
 language sql set search_path = ''
@@ -1032,7 +1320,7 @@ $$;
 revoke all on function public.record_usage(jsonb) from public, anon, authenticated;
 grant execute on function public.record_usage(jsonb) to service_role;
 comment on function public.record_usage(jsonb) is
-  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"},"events":[{"specversion"?,"id","source","type","time"?,"quantity"}]} gives '
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity","corrects"?}]} gives '
   '{"results":[{"id","status","code"?,"message"?}]}.';
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
@@ -1100,6 +1388,224 @@ $$;
 revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
+
+create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('usage.view');
+  subscription public.subscriptions;
+  zone text;
+  today date;
+begin
+  subscription := private.live_subscription(organization);
+  select coalesce(subscription.timezone, tenant.timezone) into zone from public.organizations as tenant where tenant.id = organization;
+  today := (at at time zone zone)::date;
+  to_day := coalesce(to_day, today);
+  from_day := coalesce(
+    from_day, least(coalesce((subscription.current_period_start at time zone subscription.timezone)::date, date_trunc('month', today)::date), to_day)
+  );
+  if from_day > to_day or to_day - from_day > 399 then
+    perform private.raise_error(400, 'invalid_request', 'from is not after to, and at most 400 days are shown at once', 'from');
+  end if;
+  if meter is not null and not exists (select from public.meters as known where known.key = get_usage_daily.meter) then
+    perform private.raise_error(400, 'invalid_request', 'meter is not the key of a meter', 'meter');
+  end if;
+  return jsonb_build_object(
+    'organization_id', organization, 'timezone', zone, 'from', from_day, 'to', to_day,
+    'days', coalesce((
+      select jsonb_agg(
+        jsonb_build_object('day', total.day, 'meter', total.meter_key, 'quantity', total.quantity, 'events', total.events)
+        order by total.day, known.position, total.meter_key)
+      from public.usage_days as total
+      join public.meters as known on known.key = total.meter_key
+      where total.organization_id = organization
+        and total.day between from_day and to_day
+        and (get_usage_daily.meter is null or total.meter_key = get_usage_daily.meter)
+    ), '[]')
+  );
+end
+$$;
+revoke all on function private.get_usage_daily(date, date, text, timestamptz) from public;
+grant execute on function private.get_usage_daily(date, date, text, timestamptz) to authenticated;
+comment on function private.get_usage_daily(date, date, text, timestamptz) is
+  'Usage of the caller''s organization day by day, both ends included, of one meter or all. A day without usage has no row. Left out, '
+  'the days are those of the current period until today.';
+
+create function public.get_usage_daily(from_day date default null, to_day date default null, meter text default null) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_usage_daily(from_day, to_day, meter, private.clock_now())
+$$;
+revoke all on function public.get_usage_daily(date, date, text) from public, anon;
+grant execute on function public.get_usage_daily(date, date, text) to authenticated;
+comment on function public.get_usage_daily(date, date, text) is
+  'Usage of the caller''s organization, {"timezone","from","to","days":[{"day","meter","quantity","events"}]}, of one meter or all.';
+
+-- Does it all add up? -------------------------------------------------------------------------------------------------------------
+--
+-- Keys, events, days and counters are written together and must agree for ever. Whoever finds that they do not stops the billing of
+-- that organization, and nothing else: calls go on, usage is counted, and a person looks.
+
+create function private.check_usage(organization_id uuid default null) returns table (organization uuid, meter text, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  -- One statement, so that all four are seen at one moment.
+  with event as (
+    select own.organization_id, own.meter_key, own.day, sum(own.quantity) as quantity, count(*) as events
+    from private.usage_events as own
+    where own.organization_id = $1 or $1 is null
+    group by own.organization_id, own.meter_key, own.day
+  ),
+  day as (
+    select own.* from public.usage_days as own where own.organization_id = $1 or $1 is null
+  ),
+  known as (
+    -- A call is one key of two meters.
+    select
+      own.organization_id, split.meter_key, sum(split.quantity) as quantity
+    from private.usage_keys as own
+    cross join lateral (
+      values (own.meter_key, own.quantity), (case when own.source = 'call' then 'ai_calls' end, (own.quantity > 0)::integer::bigint)
+    ) as split (meter_key, quantity)
+    where split.meter_key is not null and own.quantity is not null and (own.organization_id = $1 or $1 is null)
+    group by own.organization_id, split.meter_key
+  ),
+  counter as (
+    select own.* from public.usage_logs as own where own.organization_id = $1 or $1 is null
+  )
+  select
+    coalesce(event.organization_id, day.organization_id), coalesce(event.meter_key, day.meter_key),
+    format(
+      'on %s: %s in %s events, %s in %s by day', coalesce(event.day, day.day), coalesce(event.quantity, 0), coalesce(event.events, 0),
+      coalesce(day.quantity, 0), coalesce(day.events, 0)
+    )
+  from event
+  full join day on day.organization_id = event.organization_id and day.meter_key = event.meter_key and day.day = event.day
+  where (coalesce(event.quantity, 0), coalesce(event.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  union all
+  select
+    coalesce(total.organization_id, known.organization_id), coalesce(total.meter_key, known.meter_key),
+    format('in all: %s by events, %s by keys', coalesce(total.quantity, 0), coalesce(known.quantity, 0))
+  from (
+    select event.organization_id, event.meter_key, sum(event.quantity) as quantity
+    from event
+    group by event.organization_id, event.meter_key
+  ) as total
+  full join known on known.organization_id = total.organization_id and known.meter_key = total.meter_key
+  where coalesce(total.quantity, 0) <> coalesce(known.quantity, 0)
+  union all
+  select
+    counter.organization_id, counter.feature_key,
+    format(
+      'from %s to %s: %s counted, %s prepaid, by day %s and %s', counter.period_start, counter.period_end - 1, counter.usage_count,
+      counter.prepaid, coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0)
+    )
+  from counter
+  left join day
+    on day.organization_id = counter.organization_id
+    and day.meter_key = counter.feature_key
+    and day.day >= counter.period_start and day.day < counter.period_end
+  group by counter.organization_id, counter.id, counter.feature_key, counter.period_start, counter.period_end, counter.usage_count, counter.prepaid
+  having (counter.usage_count, counter.prepaid) <> (coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0))
+  union all
+  select day.organization_id, day.meter_key, format('%s belongs to no period', day.day)
+  from day
+  where day.quantity <> 0
+    and not exists (
+      select
+      from public.usage_logs as log
+      where log.organization_id = day.organization_id
+        and log.feature_key = day.meter_key
+        and log.period_start <= day.day and day.day < log.period_end
+    )
+$$;
+comment on function private.check_usage(uuid) is
+  'Compares events, keys, days and counters and returns what disagrees: nothing, ever. For one organization or all.';
+
+create function private.reconcile_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wrong jsonb;
+  held uuid[];
+begin
+  with problem as (
+    select found.organization, jsonb_agg(found.meter || ' ' || found.problem order by found.meter, found.problem) as problems
+    from private.check_usage() as found
+    group by found.organization
+  ),
+  stopped as (
+    update public.subscriptions as subscription
+    set billing_hold = 'usage does not add up: ' || (problem.problems ->> 0)
+    from problem
+    where subscription.organization_id = problem.organization
+      and subscription.status not in ('cancelled', 'inactive')
+      and subscription.billing_hold is null
+    returning subscription.id, subscription.organization_id, subscription.billing_hold
+  ),
+  told as (
+    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    select
+      stopped.organization_id, 'billing.held', stopped.id || ' ' || at, jsonb_build_object('subscription_id', stopped.id, 'reason', stopped.billing_hold),
+      at
+    from stopped
+    on conflict do nothing
+  )
+  select
+    jsonb_agg(jsonb_build_object('organization_id', problem.organization, 'problems', problem.problems) order by problem.organization),
+    (select array_agg(stopped.organization_id) from stopped)
+  into wrong, held
+  from problem;
+  return jsonb_build_object('wrong', coalesce(wrong, '[]'), 'held', coalesce(cardinality(held), 0));
+end
+$$;
+comment on function private.reconcile_usage(jsonb, timestamptz) is
+  'Stops the billing of every organization whose usage does not add up, tells of it, and returns what is wrong. Nothing else stops.';
+
+create function public.reconcile_usage(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.reconcile_usage($1, private.clock_now())
+$$;
+comment on function public.reconcile_usage(jsonb) is
+  'For usage-metering, by schedule. {"v":1} gives {"wrong":[{"organization_id","problems":[…]}],"held":n}.';
+
+create function private.lift_billing_hold(organization_id uuid, reason text, at timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  wrong text := (select found.meter || ' ' || found.problem from private.check_usage(lift_billing_hold.organization_id) as found limit 1);
+  lifted public.subscriptions;
+begin
+  if coalesce(btrim(reason), '') = '' then
+    perform private.raise_error(422, 'reason_missing', 'Say why billing goes on', 'reason');
+  end if;
+  if wrong is not null then
+    perform private.raise_error(409, 'usage_disagrees', 'Usage still does not add up: ' || wrong);
+  end if;
+  update public.subscriptions as subscription
+  set billing_hold = null
+  where subscription.organization_id = lift_billing_hold.organization_id
+    and subscription.status not in ('cancelled', 'inactive')
+    and subscription.billing_hold is not null
+  returning subscription.* into lifted;
+  if not found then
+    return false;
+  end if;
+  perform private.audit(organization_id, 'billing.resumed', 'subscription', lifted.id, jsonb_build_object('reason', reason), at);
+  return true;
+end
+$$;
+comment on function private.lift_billing_hold(uuid, text, timestamptz) is
+  'Lets an organization be billed again, for an operator who has mended what was wrong: refused while usage does not add up. The periods '
+  'that were missed are billed by the next run. Says whether there was a hold.';
+
+revoke all on function
+  private.check_usage(uuid), private.reconcile_usage(jsonb, timestamptz), public.reconcile_usage(jsonb),
+  private.lift_billing_hold(uuid, text, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function private.reconcile_usage(jsonb, timestamptz), public.reconcile_usage(jsonb) to service_role;
 
 -- Subscribing ---------------------------------------------------------------------------------------------------------------------
 

@@ -19,12 +19,38 @@ as $$
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
-create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
-language plpgsql set search_path = ''
+create type private.priced_line as (
+  position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
+  amount_minor bigint, line_id uuid
+);
+comment on type private.priced_line is 'A line of an invoice that may be made.';
+
+create type private.priced_tax as (position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint);
+comment on type private.priced_tax is 'A component of the tax of an invoice that may be made.';
+
+create type private.priced_adjustment as (meter_key text, period_start date, line_id uuid);
+comment on type private.priced_adjustment is
+  'A period billed before that an invoice which may be made settles, with the line that says so; without one it comes to nothing.';
+
+create function private.price_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz)
+returns table (
+  organization_id uuid, subscription_id uuid, currency text, period_start timestamptz, period_end timestamptz, timezone text,
+  first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
+  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
+)
+language plpgsql stable set search_path = ''
 as $$
+#variable_conflict use_column
 declare
-  drafts uuid[];
+  supplier private.gst_states;
 begin
+  if issuer.country_code = 'IN' then
+    select state.* into supplier
+    from private.gst_states as state
+    where state.code = coalesce(left(issuer.gstin, 2), issuer.state_code) or issuer.gstin is null and state.letters = issuer.state_code;
+  end if;
+
+  return query
   with ended as materialized (
     select
       gen_random_uuid() as invoice_id,
@@ -45,17 +71,26 @@ begin
         'state_code', organization.state_code,
         'pincode', organization.pincode,
         'country', organization.country,
-        'country_code', organization.country_code
+        'country_code', organization.country_code,
+        'place_of_supply', place.code || '-' || place.name
       )) as customer,
       organization.country_code,
+      -- A state may be written in two ways, so India's are compared by the code that both have.
       case
-        when organization.country_code = issuer.country_code and organization.state_code = issuer.state_code then 'intra_state'
+        when organization.country_code = issuer.country_code
+          and coalesce(place.code = supplier.code, organization.state_code = issuer.state_code) then 'intra_state'
         else 'inter_state'
       end as tax_scope
     from public.subscriptions as subscription
     join public.subscription_plans as plan on plan.id = subscription.plan_id
     join public.plan_prices as price on price.id = subscription.plan_price_id
     join public.organizations as organization on organization.id = subscription.organization_id
+    left join private.gst_states as place
+      on organization.country_code = 'IN'
+      and (
+        place.code = coalesce(left(organization.gstin, 2), organization.state_code)
+        or organization.gstin is null and place.letters = organization.state_code
+      )
     where subscription.id = any (subscription_ids)
   ),
   used as materialized (
@@ -75,9 +110,36 @@ begin
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
   ),
-  item as materialized (
+  late as materialized (
+    -- Periods that were billed before and have changed since, each at its own price.
     select
-      ended.invoice_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
+      ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
+      term.overage_price_minor, term.overage_unit,
+      greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)
+        - greatest(log.billed_count - nullif(term.included_units, -1), 0) as quantity,
+      private.divide_half_away(
+        greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
+        - private.divide_half_away(
+          greatest(log.billed_count - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
+        as amount_minor,
+      log.period_end
+    from ended
+    join lateral (
+      select distinct adjustment.organization_id, adjustment.meter_key, adjustment.period_start
+      from private.usage_adjustments as adjustment
+      where adjustment.organization_id = ended.organization_id and adjustment.settled_at is null
+    ) as adjustment on true
+    join public.usage_logs as log
+      on log.organization_id = adjustment.organization_id
+      and log.feature_key = adjustment.meter_key
+      and log.period_start = adjustment.period_start
+    join public.plan_prices as price on price.id = log.plan_price_id and price.currency = ended.currency
+    join public.meters as meter on meter.key = log.feature_key
+    left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
+  ),
+  current_item as materialized (
+    select
+      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
       ended.plan_name || ' plan, ' || ended.billing_cycle || case when ended.period_no < 0 then ' (trial)' else '' end as description,
       1::bigint as quantity, case ended.billing_cycle when 'yearly' then 'year' else 'month' end as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
@@ -85,7 +147,7 @@ begin
     from ended
     union all
     select
-      used.invoice_id, 1, used.position, 'included', used.meter_key,
+      used.invoice_id, null, 1, used.position, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
       least(used.quantity, used.allowance), used.unit, 0, 1, 0
@@ -93,12 +155,38 @@ begin
     where used.allowance is null or used.allowance > 0
     union all
     select
-      used.invoice_id, 2, used.position, 'overage', used.meter_key,
+      used.invoice_id, null, 2, used.position, 'overage', used.meter_key,
       used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit),
       used.quantity - used.allowance, used.unit, used.overage_price_minor, used.overage_unit,
-      private.divide_half_away((used.quantity - used.allowance)::numeric * used.overage_price_minor, used.overage_unit)
+      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit)
     from used
     where used.quantity > used.allowance and used.overage_price_minor is not null
+  ),
+  adjustable as materialized (
+    -- What an invoice would have to give back more than it charges waits for the next one.
+    select late.*
+    from late
+    join (
+      select whole.invoice_id, sum(whole.amount_minor) as amount_minor
+      from (
+        select current_item.invoice_id, current_item.amount_minor from current_item
+        union all
+        select late.invoice_id, coalesce(late.amount_minor, 0) from late
+      ) as whole
+      group by whole.invoice_id
+    ) as outcome using (invoice_id)
+    where outcome.amount_minor > 0 or coalesce(late.amount_minor, 0) = 0
+  ),
+  item as materialized (
+    select current_item.* from current_item
+    union all
+    select
+      adjustable.invoice_id, adjustable.line_id, 3, adjustable.position, 'adjustment', adjustable.feature_key,
+      adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
+        || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
+      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor
+    from adjustable
+    where adjustable.amount_minor <> 0
   ),
   subtotal as materialized (
     select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
@@ -108,7 +196,7 @@ begin
   tax as materialized (
     select
       ended.invoice_id, rate.name, rate.rate_bp, rate.position, subtotal.amount_minor as taxable_minor,
-      private.divide_half_away(subtotal.amount_minor::numeric * rate.rate_bp, 10000) as amount_minor
+      private.tax_amount(subtotal.amount_minor, rate.rate_bp) as amount_minor
     from ended
     join subtotal using (invoice_id)
     join public.tax_rates as rate
@@ -117,14 +205,68 @@ begin
       and rate.valid_from <= (at at time zone issuer.timezone)::date
       and (rate.valid_to is null or rate.valid_to > (at at time zone issuer.timezone)::date)
   ),
-  bill as materialized (
-    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
+  row_line as (
     select
-      ended.invoice_id, subtotal.amount_minor as subtotal_minor,
-      coalesce((select sum(tax.amount_minor) from tax where tax.invoice_id = ended.invoice_id), 0)::bigint as tax_minor
-    from ended
-    join subtotal using (invoice_id)
-    where subtotal.amount_minor > 0
+      item.invoice_id,
+      array_agg(
+        (
+          item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
+          item.amount_minor, item.line_id
+        )::private.priced_line
+        order by item.number) as lines
+    from (
+      select
+        item.*,
+        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.description))::integer as number
+      from item
+    ) as item
+    group by item.invoice_id
+  ),
+  row_tax as (
+    select
+      tax.invoice_id, sum(tax.amount_minor)::bigint as amount_minor,
+      array_agg((tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor)::private.priced_tax order by tax.number) as taxes
+    from (
+      select tax.*, (row_number() over (partition by tax.invoice_id order by tax.position, tax.name))::integer as number
+      from tax
+    ) as tax
+    group by tax.invoice_id
+  )
+  select
+    ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end, ended.timezone,
+    ended.first_day, ended.next_day - 1, subtotal.amount_minor, coalesce(row_tax.amount_minor, 0),
+    jsonb_strip_nulls(
+      to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
+    ),
+    ended.customer, row_line.lines, coalesce(row_tax.taxes, '{}'),
+    array(
+      select
+        (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
+      from adjustable
+      where adjustable.invoice_id = ended.invoice_id
+    )
+  from ended
+  join subtotal using (invoice_id)
+  join row_line using (invoice_id)
+  left join row_tax using (invoice_id);
+end
+$$;
+comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz) is
+  'What the current period of each subscription costs, from its price and its days: the one place where an invoice is priced, for the '
+  'run and for who asks beforehand. In arrears, base included; a trial period has no base price; what came late to earlier periods adjusts it.';
+
+create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
+language plpgsql set search_path = ''
+as $$
+declare
+  drafts uuid[];
+begin
+  with period as materialized (
+    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at) as priced
+  ),
+  priced as materialized (
+    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
+    select period.* from period where period.subtotal_minor > 0
   ),
   draft as (
     insert into public.invoices (
@@ -132,39 +274,55 @@ begin
       tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
-      ended.invoice_id, ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end,
-      ended.timezone, ended.first_day, ended.next_day - 1, bill.subtotal_minor, bill.tax_minor, bill.subtotal_minor + bill.tax_minor,
-      jsonb_strip_nulls(to_jsonb(issuer) - 'singleton'), ended.customer, at, at
-    from ended
-    join bill using (invoice_id)
-    returning invoices.id, invoices.organization_id
+      priced.id, priced.organization_id, priced.subscription_id, priced.currency, priced.period_start, priced.period_end,
+      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
+      priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
+    from priced
+    returning invoices.id
   ),
   line as (
     insert into public.invoice_lines (
-      organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
+      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
     )
     select
-      draft.organization_id, draft.id,
-      row_number() over (partition by draft.id order by item.rank, item.meter_position, item.meter_key),
-      item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
-    from draft
-    join item on item.invoice_id = draft.id
+      coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
+    from priced
+    cross join lateral unnest(priced.lines) as item
   ),
   levied as (
     insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
-    select
-      draft.organization_id, draft.id, row_number() over (partition by draft.id order by tax.position, tax.name), tax.name,
-      tax.rate_bp, tax.taxable_minor, tax.amount_minor
-    from draft
-    join tax on tax.invoice_id = draft.id
+    select priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor
+    from priced
+    cross join lateral unnest(priced.taxes) as tax
+  ),
+  settled as (
+    update private.usage_adjustments as adjustment
+    set settled_at = at, invoice_line_id = change.line_id
+    from period
+    cross join lateral unnest(period.adjustments) as change
+    where adjustment.organization_id = period.organization_id
+      and adjustment.meter_key = change.meter_key
+      and adjustment.period_start = change.period_start
+      and adjustment.settled_at is null
+      and (change.line_id is null or period.subtotal_minor > 0)
+    returning adjustment.organization_id, adjustment.meter_key, adjustment.period_start
+  ),
+  rebilled as (
+    update public.usage_logs as log
+    set billed_count = log.usage_count - log.prepaid
+    from (select distinct settled.* from settled) as past
+    where log.organization_id = past.organization_id
+      and log.feature_key = past.meter_key
+      and log.period_start = past.period_start
   )
   select array_agg(draft.id) into drafts from draft;
   return coalesce(drafts, '{}');
 end
 $$;
 comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz) is
-  'Drafts one invoice for the current period of each subscription, from its price and its days; none for a period that costs '
-  'nothing. In arrears, base included; a trial period has no base price.';
+  'Drafts one invoice for the current period of each subscription; none for a period that costs nothing. What came late to periods that '
+  'were billed before is adjusted.';
 
 create function private.close_periods(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
@@ -239,7 +397,17 @@ begin
     from public.usage_logs as log
     join public.subscriptions as subscription
       on subscription.organization_id = log.organization_id
-      and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+      and (
+        log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+        or log.plan_price_id is not null and exists (
+          select
+          from private.usage_adjustments as adjustment
+          where adjustment.organization_id = log.organization_id
+            and adjustment.meter_key = log.feature_key
+            and adjustment.period_start = log.period_start
+            and adjustment.settled_at is null
+        )
+      )
     where subscription.id = any (due)
     order by log.organization_id, log.feature_key, log.period_start
     for no key update of log;
@@ -278,7 +446,7 @@ begin
     drafts := drafts || private.bill_periods(due, issuer, at);
 
     update public.usage_logs as log
-    set closed_at = at
+    set closed_at = at, plan_price_id = subscription.plan_price_id, billed_count = log.usage_count - log.prepaid
     from public.subscriptions as subscription
     where subscription.id = any (due)
       and log.organization_id = subscription.organization_id
@@ -327,7 +495,7 @@ begin
 
   -- Numbers come last: the series is locked from here to the end of the transaction and not a moment longer.
   if cardinality(drafts) > 0 then
-    month := to_char(at at time zone issuer.timezone, 'YYYYMM');
+    month := private.series_month(at, issuer.timezone);
     with block as materialized (
       select private.take_invoice_numbers(month, cardinality(drafts)) as first
     ),
@@ -385,8 +553,8 @@ comment on function public.close_periods(jsonb) is
 
 revoke all on function
   private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text),
-  private.bill_periods(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz),
-  public.close_periods(jsonb)
+  private.price_periods(uuid[], private.billing_issuer, timestamptz), private.bill_periods(uuid[], private.billing_issuer, timestamptz),
+  private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
 

@@ -91,7 +91,7 @@ select pg_temp.end_call(1, 1, 61, '2026-01-10T10:05+05:30', '2026-01-10T10:07+05
 select is(pg_temp.counter(1, 'ai_calls'), '2026-01-10: 1 used, 2 held', 'seconds that are billed late count, and give nothing back again');
 select pg_temp.end_call(1, 1, 61, '2026-01-10T10:05+05:30', '2026-01-10T10:08+05:30');
 select pg_temp.end_call(1, 1, 70, '2026-01-10T10:05+05:30', '2026-01-10T10:08+05:30');
-select is(pg_temp.counter(1, 'call_seconds'), '2026-01-10: 61 used, 0 held', 'once, as they were first billed');
+select is(pg_temp.counter(1, 'call_seconds'), '2026-01-10: 70 used, 0 held', 'once, as they were billed last');
 select pg_temp.end_call(1, 2, 30, '2026-01-10T10:05+05:30', '2026-01-10T10:08+05:30');
 select is(pg_temp.counter(1, 'ai_calls'), '2026-01-10: 2 used, 1 held', 'a hold becomes use');
 select pg_temp.end_call(1, 3, 30, '2026-01-10T10:05+05:30', '2026-01-10T10:08+05:30', 'inbound');

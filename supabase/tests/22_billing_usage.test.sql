@@ -182,14 +182,14 @@ from unnest(array[
 select is(pg_temp.counter(4, 'ai_calls'), '2023-03-01: 4 used, 0 held; 2023-04-01: 2 used, 0 held; 2023-05-01: 1 used, 0 held',
   'summer time moves no event to another month');
 
--- Late events: their period is billed, so they count today.
+-- Late events: their period is billed, and they count in it all the same.
 select is(private.close_periods('{}', '2026-02-01T01:00+05:30') ->> 'closed' is not null, true, 'January is closed');
 select pg_temp.end_call(2, 5, 5, '2026-01-31T18:00Z', '2026-02-02T10:00Z');
-select is(pg_temp.counter(2, 'call_seconds'), '2026-01-01: 1100 used, 0 held; 2026-02-01: 2012 used, 0 held', 'a late event counts in the open period');
+select is(pg_temp.counter(2, 'call_seconds'), '2026-01-01: 1105 used, 0 held; 2026-02-01: 2007 used, 0 held', 'a late event counts in its own period');
 select results_eq(
   $$ select day, occurred_at from private.usage_events
      where key = '00000000-0000-4000-9000-000000000005' and meter_key = 'call_seconds' $$,
-  $$ values ('2026-02-02'::date, '2026-01-31T18:00Z'::timestamptz) $$, 'on the day it became known, and says when it happened'
+  $$ values ('2026-01-31'::date, '2026-01-31T18:00Z'::timestamptz) $$, 'on its own day'
 );
 
 -- Three ways to add up, one sum.

@@ -1,7 +1,7 @@
 -- What a call holds and what pays for it: the plan, then credit, then overage; once, and never more than there is.
 begin;
 set local search_path = public, extensions, tap;
-select plan(95);
+select plan(103);
 
 -- Tuesday, 24 November 2026, 10:00 in Kolkata. Capped includes 60 seconds and stops; Calls includes two calls, then credit at 6.00 a
 -- minute by the second; Talk includes a minute, then credit by the started minute, then 9.00 a minute on the invoice; Pay includes nothing,
@@ -102,6 +102,13 @@ language sql as $$
     )
   )) ->> 'result'
 $$;
+-- The carrier's own record of a call, read after its events.
+create function pg_temp.correct(number integer, seconds integer) returns text
+language sql as $$
+  select (private.apply_call_event('reconcile', '00000000-0000-4000-c000-0000000000f1', (pg_temp.attempt(number)).id, jsonb_build_object(
+    'provider_call_id', 'call-' || (pg_temp.attempt(number)).id, 'status', 'ended', 'outcome', 'answered', 'bill_duration_seconds', seconds
+  ), private.clock_now())).result::text
+$$;
 -- A released call from its dial to its end.
 create function pg_temp.call(number integer, seconds integer, outcome text default 'answered') returns text
 language plpgsql as $$
@@ -198,6 +205,17 @@ select is(
 );
 select isnt(pg_temp.hang_up(31, 90), 'failed', 'It is told again, and longer');
 select is(pg_temp.books(3), 'ai_calls 3+1 (1), call_seconds 131+0 (61); 890, 500 held', 'which changes nothing: what was billed first stands');
+select is(pg_temp.correct(31, 31), 'applied', 'The carrier''s own record says that it was shorter');
+select is(pg_temp.books(3), 'ai_calls 3+1 (1), call_seconds 101+0 (31); 1190, 500 held', 'and the difference is given back');
+select is(pg_temp.correct(31, 31), 'ignored', 'Told again');
+select is(pg_temp.books(3), 'ai_calls 3+1 (1), call_seconds 101+0 (31); 1190, 500 held', 'it is given back once');
+select is(pg_temp.correct(31, 61), 'applied', 'It was longer after all');
+select is(pg_temp.books(3), 'ai_calls 3+1 (1), call_seconds 131+0 (61); 890, 500 held', 'and costs what it did');
+select is(
+  (select string_agg(format('%s %s %s', seconds, credit_seconds, charged_minor), ', ' order by seconds) from private.call_corrections),
+  '-30 -30 -300, 30 30 300', 'Both are on record'
+);
+select is_empty('select * from private.check_credit()', 'The ledger adds up');
 select is(pg_temp.call(33, 0, 'no_answer'), 'applied', 'Nobody answers the last');
 select is(pg_temp.books(3), 'ai_calls 3+0 (1), call_seconds 131+0 (61); 890, 0 held', 'which gives its credit back');
 select is(pg_temp.release(34), '34 for 89', 'What is left is 89 seconds');

@@ -3,6 +3,7 @@
 use crate::{Database, Proxy, queues::Queue};
 use anyhow::{Context, Result, ensure};
 use call_dispatch::Dispatch;
+use event_delivery::Delivery;
 use http::StatusCode;
 use invoice_generation::Invoicing;
 use local::parts::{
@@ -44,6 +45,8 @@ pub struct Stack {
     pub intake_queue: Queue,
     /// The queue of recordings to copy.
     pub recording_queue: Queue,
+    /// The queue of events to deliver.
+    pub event_queue: Queue,
     /// The owner's connection to the database.
     pub sql: Client,
     /// The database.
@@ -66,11 +69,12 @@ impl Stack {
         let keys = Keys::generate(&listening.origin_text())?;
         let options = PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool };
         let folder = &database.attached.folder;
-        let (postgrest, dial_queue, intake_queue, recording_queue, sql) = tokio::try_join!(
+        let (postgrest, dial_queue, intake_queue, recording_queue, event_queue, sql) = tokio::try_join!(
             Postgrest::start(&options, &keys, folder, folder),
             Queue::create(&database.attached, "dial"),
             Queue::create(&database.attached, "intake"),
             Queue::create(&database.attached, "recording"),
+            Queue::create(&database.attached, "event"),
             database.connect(Role::Owner),
         )?;
         let proxy = Proxy::start(postgrest.url.clone()).await?;
@@ -86,6 +90,7 @@ impl Stack {
                 ("DIAL_QUEUE_URL", &dial_queue.url),
                 ("INTAKE_QUEUE_URL", &intake_queue.url),
                 ("RECORDING_QUEUE_URL", &recording_queue.url),
+                ("EVENT_QUEUE_URL", &event_queue.url),
                 ("AGENT_ORIGINS", &serde_json::json!({ "default": AGENT_ORIGIN }).to_string()),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
@@ -98,6 +103,7 @@ impl Stack {
             dial_queue,
             intake_queue,
             recording_queue,
+            event_queue,
             sql,
             database,
             _gateway: gateway,
@@ -128,6 +134,11 @@ impl Stack {
     /// A `usage-metering` that has not seen an event yet.
     pub fn metering(&self) -> Result<Metering> {
         Ok(Metering::with_secrets(self.config.clone(), self.http.clone(), self.secrets()?))
+    }
+
+    /// An `event-delivery` that has not seen an event yet.
+    pub fn delivery(&self) -> Result<Delivery> {
+        Ok(Delivery::with_secrets(self.config.clone(), self.http.clone(), self.secrets()?)?)
     }
 
     /// An `invoice-generation` that has not seen an event yet.

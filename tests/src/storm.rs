@@ -10,13 +10,17 @@ use crate::{
     scene,
 };
 use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
 use local::parts::postgres::Role;
 use shared::telephony::{CallbackEvent, token::CallbackToken};
 use std::{
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use uuid::Uuid;
 use webhook_intake::Intake;
 
@@ -100,8 +104,38 @@ impl Report {
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often a document is asked for.
 const ANSWER_EVERY: Duration = Duration::from_millis(100);
-/// How long draining may take.
-const DRAIN_LIMIT: Duration = Duration::from_secs(180);
+/// How long nothing may come forward before it is given up, and how often it is said how far it is. A busy machine is slow; it is
+/// stuck only when nothing moves.
+const STUCK_LIMIT: Duration = Duration::from_secs(60);
+const TELL_EVERY: Duration = Duration::from_secs(5);
+/// Batches that are drained side by side, as Lambda's event source does.
+const DRAINERS: usize = 4;
+
+/// Watches a number that should change until all is done.
+struct Progress {
+    last: String,
+    moved: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self { last: String::new(), moved: Instant::now(), told: Instant::now() }
+    }
+
+    /// Takes down how far it is. Fails when that has not changed for too long.
+    fn at(&mut self, far: String) -> Result<()> {
+        if self.told.elapsed() >= TELL_EVERY {
+            println!("  {far}");
+            self.told = Instant::now();
+        }
+        if far != self.last {
+            (self.last, self.moved) = (far, Instant::now());
+        }
+        ensure!(self.moved.elapsed() < STUCK_LIMIT, "nothing comes forward any more: {}", self.last);
+        Ok(())
+    }
+}
 
 struct World {
     /// With all its queues.
@@ -208,8 +242,21 @@ impl Storm {
         self.begin(stack).await?;
         sleep(self.lasts).await;
         self.end(stack).await?;
-        while let Some(done) = tasks.join_next().await {
-            done??;
+        let mut progress = Progress::new();
+        loop {
+            match timeout(TELL_EVERY, tasks.join_next()).await {
+                Ok(Some(done)) => done??,
+                Ok(None) => break,
+                Err(_) => {}
+            }
+            let (requests, acknowledged) = {
+                let report = world.report();
+                (report.requests, report.acknowledged)
+            };
+            // What is refused again and again comes no further: only what was taken counts.
+            progress
+                .at(format!("{acknowledged} acknowledged, {} to go", tasks.len()))
+                .with_context(|| format!("{requests} requests were made"))?;
         }
 
         let mut report = std::mem::take(&mut *world.report());
@@ -305,10 +352,11 @@ async fn legs(stack: &Stack, carrier: &CarrierStub, count: u32) -> Result<Vec<Cr
 /// Hands what the queue kept to the function until nothing is left to do. How many messages there were.
 async fn drain(stack: &Stack, intake: &Intake, calls: u32) -> Result<usize> {
     let mut drained = 0;
-    let begun = Instant::now();
+    let mut progress = Progress::new();
     loop {
-        let Delivered { messages, .. } = stack.intake_queue.deliver(intake).await?;
-        drained += messages;
+        // What failed stays hidden for a while, so that one round of each ends.
+        let rounds = try_join_all((0..DRAINERS).map(|_| stack.intake_queue.deliver(intake))).await?;
+        drained += rounds.iter().map(|Delivered { messages, .. }| messages).sum::<usize>();
         // What failed to apply is due at once, instead of in a minute.
         stack
             .sql
@@ -316,10 +364,11 @@ async fn drain(stack: &Stack, intake: &Intake, calls: u32) -> Result<usize> {
             .await?;
         events::job(intake, "sweep").await?;
         let ended = stack.value("select count(*) from public.call_logs where status = 'ended'").await?;
-        if ended == calls.to_string() && stack.intake_queue.waiting().await? == 0 {
+        let waiting = stack.intake_queue.waiting().await?;
+        if ended == calls.to_string() && waiting == 0 {
             return Ok(drained);
         }
-        ensure!(begun.elapsed() < DRAIN_LIMIT, "{ended} of {calls} hang-ups are applied, and no more come");
+        progress.at(format!("{ended} of {calls} hang-ups are applied, {drained} messages drained, {waiting} wait"))?;
         sleep(Duration::from_millis(200)).await;
     }
 }

@@ -130,7 +130,8 @@ async fn each_event_of_a_batch_is_judged_alone() -> Result<()> {
             "invalid_time"
         ]
     );
-    assert_eq!(stand.used(&stand.tenant, "sms_messages").await?, Some(1 + 2 + 1));
+    // The early one counts in the days before this period.
+    assert_eq!(stand.used(&stand.tenant, "sms_messages").await?, Some(1 + 2));
     Ok(())
 }
 

@@ -10,11 +10,8 @@ use shared::{
     secrets::Secrets,
     telephony::{
         CallbackEvent, DialOutcome, Outcome,
-        carrier::Credentials,
-        plivo::{
-            self,
-            api::{Account, Create},
-        },
+        api::{self, Account, Create},
+        carrier::{self, Carrier, Credentials},
         token::CallbackToken,
     },
     trigger::{Invocation, Message},
@@ -25,8 +22,6 @@ use uuid::Uuid;
 
 /// Time that a dial and its recording need: no dial begins with less.
 const RESERVE: Duration = Duration::from_secs(15);
-/// Tried again by Plivo when we answer 5xx, which it does not by default.
-const RETRIES: &str = "#rc=3&rp=ct,rt,5xx&rt=5000";
 
 #[derive(Deserialize)]
 struct Begun {
@@ -46,12 +41,8 @@ struct Skipped {
 struct Dial {
     attempt_id: Uuid,
     organization_id: Uuid,
-    provider: String,
-    carrier_account_id: Uuid,
-    account_sid: String,
-    #[serde(alias = "auth_token_sealed")]
-    credentials_sealed: String,
-    api_base: String,
+    #[serde(flatten)]
+    account: SealedAccount,
     from: String,
     to: String,
     ring_timeout_seconds: u32,
@@ -129,13 +120,14 @@ async fn dial_all(dispatch: &Dispatch, dials: Vec<Dial>) -> Vec<Outcomes> {
     let mut outcomes = Vec::with_capacity(dials.len());
     for dial in dials {
         match prepare(dispatch, &dial).await {
-            Ok((account, create)) => {
+            Ok(prepared) => {
                 let http = dispatch.http.clone();
                 running.spawn(async move {
-                    let outcome = account.create(&http, &create).await;
+                    let outcome = prepared.create(&http, &dial).await;
                     tracing::info!(
                         organization_id = %dial.organization_id,
                         attempt_id = %dial.attempt_id,
+                        provider = prepared.carrier.name(),
                         outcome = ?outcome,
                         "dialled"
                     );
@@ -159,68 +151,83 @@ async fn dial_all(dispatch: &Dispatch, dials: Vec<Dial>) -> Vec<Outcomes> {
     outcomes
 }
 
-/// The account, opened, and the request to it.
-async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<(Account, Create)> {
-    let secrets = dispatch.secrets.get().await?;
-    if dial.provider != plivo::NAME {
-        return Err(Error::internal(format!("there is no adapter for {}", dial.provider)));
+/// A dial with all that the carrier is told.
+struct Prepared {
+    carrier: &'static dyn Carrier,
+    account: Account,
+    callbacks: Vec<(CallbackEvent, String)>,
+    stream_url: Option<String>,
+}
+
+impl Prepared {
+    async fn create(&self, http: &reqwest::Client, dial: &Dial) -> DialOutcome {
+        let call = Create {
+            attempt_id: dial.attempt_id,
+            from: &dial.from,
+            to: &dial.to,
+            callbacks: &self.callbacks,
+            stream_url: self.stream_url.as_deref(),
+            ring_timeout: dial.ring_timeout_seconds,
+            time_limit: dial.time_limit_seconds,
+            record: dial.record,
+        };
+        api::create(self.carrier, http, &self.account, &call).await
     }
-    let account = account(
-        dispatch,
-        &secrets,
-        &dial.carrier_account_id,
-        &dial.account_sid,
-        &dial.credentials_sealed,
-        &dial.api_base,
-    )?;
+}
+
+async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<Prepared> {
+    let secrets = dispatch.secrets.get().await?;
+    let (carrier, account) = dial.account.open(dispatch, &secrets)?;
     let token = CallbackToken {
         attempt_id: dial.attempt_id,
-        carrier_account_id: dial.carrier_account_id,
+        carrier_account_id: dial.account.carrier_account_id,
         record: dial.record,
         not_after: dial.not_after,
         agent_id: dial.agent_id.unwrap_or_default(),
     };
-    let url = |event: CallbackEvent| {
-        let token = token
-            .encode(&secrets.callback_keys, plivo::NAME, event)
-            .ok_or_else(|| Error::internal("the stack's secret has no callback key"))?;
-        let origin = &dispatch.config.public_origin;
-        Ok::<_, Error>(format!(
-            "{origin}/functions/v1/webhook-intake/{}/{}/{token}{RETRIES}",
-            plivo::NAME,
-            event.as_str()
-        ))
+    let encode = |event: CallbackEvent| {
+        token
+            .encode(&secrets.callback_keys, carrier.name(), event)
+            .ok_or_else(|| Error::internal("the stack's secret has no callback key"))
     };
-    let create = Create {
-        from: dial.from.clone(),
-        to: dial.to.clone(),
-        answer_url: url(CallbackEvent::Answer)?,
-        ring_url: url(CallbackEvent::Ring)?,
-        hangup_url: url(CallbackEvent::Hangup)?,
-        ring_timeout: dial.ring_timeout_seconds,
-        time_limit: dial.time_limit_seconds,
-        machine_detection: Some("true"),
-    };
-    Ok((account, create))
+    let origin = &dispatch.config.public_origin;
+    let callbacks = CallbackEvent::ALL
+        .into_iter()
+        .filter(|event| *event != CallbackEvent::Inbound)
+        .map(|event| {
+            let (name, path, token, retries) = (carrier.name(), event.as_str(), encode(event)?, carrier.retries());
+            Ok((event, format!("{origin}/functions/v1/webhook-intake/{name}/{path}/{token}{retries}")))
+        })
+        .collect::<Result<_>>()?;
+    // As the document says that answers a call, at carriers that ask for one.
+    let answer = encode(CallbackEvent::Answer)?;
+    let agent = dispatch.config.agent_origin(&token.agent_id.to_string());
+    let stream_url = agent.map(|agent| format!("{}/stream/{}/{answer}", agent.trim_end_matches('/'), dial.attempt_id));
+    Ok(Prepared { carrier, account, callbacks, stream_url })
 }
 
-/// Opens an account's secret, for a host that may be asked.
-pub fn account(
-    dispatch: &Dispatch,
-    secrets: &Secrets,
-    id: &Uuid,
-    account_sid: &str,
-    credentials_sealed: &str,
-    api_base: &str,
-) -> Result<Account> {
-    let api_base = url::Url::parse(api_base).map_err(|_| Error::internal("the account's api_base is no URL"))?;
-    if !plivo::api::is_allowed(&api_base, dispatch.config.is_local()) {
-        return Err(Error::internal("the account's api_base is not a host that may be asked to dial"));
+/// A carrier account, as the database hands it out.
+#[derive(Debug, Clone, Deserialize)]
+pub struct SealedAccount {
+    provider: String,
+    pub carrier_account_id: Uuid,
+    account_sid: String,
+    #[serde(alias = "auth_token_sealed")]
+    credentials_sealed: String,
+    api_base: String,
+}
+
+impl SealedAccount {
+    /// Opens it, for a host that may be asked.
+    pub fn open(&self, dispatch: &Dispatch, secrets: &Secrets) -> Result<(&'static dyn Carrier, Account)> {
+        let carrier = carrier::by_name(&self.provider).ok_or_else(|| Error::internal("there is no such carrier"))?;
+        let opened =
+            Sealer::new(&secrets.seal_keys)?.open(&self.credentials_sealed, &self.carrier_account_id.to_string())?;
+        let credentials = Credentials::read(&opened);
+        let account =
+            Account::new(carrier, &self.account_sid, credentials, &self.api_base, dispatch.config.is_local())?;
+        Ok((carrier, account))
     }
-    let credentials = Credentials::read(&Sealer::new(&secrets.seal_keys)?.open(credentials_sealed, &id.to_string())?);
-    let auth_token =
-        credentials.get("auth_token").ok_or_else(|| Error::internal("the account has no auth token"))?.to_owned();
-    Ok(Account { auth_id: account_sid.to_owned(), auth_token, api_base })
 }
 
 /// Records the outcomes, for as long as the invocation lasts. What could not be recorded is `submitting` still: a callback binds it,

@@ -3,6 +3,7 @@
 //! The database decides who may be called and records it before the carrier hears of it; here a decision becomes a request to the
 //! carrier, and its answer one of four outcomes.
 
+mod calls;
 mod campaigns;
 mod dial;
 mod reconcile;
@@ -61,6 +62,7 @@ impl Function for Dispatch {
         match (&request.method, segments.as_slice()) {
             (&Method::POST, ["nudge"]) => self.nudge(&request, invocation).await,
             (_, ["campaigns", ..]) => campaigns::route(self, &request, &segments[1..]).await,
+            (_, ["calls", ..]) => calls::route(self, &request, &segments[1..]).await,
             (_, ["nudge"]) => Err(Error::method_not_allowed(&request.method)),
             _ => Err(Error::not_found("there is no such route")),
         }

@@ -1,11 +1,14 @@
-//! What is billed: closes ended billing periods, and shows organizations their invoices as JSON and as a page.
+//! What is billed: closes ended billing periods, and gives organizations their invoices and credit notes as JSON, page and PDF, and in
+//! the forms that an accountant needs.
 //!
-//! The database closes a period and makes its invoice in one transaction; here is only who asks it to, and how an invoice looks.
+//! The database closes a period and makes its invoice in one transaction; here is only who asks it to, and how a document looks.
 
 mod document;
-mod invoice;
-mod money;
+mod documents;
+mod export;
 mod run;
+
+use documents::Shelf;
 
 use http::Method;
 use serde_json::Value;
@@ -23,6 +26,7 @@ use shared::{
 pub struct Invoicing {
     secrets: SecretStore,
     supabase: Supabase,
+    public_origin: String,
 }
 
 impl Invoicing {
@@ -36,7 +40,7 @@ impl Invoicing {
     /// As [`Invoicing::new`], with an HTTP client and secrets of the caller's.
     pub fn with_secrets(config: Config, http: reqwest::Client, secrets: SecretStore) -> Self {
         let supabase = Supabase::new(&config, http, secrets.clone());
-        Self { secrets, supabase }
+        Self { secrets, supabase, public_origin: config.public_origin }
     }
 
     /// Supabase's database webhook: "look now". Its body says nothing that matters.
@@ -53,10 +57,31 @@ impl Function for Invoicing {
     async fn http(&self, request: Request, invocation: &Invocation) -> Result<Response> {
         let segments = request.segments();
         match (&request.method, segments.as_slice()) {
-            (&Method::GET, ["invoices"]) => invoice::list(&self.supabase, &request).await,
-            (&Method::GET, ["invoices", name]) => invoice::show(&self.supabase, &request, name).await,
+            (&Method::GET, ["invoices"]) => documents::list(self, &request, Shelf::Invoices).await,
+            (&Method::GET, ["credit-notes"]) => documents::list(self, &request, Shelf::CreditNotes).await,
+            (&Method::GET, ["invoices", "export.csv"]) => export::csv(self, &request, "export_invoices").await,
+            (&Method::GET, ["invoices", "lines.csv"]) => export::csv(self, &request, "export_invoice_lines").await,
+            (&Method::GET, ["invoices", "payments.csv"]) => export::csv(self, &request, "export_payments").await,
+            (&Method::GET, ["invoices", "gstr1.json"]) => export::gstr1(self, &request).await,
+            (&Method::GET, ["invoices", id, "lines", line, "calls.csv"]) => {
+                export::calls(self, &request, id, line).await
+            }
+            (&Method::POST, ["invoices", "preview"]) => documents::preview(self, &request).await,
+            (&Method::POST, ["invoices", id, "link"]) => documents::link(self, &request, Shelf::Invoices, id).await,
+            (&Method::POST, ["credit-notes", id, "link"]) => {
+                documents::link(self, &request, Shelf::CreditNotes, id).await
+            }
+            (&Method::GET, ["invoices", name]) => documents::show(self, &request, Shelf::Invoices, name).await,
+            (&Method::GET, ["credit-notes", name]) => documents::show(self, &request, Shelf::CreditNotes, name).await,
             (&Method::POST, ["nudge"]) => self.nudge(&request, invocation).await,
-            (_, ["invoices"] | ["invoices", _] | ["nudge"]) => Err(Error::method_not_allowed(&request.method)),
+            (
+                _,
+                ["invoices" | "credit-notes"]
+                | ["invoices" | "credit-notes", _]
+                | ["invoices" | "credit-notes", _, "link"]
+                | ["invoices", _, "lines", _, "calls.csv"]
+                | ["nudge"],
+            ) => Err(Error::method_not_allowed(&request.method)),
             _ => Err(Error::not_found("there is no such route")),
         }
     }

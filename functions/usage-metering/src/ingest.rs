@@ -11,11 +11,15 @@ use shared::{
     Error, Result,
     api_key::ApiKey,
     http::{self as web, Request, Response},
-    trigger::Invocation,
+    trigger::{Invocation, Message},
 };
+use uuid::Uuid;
 
 /// Events that one request may carry.
 const MAX_EVENTS: usize = 1_000;
+/// The version of a queued message; the one before is understood too.
+const VERSION: u32 = 1;
+
 /// What the database makes of an event.
 #[derive(Deserialize, Serialize)]
 struct Outcome {
@@ -60,6 +64,52 @@ pub async fn receive(metering: &Metering, request: &Request, invocation: &Invoca
     single(outcome.ok_or_else(|| Error::internal("record_usage answered an event with nothing"))?)
 }
 
+/// What the `usage` queue carries: events that a part of the platform has counted for an organization.
+#[derive(Deserialize)]
+struct Queued {
+    v: u32,
+    organization_id: Uuid,
+    events: Vec<Value>,
+}
+
+/// Records the messages of a batch, each by itself. A message comes again, and in the end lies with the dead letters for a person to
+/// see, while the database is away or one of its events is refused; what of it was stored is not counted again.
+pub async fn drain(metering: &Metering, batch: Vec<Message>, invocation: &Invocation) -> Vec<String> {
+    let mut again = Vec::new();
+    for message in batch {
+        match drain_one(metering, &message.body, invocation).await {
+            Ok(refused) if refused.is_empty() => {}
+            Ok(refused) => {
+                let codes: Vec<&str> = refused.iter().filter_map(|outcome| outcome.code.as_deref()).collect();
+                tracing::error!(?codes, receive_count = message.receive_count, "usage from the queue is refused");
+                again.push(message.id);
+            }
+            Err(error) => {
+                tracing::error!(%error, receive_count = message.receive_count, "usage from the queue could not be recorded");
+                again.push(message.id);
+            }
+        }
+    }
+    again
+}
+
+/// Records one message; returns what of it was refused.
+async fn drain_one(metering: &Metering, body: &str, invocation: &Invocation) -> Result<Vec<Outcome>> {
+    let queued: Queued = serde_json::from_str(body)?;
+    // This version and the one before are understood.
+    if queued.v + 1 < VERSION || queued.v > VERSION {
+        return Err(Error::malformed("v", "the message is of another version"));
+    }
+    let (events, _) = events(Value::Array(queued.events))?;
+    let request = json!({ "v": 1, "organization_id": queued.organization_id, "events": events });
+    let outcomes: Outcomes = metering.supabase.call_until("record_usage", &request, invocation.wait_until()).await?;
+    Ok(outcomes
+        .results
+        .into_iter()
+        .filter(|outcome| matches!(outcome.status, Status::Conflict | Status::Rejected))
+        .collect())
+}
+
 /// The events of a body, as the database takes them, and whether they came as a batch.
 fn events(body: Value) -> Result<(Vec<Value>, bool)> {
     let (items, is_batch) = match body {
@@ -91,6 +141,7 @@ fn event(item: &Value) -> Value {
         "source": text("source").filter(|source| source.is_string()),
         "type": text("type"),
         "time": text("time"),
+        "corrects": text("corrects"),
         "quantity": item.pointer("/data/quantity").filter(|quantity| quantity.is_number()),
     })
 }
@@ -111,7 +162,8 @@ fn field_of(code: &str) -> &'static str {
         "invalid_specversion" => "specversion",
         "invalid_source" | "reserved_source" => "source",
         "unknown_type" | "reserved_type" => "type",
-        "invalid_quantity" => "data.quantity",
+        "invalid_quantity" | "correction_too_large" => "data.quantity",
+        "invalid_corrects" | "unknown_corrected" => "corrects",
         "invalid_time" | "time_in_future" => "time",
         _ => "id",
     }
@@ -128,7 +180,7 @@ mod tests {
         assert!(!is_batch);
         assert_eq!(
             events_of_one[0],
-            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "time": null, "quantity": 3})
+            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "time": null, "corrects": null, "quantity": 3})
         );
         assert!(events(json!([one])).unwrap().1);
     }

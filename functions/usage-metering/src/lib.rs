@@ -3,10 +3,12 @@
 //! Calls are not counted here: the database counts each one in the transaction that ends it.
 
 mod ingest;
+mod page;
+mod reconcile;
 mod usage;
 
 use http::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 use shared::{
     Error, Result,
     config::Config,
@@ -14,7 +16,7 @@ use shared::{
     secrets::SecretStore,
     standard_webhooks,
     supabase::{self, Supabase},
-    trigger::{Function, Invocation},
+    trigger::{Function, Invocation, Message},
 };
 
 /// The function, with its clients built once.
@@ -53,9 +55,25 @@ impl Function for Metering {
         match (&request.method, segments.as_slice()) {
             (&Method::POST, ["usage", "events"]) => ingest::receive(self, &request, invocation).await,
             (&Method::GET, ["usage"]) => usage::current(self, &request).await,
+            (&Method::GET, ["usage.html"]) => usage::page(self, &request).await,
+            (&Method::GET, ["usage", "daily"]) => usage::daily(self, &request, false).await,
+            (&Method::GET, ["usage", "daily.csv"]) => usage::daily(self, &request, true).await,
             (&Method::POST, ["nudge"]) => self.nudge(&request).await,
-            (_, ["usage", "events"] | ["usage"] | ["nudge"]) => Err(Error::method_not_allowed(&request.method)),
+            (_, ["usage", "events" | "daily" | "daily.csv"] | ["usage" | "usage.html"] | ["nudge"]) => {
+                Err(Error::method_not_allowed(&request.method))
+            }
             _ => Err(Error::not_found("there is no such route")),
+        }
+    }
+
+    async fn messages(&self, batch: Vec<Message>, invocation: &Invocation) -> Vec<String> {
+        ingest::drain(self, batch, invocation).await
+    }
+
+    async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
+        match job {
+            "reconcile_usage" => reconcile::run(self, invocation).await,
+            _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }
 }

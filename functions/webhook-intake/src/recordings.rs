@@ -4,7 +4,6 @@
 //! into Storage without ever holding it, and says what became of it. Whatever is lost on the way is due again at the sweep.
 
 mod hosts;
-mod vonage;
 
 use crate::Intake;
 use futures::stream::try_unfold;
@@ -258,7 +257,9 @@ async fn credentials(intake: &Intake, recording: &Claimed) -> Result<Option<Cred
     Ok(match recording.provider.as_str() {
         "plivo" | "twilio" => Some(Credentials::Basic(recording.account_sid.clone(), token.to_owned())),
         "vonage" => match (field("application_id"), field("private_key")) {
-            (Some(application), Some(key)) => Some(Credentials::Bearer(vonage::token(application, key)?)),
+            (Some(application), Some(key)) => {
+                Some(Credentials::Bearer(shared::telephony::vonage::token::token(application, key)?))
+            }
             _ => None,
         },
         _ => None,

@@ -6,7 +6,7 @@ use local::{
     parts::progress::Progress,
     shutdown,
     stack::{Stack, StackOptions},
-    story::{self, Played, StoryOptions},
+    story::{self, Played, Provider, StoryOptions},
 };
 use std::{
     fs,
@@ -41,6 +41,9 @@ struct Arguments {
     /// Calls at the same time at most [default: by the number of leads]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=10_000))]
     live_calls: Option<i32>,
+    /// Whose API the carrier speaks: plivo or twilio.
+    #[arg(long, value_name = "NAME", default_value = "plivo")]
+    provider: Provider,
     /// Root of the carrier's API, in place of the simulated carrier.
     #[arg(long, value_name = "URL")]
     carrier_url: Option<Url>,
@@ -131,6 +134,7 @@ impl Arguments {
             leads: self.calls as usize,
             live_calls: self.live_calls,
             kill_postgrest: self.kill_postgrest,
+            provider: self.provider,
             carrier_url: self.carrier_url.clone(),
             carrier_account: self.carrier_auth_id.clone().zip(self.carrier_auth_token.clone()),
         }

@@ -23,6 +23,22 @@ pub enum Then {
     End,
 }
 
+/// Reads TwiML: an agent's stream, or a person, or the end. Recordings are asked for with the call.
+pub fn read_twiml(document: &str) -> Result<Instructions, String> {
+    for element in &children(document)? {
+        let then = match element.name.as_str() {
+            "Connect" if document.contains("<Stream ") && document.contains("url=\"ws") => Then::Talk,
+            "Connect" => return Err("<Connect> without a <Stream> to a websocket".to_owned()),
+            "Dial" => Then::Talk,
+            "Hangup" | "Reject" => Then::Hangup,
+            "Say" | "Play" | "Pause" | "Gather" => continue,
+            name => return Err(format!("<{name}> is no element of Twilio's")),
+        };
+        return Ok(Instructions { recording: None, then });
+    }
+    Ok(Instructions { recording: None, then: Then::End })
+}
+
 /// Elements that Plivo knows and that neither talk nor hang up.
 const PASSING: &[&str] = &["Speak", "Play", "Wait", "DTMF", "PreAnswer", "Message", "GetInput", "GetDigits"];
 /// Content types that a stream may have.

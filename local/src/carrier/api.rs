@@ -4,7 +4,7 @@ use super::{
     Account, World,
     call::{Book, Call, Detection, Hook, Request, Stage, digits},
     faults::Fault,
-    outcome, play, sound,
+    outcome, play, sound, twilio,
 };
 use axum::{
     Json, Router,
@@ -29,6 +29,7 @@ pub(super) fn router(world: Arc<World>) -> Router {
     Router::new()
         .route("/v1/Account/{auth_id}/Call/", get(list).post(create))
         .route("/v1/Account/{auth_id}/Call/{call_uuid}/", get(one).delete(hang_up))
+        .merge(twilio::router())
         .route("/recordings/{auth_id}/{file}", get(sound::recording))
         .fallback(async || error(StatusCode::NOT_FOUND, "not found"))
         .with_state(world)
@@ -39,7 +40,7 @@ fn error(status: StatusCode, message: &str) -> Response {
     (status, Json(json!({"api_id": Uuid::new_v4(), "error": message}))).into_response()
 }
 
-type Params = HashMap<String, String>;
+pub(super) type Params = HashMap<String, String>;
 
 /// The account whose credentials came along, if it is the one in the path.
 pub(super) fn authenticate(world: &World, auth_id: &str, headers: &HeaderMap) -> Result<Account, Box<Response>> {
@@ -79,35 +80,76 @@ async fn create(
         Err(message) => return refuse(StatusCode::BAD_REQUEST, &message, None),
     };
     let callee = digits(&request.to);
+    let compliance = "Outbound calls are refused: the compliance application is not in 'accepted' status";
+    match take(&world, &account, request).await {
+        Taken::Call(uuid) => {
+            let fired = json!({"api_id": Uuid::new_v4(), "message": "call fired", "request_uuid": uuid});
+            (StatusCode::CREATED, Json(fired)).into_response()
+        }
+        Taken::CutOff => cut_off(),
+        Taken::Trouble(trouble) => {
+            let (status, message) = match trouble {
+                Trouble::Throttle => (StatusCode::TOO_MANY_REQUESTS, "Too many requests, rate limited"),
+                Trouble::Refuse => (StatusCode::BAD_REQUEST, compliance),
+                Trouble::Fail => (StatusCode::INTERNAL_SERVER_ERROR, "Internal server error"),
+                Trouble::Full => (StatusCode::FORBIDDEN, "Concurrency Limit Breached"),
+            };
+            refuse(status, message, Some(&callee))
+        }
+    }
+}
+
+/// What becomes of a request for a call.
+pub(super) enum Taken {
+    /// It is made, and the answer says so.
+    Call(Uuid),
+    /// It is made, and the answer is lost.
+    CutOff,
+    /// It is not made; or it is, and the answer lies ([`Trouble::Fail`]).
+    Trouble(Trouble),
+}
+
+/// Why a request for a call is answered with an error.
+pub(super) enum Trouble {
+    /// Too many requests.
+    Throttle,
+    /// The account may not make it.
+    Refuse,
+    /// The carrier is broken.
+    Fail,
+    /// The account has as many calls as it may.
+    Full,
+}
+
+/// Takes a request for a call, with all that may go wrong.
+pub(super) async fn take(world: &Arc<World>, account: &Account, request: Request) -> Taken {
+    let callee = digits(&request.to);
     let asked = world.book().ask(&callee);
     let strikes = |fault| world.faults.strikes(fault, world.options.seed, &[&callee, &asked.to_string()]);
     if strikes(Fault::Throttle) {
-        return refuse(StatusCode::TOO_MANY_REQUESTS, "Too many requests, rate limited", Some(&callee));
+        return Taken::Trouble(Trouble::Throttle);
     }
     if strikes(Fault::Refuse) {
-        let message = "Outbound calls are refused: the compliance application is not in 'accepted' status";
-        return refuse(StatusCode::BAD_REQUEST, message, Some(&callee));
+        return Taken::Trouble(Trouble::Refuse);
     }
     if strikes(Fault::Fail) {
-        return refuse(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error", Some(&callee));
+        return Taken::Trouble(Trouble::Fail);
     }
-
-    let Some(uuid) = accept(&world, &account, request) else {
-        return refuse(StatusCode::FORBIDDEN, "Concurrency Limit Breached", Some(&callee));
-    };
-    let fired = json!({"api_id": Uuid::new_v4(), "message": "call fired", "request_uuid": uuid});
+    let Some(uuid) = accept(world, account, request) else { return Taken::Trouble(Trouble::Full) };
     if strikes(Fault::SlowResponse) {
         tokio::time::sleep(Duration::from_millis(world.faults.get().response_delay_ms)).await;
     }
     if strikes(Fault::LoseResponse) {
-        let cut = futures::stream::once(async { Err::<Bytes, _>(std::io::Error::other("the line is cut")) });
-        let lost = Response::builder().status(StatusCode::CREATED).header(header::CONTENT_TYPE, "application/json");
-        return lost.body(Body::from_stream(cut)).unwrap_or_default();
+        return Taken::CutOff;
     }
-    if strikes(Fault::Lie) {
-        return error(StatusCode::INTERNAL_SERVER_ERROR, "Internal server error");
-    }
-    (StatusCode::CREATED, Json(fired)).into_response()
+    if strikes(Fault::Lie) { Taken::Trouble(Trouble::Fail) } else { Taken::Call(uuid) }
+}
+
+/// An answer that breaks off after its headers.
+pub(super) fn cut_off() -> Response {
+    let cut = futures::stream::once(async { Err::<Bytes, _>(std::io::Error::other("the line is cut")) });
+    let lost = Response::builder().status(StatusCode::CREATED).header(header::CONTENT_TYPE, "application/json");
+    lost.body(Body::from_stream(cut)).unwrap_or_default()
 }
 
 /// Enters a call in the book and starts it; none when the account has as many calls as it may.
@@ -218,6 +260,7 @@ fn request(account: &Account, params: &Params) -> Result<Request, String> {
         machine_detection,
         time_limit: number("time_limit", 14_400, 86_400)?,
         caller_name: params.get("caller_name").map(|name| name.chars().take(50).collect()).unwrap_or_default(),
+        progress: None,
     })
 }
 

@@ -22,6 +22,18 @@ pub(super) struct Request {
     pub machine_detection: Detection,
     pub time_limit: u32,
     pub caller_name: String,
+    /// Who asked in Twilio's words is told in them.
+    pub progress: Option<Progress>,
+}
+
+/// What Twilio tells of a call's steps.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    pub callback: Option<Hook>,
+    /// `initiated`, `ringing`, `answered` and `completed`, as far as they were asked for.
+    pub steps: Vec<String>,
+    /// Where the recording is told; none where there is none.
+    pub recording: Option<Hook>,
 }
 
 /// A URL to call back, fragment and all.

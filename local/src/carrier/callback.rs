@@ -126,6 +126,8 @@ pub(super) struct Callback {
     pub key: [String; 3],
     pub hook: Hook,
     pub auth_token: String,
+    /// Signed as Twilio does, not as Plivo.
+    pub is_twilio: bool,
     pub params: Pairs,
 }
 
@@ -205,8 +207,14 @@ async fn try_once(world: &World, callback: &Callback, timeout: Duration) -> reqw
     // At most so many at once: a carrier has its limits, and so has the machine.
     let _permit = world.permits.acquire().await;
     let url = callback.hook.url.split('#').next().unwrap_or_default();
-    let nonce = signature::nonce();
     let encoded: String = form_urlencoded::Serializer::new(String::new()).extend_pairs(&callback.params).finish();
+    if callback.is_twilio {
+        let signed = super::twilio::signature(&callback.auth_token, url, &callback.params);
+        let request = world.http.post(url).header("content-type", "application/x-www-form-urlencoded").body(encoded);
+        return read(request.header("x-twilio-signature", signed).header("user-agent", "TwilioProxy/1.1"), timeout)
+            .await;
+    }
+    let nonce = signature::nonce();
     let (request, signed) = if callback.hook.get {
         let separator = if url.contains('?') { '&' } else { '?' };
         let url = format!("{url}{separator}{encoded}");
@@ -218,7 +226,11 @@ async fn try_once(world: &World, callback: &Callback, timeout: Duration) -> reqw
         (request, signed)
     };
     let request = signed.into_iter().fold(request, |request, (name, value)| request.header(name, value));
-    let response = request.header("user-agent", "Plivo").timeout(timeout).send().await?;
+    read(request.header("user-agent", "Plivo"), timeout).await
+}
+
+async fn read(request: reqwest::RequestBuilder, timeout: Duration) -> reqwest::Result<Answer> {
+    let response = request.timeout(timeout).send().await?;
     let status = response.status().as_u16();
     let content_type =
         response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();

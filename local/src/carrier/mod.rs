@@ -1,6 +1,6 @@
-//! The simulated carrier: Plivo's HTTP API and callbacks, on loopback.
+//! The simulated carrier: Plivo's HTTP API and callbacks, and Twilio's beside them, on loopback.
 //!
-//! It checks what Plivo checks, signs as Plivo signs, and plays each call from the queue to its record in a fraction of a second.
+//! It checks what they check, signs as they sign, and plays each call from the queue to its record in a fraction of a second.
 //! What becomes of a call follows from the seed alone ([`outcome`]); how the road can be worse than it should be is in [`Faults`].
 //! Its record of calls (the CDR list of the API, and a log of JSON lines) is the one witness that the system under test has no hand
 //! in: what was dialled, when, and for how many seconds.
@@ -17,6 +17,7 @@ mod signature;
 mod sound;
 #[cfg(test)]
 mod tests;
+mod twilio;
 
 pub use call::Billing;
 pub use callback::CallbackCounts;

@@ -9,6 +9,7 @@ use super::{
     faults::Fault,
     outcome::Outcome,
     signature::Pairs,
+    twilio,
 };
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,7 @@ pub(super) async fn play(world: Arc<World>, uuid: Uuid) {
 /// The call as it goes by itself: how it ends and how many seconds were talked.
 async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
     let pace = world.options.pace;
+    world.step(uuid, "initiated");
     let Some((fate, time_limit)) = world.read(uuid, |call| (call.fate, call.request.time_limit)) else {
         return (cause::CANCELLED, 0);
     };
@@ -64,6 +66,7 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
     if let Some(Some(hook)) = world.read(uuid, |call| call.request.ring.clone()) {
         world.send(uuid, "Ring", hook, &[("CallStatus", "ringing")]);
     }
+    world.step(uuid, "ringing");
     let ring = match fate.outcome {
         Outcome::NoAnswer => Duration::from_millis(pace.ring_ms.1),
         _ => Pace::place(pace.ring_ms, fate.pace[1]),
@@ -78,6 +81,7 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
         call.answered_at = Some(Utc::now());
         call.machine = fate.outcome == Outcome::Machine;
     });
+    world.step(uuid, "answered");
     if fate.outcome == Outcome::Machine {
         match world.read(uuid, |call| call.request.machine_detection.clone()) {
             Some(Detection::HangUp) => {
@@ -85,8 +89,12 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
                 return (cause::MACHINE, 5);
             }
             Some(Detection::CallBack(hook)) => {
-                let params = [("CallStatus", "in-progress"), ("Machine", "true"), ("IfMachine", "continue")];
-                world.send(uuid, "MachineDetection", hook, &params);
+                let params: &[_] = if world.is_twilio(uuid) {
+                    &[("AnsweredBy", "machine_start"), ("MachineDetectionDuration", "2100")]
+                } else {
+                    &[("CallStatus", "in-progress"), ("Machine", "true"), ("IfMachine", "continue")]
+                };
+                world.send(uuid, "MachineDetection", hook, params);
             }
             Some(Detection::Off | Detection::Tell) | None => {}
         }
@@ -131,6 +139,7 @@ async fn fetch_document(world: &Arc<World>, uuid: Uuid) -> Result<answer::Instru
         };
         let kind = answer.content_type.split(';').next().unwrap_or_default().trim();
         let read = match kind {
+            "application/xml" | "text/xml" if world.is_twilio(uuid) => answer::read_twiml(&answer.body),
             "application/xml" | "text/xml" => answer::read(&answer.body),
             other => Err(format!("the content type is {other:?}")),
         };
@@ -171,6 +180,9 @@ fn end(world: &Arc<World>, uuid: Uuid, cause: Cause, talk_seconds: u32) {
     });
     let Some((hook, params, line)) = closed else { return };
     world.note(line);
+    if world.is_twilio(uuid) {
+        return end_at_twilio(world, uuid);
+    }
     let recording = world.recordings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&uuid);
     if let Some(recording) = recording {
         let params = world.read(uuid, |call| recording_params(call, world)).unwrap_or_default();
@@ -181,8 +193,24 @@ fn end(world: &Arc<World>, uuid: Uuid, cause: Cause, talk_seconds: u32) {
     world.send(uuid, "Hangup", hook, &params);
 }
 
+/// The same in Twilio's words. Who was not reached was not recorded.
+fn end_at_twilio(world: &Arc<World>, uuid: Uuid) {
+    let told = world.read(uuid, |call| {
+        let hook = call.request.progress.as_ref()?.recording.clone().filter(|_| call.answered_at.is_some())?;
+        Some((hook, twilio::recording_params(call, &world.url)))
+    });
+    if let Some(Some((hook, params))) = told {
+        let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        world.send(uuid, "Recording", hook, &params);
+    }
+    world.step(uuid, "completed");
+}
+
 /// What every callback of a call says about it. Numbers come without their plus.
 pub(super) fn common_params(call: &Call, event: &str) -> Pairs {
+    if call.request.progress.is_some() {
+        return twilio::common_params(call);
+    }
     let uuid = call.uuid.to_string();
     let mut params: Pairs = [
         ("ALegRequestUUID", uuid.as_str()),
@@ -272,13 +300,30 @@ fn line(call: &Call) -> serde_json::Value {
 impl World {
     /// A callback of a call, not yet sent.
     pub(super) fn callback(&self, uuid: Uuid, event: &str, hook: Hook, extra: &[(&str, &str)]) -> Option<Callback> {
-        let (auth_id, mut params, key) = self.read(uuid, |call| {
+        let (auth_id, mut params, key, is_twilio) = self.read(uuid, |call| {
             let key = [digits(&call.request.to), call.nth.to_string(), event.to_owned()];
-            (call.auth_id.clone(), common_params(call, event), key)
+            (call.auth_id.clone(), common_params(call, event), key, call.request.progress.is_some())
         })?;
         params.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let auth_token = self.account(&auth_id)?.auth_token;
-        Some(Callback { call: uuid, key, hook, auth_token, params })
+        Some(Callback { call: uuid, key, hook, auth_token, is_twilio, params })
+    }
+
+    fn is_twilio(&self, uuid: Uuid) -> bool {
+        self.read(uuid, |call| call.request.progress.is_some()).unwrap_or_default()
+    }
+
+    /// Tells a step of a call that was asked for in Twilio's words, where it was to be told.
+    fn step(self: &Arc<Self>, uuid: Uuid, step: &str) {
+        let told = self.read(uuid, |call| {
+            let progress = call.request.progress.as_ref()?;
+            let hook = progress.callback.clone().filter(|_| progress.steps.iter().any(|asked| asked == step))?;
+            Some((hook, twilio::step_params(call, step)))
+        });
+        if let Some(Some((hook, params))) = told {
+            let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            self.send(uuid, step, hook, &params);
+        }
     }
 
     /// Sends a callback that the call does not wait for.

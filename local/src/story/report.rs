@@ -4,6 +4,7 @@
 //! them; none from the story.
 
 use super::{
+    events::Told,
     facts::{Books, Invoice, Standing, Terms},
     witness::{Dial, double_dials},
 };
@@ -57,6 +58,10 @@ pub struct Numbers {
     pub dead_letters: i64,
     /// Events from outside that were not applied.
     pub unapplied_events: i64,
+    /// Events that the database says happened.
+    pub events: i64,
+    /// Of them, those that the organization's own system was told.
+    pub events_received: i64,
     /// Attempts by how they ended.
     pub outcomes: BTreeMap<String, i64>,
     /// The invoice's currency.
@@ -101,6 +106,8 @@ pub struct Evidence {
     pub usage: Value,
     /// The carrier's record.
     pub dials: Vec<Dial>,
+    /// What the organization's own system was told.
+    pub told: Told,
     /// Invocations that ended in a function error.
     pub function_errors: u64,
     /// Whether function errors were to be expected.
@@ -167,6 +174,8 @@ pub fn judge(
         function_errors,
         dead_letters,
         unapplied_events: unapplied,
+        events: evidence.told.happened.len() as i64,
+        events_received: evidence.told.agreeing(),
         outcomes: standing.outcomes.clone(),
         currency: invoices.first().map(|invoice| invoice.currency.clone()).unwrap_or_default(),
         elapsed_ms: elapsed.as_millis() as u64,
@@ -209,6 +218,7 @@ fn checks(evidence: &Evidence, numbers: &Numbers) -> Vec<Check> {
         check("tax = what the rates give", numbers.tax_minor, tax),
         check("total = subtotal + tax", numbers.invoice_total_minor, numbers.subtotal_minor + numbers.tax_minor),
         check("the customer is shown that total", shown("total_minor"), numbers.invoice_total_minor),
+        check("events received = events that happened", numbers.events_received, numbers.events),
         check("no errors", numbers.errors, 0),
     ]
 }

@@ -35,6 +35,7 @@ pub fn render(report: &Report, colour: bool) -> String {
     calls(&mut out, report, ink);
     usage(&mut out, report, ink);
     invoice(&mut out, report, ink);
+    events(&mut out, report, ink);
     stages(&mut out, report, ink);
     checks(&mut out, report, ink);
     places(&mut out, report, ink);
@@ -164,6 +165,21 @@ fn invoice(out: &mut String, report: &Report, ink: Ink) {
             line!(out, "  {name:<52}{:>42}", money(tax.amount_minor, currency));
         }
         line!(out, "  {}", ink.bold(&format!("{:<52}{:>42}", "Total", money(invoice.total_minor, currency))));
+    }
+}
+
+fn events(out: &mut String, report: &Report, ink: Ink) {
+    let received = report.evidence.told.received.len() as i64;
+    title(out, ink, &format!("Events out: {} told to the organization's own system", thousands(received)));
+    let topics: Vec<_> = report
+        .evidence
+        .told
+        .topics()
+        .into_iter()
+        .map(|(topic, count)| format!("{topic:<24}{:>9}", thousands(count)))
+        .collect();
+    for pair in topics.chunks(2) {
+        line!(out, "  {}", pair.join("        "));
     }
 }
 

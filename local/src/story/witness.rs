@@ -3,6 +3,7 @@
 //! It is the only witness that the system under test has no hand in, and it works alike for a carrier that is not ours. Nothing of our
 //! own database is looked at here, but for the business clock's history, which says what time it was.
 
+use super::Provider;
 use anyhow::{Context, Result, ensure};
 use chrono::{DateTime, NaiveDateTime, TimeDelta, Utc};
 use serde::Deserialize;
@@ -20,6 +21,8 @@ const CAP: usize = 2;
 /// Access to an account at a carrier.
 #[derive(Clone, Debug)]
 pub struct Witness {
+    /// Whose API it is.
+    pub provider: Provider,
     /// Where the carrier's API is.
     pub url: Url,
     /// The account.
@@ -94,17 +97,30 @@ struct LiveCall {
 
 impl Witness {
     async fn get<T: serde::de::DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let url = format!("{}/v1/Account/{}/Call/{path}", self.url.as_str().trim_end_matches('/'), self.auth_id);
+        let base = self.url.as_str().trim_end_matches('/');
+        let url = match self.provider {
+            Provider::Plivo => format!("{base}/v1/Account/{}/Call/{path}", self.auth_id),
+            Provider::Twilio => format!("{base}/2010-04-01/Accounts/{}/{path}", self.auth_id),
+        };
         let request = self.http.get(&url).basic_auth(&self.auth_id, Some(&self.auth_token));
         let response = request.send().await.with_context(|| format!("the carrier does not answer at {url}"))?;
         let status = response.status();
         let body = response.text().await?;
         ensure!(status.is_success(), "the carrier answered {status} to GET {url}: {body}");
-        serde_json::from_str(&body).with_context(|| format!("the carrier's answer to GET {url} is not Plivo's: {body}"))
+        serde_json::from_str(&body)
+            .with_context(|| format!("the carrier's answer to GET {url} is not {}'s: {body}", self.provider.as_str()))
     }
 
     /// Every call that the carrier accepted on this account, ended or live. `told` hears how many were read, of how many.
     pub async fn dials(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
+        if self.provider == Provider::Twilio {
+            return self.dials_at_twilio(told).await;
+        }
+        // Before the records, and in the order in which a call goes: whatever ends meanwhile is in one of them.
+        let mut staged = BTreeSet::new();
+        for status in ["queued", "live"] {
+            staged.extend(self.get::<Live>(&format!("?status={status}")).await?.calls);
+        }
         let mut dials = Vec::new();
         let mut seen = BTreeSet::new();
         let mut offset = 0;
@@ -123,19 +139,67 @@ impl Witness {
                 break;
             }
         }
-        for status in ["live", "queued"] {
-            let live: Live = self.get(&format!("?status={status}")).await?;
-            for uuid in live.calls.into_iter().filter(|uuid| !seen.contains(uuid)) {
-                // A call that ended in between is in neither list; it was live, and so it counts.
-                let Ok(call) = self.get::<LiveCall>(&format!("{uuid}/?status={status}")).await else { continue };
+        for uuid in staged.into_iter().filter(|uuid| !seen.contains(uuid)) {
+            dials.push(self.staged(&uuid).await?);
+        }
+        Ok(dials)
+    }
+
+    /// A call that was not over when the lists were read, however far it is by now.
+    async fn staged(&self, uuid: &str) -> Result<Dial> {
+        for status in ["queued", "live"] {
+            if let Ok(call) = self.get::<LiveCall>(&format!("{uuid}/?status={status}")).await {
                 let created = Moment::read(&call.session_start)?;
-                dials.push(Dial {
+                return Ok(Dial {
                     callee: digits(&call.to),
                     created,
                     ended: None,
                     billed_seconds: 0,
                     hangup_code: None,
                 });
+            }
+        }
+        Dial::of(self.get(&format!("{uuid}/")).await?)
+    }
+}
+
+/// A page of Twilio's calls, live ones among them.
+#[derive(Deserialize)]
+struct Calls {
+    calls: Vec<CallResource>,
+    next_page_uri: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct CallResource {
+    sid: String,
+    to: String,
+    date_created: String,
+    end_time: Option<String>,
+    #[serde(default, deserialize_with = "number")]
+    duration: Option<u64>,
+}
+
+impl Witness {
+    async fn dials_at_twilio(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
+        let mut dials = Vec::new();
+        let mut seen = BTreeSet::new();
+        for page in 0.. {
+            let read: Calls = self.get(&format!("Calls.json?PageSize=1000&Page={page}")).await?;
+            // A call that began meanwhile moves others to the next page.
+            for call in read.calls.into_iter().filter(|call| seen.insert(call.sid.clone())) {
+                dials.push(Dial {
+                    callee: digits(&call.to),
+                    created: Moment::read(&call.date_created)?,
+                    ended: call.end_time.as_deref().map(Moment::read).transpose()?,
+                    // Started minutes.
+                    billed_seconds: call.duration.unwrap_or(0).div_ceil(60) * 60,
+                    hangup_code: None,
+                });
+            }
+            told(dials.len(), dials.len());
+            if read.next_page_uri.is_none() {
+                break;
             }
         }
         Ok(dials)
@@ -160,6 +224,7 @@ impl Moment {
     fn read(text: &str) -> Result<Self> {
         let at = DateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f%:z")
             .or_else(|_| DateTime::parse_from_rfc3339(text))
+            .or_else(|_| DateTime::parse_from_rfc2822(text))
             .map(|time| time.to_utc())
             .or_else(|_| NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S%.f").map(|time| time.and_utc()))
             .with_context(|| format!("the carrier's time {text:?} cannot be read"))?;
@@ -178,7 +243,8 @@ pub fn double_dials(dials: &[Dial], business: impl Fn(DateTime<Utc>) -> DateTime
     }
     let mut doubles = 0;
     for calls in by_callee.values_mut() {
-        calls.sort_by_key(|dial| dial.created.0);
+        // Of two that began in one second, the one that ended first came first: they cannot both have been live.
+        calls.sort_by_key(|dial| (dial.created.0, dial.ended.is_none(), dial.ended.map(|ended| ended.0)));
         for (index, call) in calls.iter().enumerate() {
             let latest = business(call.created.1);
             let since = |earlier: &&&Dial| latest - business(earlier.created.0);
@@ -230,8 +296,13 @@ mod tests {
             let request = http.post(create.clone()).basic_auth(&account.auth_id, Some(&account.auth_token));
             assert_eq!(request.json(&body).send().await.unwrap().status(), 201);
         }
-        let witness =
-            Witness { url: carrier.url().clone(), auth_id: account.auth_id, auth_token: account.auth_token, http };
+        let witness = Witness {
+            provider: Provider::Plivo,
+            url: carrier.url().clone(),
+            auth_id: account.auth_id,
+            auth_token: account.auth_token,
+            http,
+        };
         assert_eq!(witness.dials(|_, _| ()).await.unwrap().len(), 45, "live or ended");
         while !carrier.is_idle() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
@@ -275,6 +346,10 @@ mod tests {
         // The clock jumps between two calls of one second.
         let calls = [dial("1", "10:00:00", Some("10:00:00")), dial("1", "10:00:00", Some("10:00:00"))];
         let at = Moment::read("2026-11-24 10:00:00.5+05:30").unwrap().0;
-        assert_eq!(double_dials(&calls, |real| if real < at { real } else { real + TimeDelta::hours(1) }), 0);
+        let jump = |real| if real < at { real } else { real + TimeDelta::hours(1) };
+        assert_eq!(double_dials(&calls, jump), 0);
+        // Whichever is told first.
+        let calls = [dial("1", "10:00:00", Some("10:00:01")), dial("1", "10:00:00", Some("10:00:00"))];
+        assert_eq!(double_dials(&calls, jump), 0);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Each carrier is a folder beside this file and a line in [`ALL`]. Everything here is pure: no I/O, no clock, no panic.
 
-use super::{CallReport, CallbackEvent, plivo, telnyx, twilio, vonage};
+use super::{CallReport, CallbackEvent, api::Api, plivo, telnyx, twilio, vonage};
 use http::{HeaderMap, Method};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -15,8 +15,8 @@ pub fn by_name(name: &str) -> Option<&'static dyn Carrier> {
     ALL.into_iter().find(|carrier| carrier.name() == name)
 }
 
-/// A carrier's protocol.
-pub trait Carrier: Sync + fmt::Debug {
+/// A carrier's protocol: its callbacks and documents, and its [`Api`].
+pub trait Carrier: Api + Sync + fmt::Debug {
     /// The name in paths, tokens and tables.
     fn name(&self) -> &'static str;
 

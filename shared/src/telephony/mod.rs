@@ -1,5 +1,6 @@
 //! Calls as every part of Trunkline speaks of them, whichever carrier carries them.
 
+pub mod api;
 pub mod carrier;
 mod fields;
 pub mod plivo;

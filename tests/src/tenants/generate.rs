@@ -83,6 +83,9 @@ const OVERRIDES: &[(&str, &str, &str)] = &[
     ("invoices", "tax_minor", "0"),
     ("invoices", "total_minor", "0"),
     ("invoice_lines", "kind", "'base'"),
+    ("webhook_endpoints", "url", "'https://hooks.example.com/isolation-{side}-{n}'"),
+    ("event_deliveries", "topic", "'call.ended'"),
+    ("event_deliveries", "next_attempt_at", "now()"),
 ];
 
 /// A column, as far as an insert is concerned.

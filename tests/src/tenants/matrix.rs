@@ -82,6 +82,8 @@ pub const WALLS: &[Wall] = &[
     reading("api_keys",     MANAGE_ORGANIZATION),
     reading("invitations",  With(&["member.manage"])),
     reading("audit_logs",   AUDIT),
+    reading("webhook_endpoints", WEBHOOKS),
+    reading("event_deliveries",  WEBHOOKS),
     reading("impersonation_sessions", AUDIT),
     reading("webhook_sources", WEBHOOKS),
     Wall { seen: "user_id = '{me}'", changeable: "user_id = '{me}'", in_the_way: Some("true"), ..wall("user_settings", Members, Members, Members, Members) },
@@ -208,8 +210,25 @@ const A_RECORDING: &str = "insert into private.recordings
     values ('{org}', '{call_logs}', 'copied', null, 'isolation', 1, 'audio/mpeg', now())
     on conflict (attempt_id) do update
     set state = 'copied', next_try_at = null, path = excluded.path, bytes = 1, content_type = excluded.content_type";
+const UNDER_WAY: &str = "set local session_replication_role = replica;
+    update public.call_logs set status = 'in_progress', call_status = null, ended_at = null, dialled = true, submitted_at = now(), begun_at = now(),
+        call_sid = coalesce(call_sid, id::text) where organization_id = '{org}';
+    set local session_replication_role = origin";
 const ANOTHER_OWNER: &str = "update public.profiles set system_role = 'owner'
     where id = '00000008-0000-4000-9000-000000000008' and id <> '{me}'";
+const LISTENING: &str = "set local session_replication_role = replica;
+    update public.webhook_endpoints set enabled = true, disabled_reason = null, disabled_at = null where organization_id = '{org}';
+    update public.event_deliveries set endpoint_id = (select min(id::text)::uuid from public.webhook_endpoints where organization_id = '{org}')
+    where id = (select min(id::text)::uuid from public.event_deliveries where organization_id = '{org}');
+    set local session_replication_role = origin";
+const AN_ISSUER: &str =
+    "insert into private.billing_issuer (legal_name, country_code, timezone) values ('Issuer', 'IN', 'Asia/Kolkata')
+    on conflict do nothing";
+const A_COUNTED_LINE: &str = "set local session_replication_role = replica;
+    delete from public.invoice_lines where organization_id = '{org}' and invoice_id = '{invoices}';
+    insert into public.invoice_lines (organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, amount_minor)
+    values ('{org}', '{invoices}', 1, 'included', 'ai_calls', 'Calls', 1, 'call', 0, 0);
+    set local session_replication_role = origin";
 const INVITED: &str = "update auth.users set email_confirmed_at = now() where id = '{me}';
     insert into public.invitations (organization_id, organization_name, email, token_sha256, expires_at)
     values ('{org}', 'Second', coalesce((select lower(email) from auth.users where id = '{me}'), 'nobody@example.com'),
@@ -249,7 +268,17 @@ pub const FUNCTIONS: &[Use] = &[
     after(RUNNING, call("pause_campaign",  RUN, "'{campaigns}'")),
     after(PAUSED,  call("resume_campaign", RUN, "'{campaigns}'")),
     after(RUNNING, call("cancel_campaign", RUN, "'{campaigns}'")),
+    call("create_webhook_endpoint", WEBHOOKS, "gen_random_uuid(), 'https://hooks.example.com/', 'sealed'"),
+    after(LISTENING, call("update_webhook_endpoint", WEBHOOKS, "'{webhook_endpoints}', 'https://hooks.example.com/'")),
+    after(LISTENING, call("rotate_webhook_secret",   WEBHOOKS, "'{webhook_endpoints}', 'sealed'")),
+    after(LISTENING, call("set_webhook_endpoint",    WEBHOOKS, "'{webhook_endpoints}', false")),
+    after(LISTENING, call("test_webhook_endpoint",   WEBHOOKS, "'{webhook_endpoints}'")),
+    after(LISTENING, call("get_event_delivery",      WEBHOOKS, "'{event_deliveries}'")),
+    after(LISTENING, call("replay_delivery",         WEBHOOKS, "'{event_deliveries}'")),
+    after(LISTENING, call("replay_deliveries",       WEBHOOKS, "'{webhook_endpoints}', now() - interval '1 day'")),
+    after(LISTENING, call("delete_webhook_endpoint", WEBHOOKS, "'{webhook_endpoints}'")),
     call("get_usage",             USAGE, ""),
+    call("get_usage_daily",       USAGE, ""),
     call("get_org_subscription",  BILLING, ""),
     call("create_webhook_source", WEBHOOKS, "gen_random_uuid(), 'retell', 'isolation', 'v1.1.aaaa'"),
     call("rotate_webhook_source_secret", WEBHOOKS, "'{webhook_sources}', 'v1.1.aaaa'"),
@@ -260,8 +289,17 @@ pub const FUNCTIONS: &[Use] = &[
     after(AN_EVENT, call("get_webhook_event", WEBHOOKS, "'e0e0e0e0-0000-4000-8000-000000000001'")),
     call("redrive_webhook_events", WEBHOOKS, "null, '{\"status\": \"dead\"}'"),
     call("count_webhook_events",  WEBHOOKS, ""),
+    after(UNDER_WAY, call("hang_up_call", With(&["call.control"]), "'{call_logs}'")),
     after(A_RECORDING, call("open_recording", With(&["call.listen"]), "'{call_logs}'")),
     call("erase_person",          With(&["lead.delete"]), "'+919999999999'"),
+    call("get_invoice",           BILLING, "'{invoices}'"),
+    call("get_credit_note",       BILLING, "'{credit_notes}'"),
+    after(AN_ISSUER, call("preview_invoice", BILLING, "")),
+    call("export_invoices",       BILLING, "'2026-01-01', '2026-12-31'"),
+    call("export_invoice_lines",  BILLING, "'2026-01-01', '2026-12-31'"),
+    call("export_payments",       BILLING, "'2026-01-01', '2026-12-31'"),
+    call("export_gstr1",          BILLING, "'2026-01-01', '2026-12-31'"),
+    after(A_COUNTED_LINE, call("export_line_calls", BILLING, "'{invoices}', 1")),
 ];
 
 /// What a member holds by default: the views and `lead.edit`. An admin holds all but `organization.manage`, an owner all.

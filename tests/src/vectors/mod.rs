@@ -1,7 +1,8 @@
-//! Test vectors: what others signed or rendered, put through the code that the handlers use.
+//! Test vectors: what others signed, rendered or rated, put through the code that the handlers use.
 //!
 //! A file's name says whose it is. A provider is a file here and a line in [`PROVIDERS`].
 
+mod billing;
 pub mod carriers;
 mod elevenlabs;
 mod retell;
@@ -14,18 +15,28 @@ use std::{fs, path::Path};
 use uuid::Uuid;
 use webhook_intake::sources::{self, OpenSource};
 
-/// Judges one vector: an error says what went wrong with it.
-type Judge = fn(&Value) -> Result<()>;
+/// Who judges the vectors of a file, one at a time: an error says what went wrong with it.
+#[derive(Clone, Copy)]
+enum Judge {
+    /// A handler's code.
+    Code(fn(&Value) -> Result<()>),
+    /// The functions of the database, which is started for it.
+    Database,
+}
+
+/// A judge with all that it needs.
+type Ready = Box<dyn FnMut(&Value) -> Result<()>>;
 
 /// Whose vectors a file holds, by its name without `.json`.
 const PROVIDERS: &[(&str, Judge)] = &[
-    ("elevenlabs", elevenlabs::judge),
-    ("plivo", carriers::judge_plivo),
-    ("retell", retell::judge),
-    ("telnyx", carriers::judge_telnyx),
-    ("twilio", carriers::judge_twilio),
-    ("vonage", carriers::judge_vonage),
-    ("xml_golden", carriers::judge_golden),
+    ("billing", Judge::Database),
+    ("elevenlabs", Judge::Code(elevenlabs::judge)),
+    ("plivo", Judge::Code(carriers::judge_plivo)),
+    ("retell", Judge::Code(retell::judge)),
+    ("telnyx", Judge::Code(carriers::judge_telnyx)),
+    ("twilio", Judge::Code(carriers::judge_twilio)),
+    ("vonage", Judge::Code(carriers::judge_vonage)),
+    ("xml_golden", Judge::Code(carriers::judge_golden)),
 ];
 
 /// How it went.
@@ -45,7 +56,10 @@ impl Outcome {
 }
 
 /// Runs every vector of the JSON files in a folder. A file of a name or shape that is not known counts as one that went wrong.
-pub fn run(folder: &Path) -> Result<Outcome> {
+///
+/// `supervisor` is a binary that can be a [`crate::supervisor`]; it is started only for a file that needs a database. Not to be called
+/// from asynchronous code.
+pub fn run(folder: &Path, supervisor: &Path) -> Result<Outcome> {
     let mut files: Vec<_> = fs::read_dir(folder)
         .with_context(|| format!("cannot read {}", folder.display()))?
         .flatten()
@@ -57,8 +71,9 @@ pub fn run(folder: &Path) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     for file in &files {
         let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        match vectors_of(&name, file) {
-            Ok((judge, vectors)) => {
+        let ready = vectors_of(&name, file).and_then(|(judge, vectors)| Ok((judge.ready(supervisor)?, vectors)));
+        match ready {
+            Ok((mut judge, vectors)) => {
                 for (index, vector) in vectors.iter().enumerate() {
                     match judge(vector) {
                         Ok(()) => outcome.passed += 1,
@@ -73,6 +88,18 @@ pub fn run(folder: &Path) -> Result<Outcome> {
         }
     }
     Ok(outcome)
+}
+
+impl Judge {
+    fn ready(self, supervisor: &Path) -> Result<Ready> {
+        Ok(match self {
+            Self::Code(judge) => Box::new(judge),
+            Self::Database => {
+                let mut rating = billing::Rating::start(supervisor)?;
+                Box::new(move |vector| rating.judge(vector))
+            }
+        })
+    }
 }
 
 fn vectors_of(name: &str, file: &Path) -> Result<(Judge, Vec<Value>)> {

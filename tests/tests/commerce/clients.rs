@@ -7,6 +7,8 @@ use local::parts::{
     install,
     progress::Progress,
 };
+use std::fs;
+use tests::agents;
 use tokio::process::Command;
 
 async fn run(settings: &Value) -> Result<Value> {
@@ -37,8 +39,24 @@ async fn what_the_official_libraries_sign_is_accepted() -> Result<()> {
     let razorpay_body = text("razorpay", "payment_captured")?;
     let right = hex::encode(hmac(&[razorpay_body.as_bytes()]));
     let wrong = hex::encode(hmac(&[razorpay_body.as_bytes(), b" "]));
+    // An agent of one's own speaks Standard Webhooks: its deliveries as we would sign them, whole and with something changed.
+    let agent = agents::connect(&stand.stack, &stand.intake, &stand.tenant, "agent", json!({})).await?;
+    let said_by_agent = agents::recorded("agent", "started", Uuid::new_v4(), "standard")?
+        .replace("started\"", "started\",\"say\":\"हाँ\"");
+    let ours: serde_json::Map<String, Value> = agent
+        .signatures(said_by_agent.as_bytes(), chrono::Utc::now().timestamp_millis())
+        .into_iter()
+        .map(|(name, value)| (name, json!(value)))
+        .collect();
+    let mut renamed = ours.clone();
+    renamed.insert("webhook-id".to_owned(), json!("msg_another"));
     let said = run(&json!({
         "secret": SECRET,
+        "standard": { "secret": agent.secret, "id": "msg_of_the_library", "body": said_by_agent, "signed": [
+            { "headers": ours, "body": said_by_agent },
+            { "headers": renamed, "body": said_by_agent },
+            { "headers": ours, "body": format!("{said_by_agent} ") },
+        ] },
         "bodies": { "shopify": shop_body, "stripe": stripe_body },
         "signed": { "razorpay": [
             { "body": razorpay_body, "signature": right }, { "body": razorpay_body, "signature": wrong },
@@ -58,5 +76,19 @@ async fn what_the_official_libraries_sign_is_accepted() -> Result<()> {
         let event = razorpay(stand.razorpay, razorpay_body.as_bytes()).header("x-razorpay-signature", signature);
         assert_eq!(event.send(&stand.intake).await?.status, status);
     }
+    let standard = &said["standard"];
+    assert_eq!(standard["verified"], json!([true, false, false]), "what we sign");
+    let signed = |body: &str| {
+        let event = HttpEvent::post(&agents::path("agent", agent.id))
+            .header("content-type", "application/json")
+            .header("webhook-id", "msg_of_the_library")
+            .body(body);
+        ["timestamp", "signature"].into_iter().fold(event, |event, name| {
+            event.header(&format!("webhook-{name}"), standard[name].as_str().unwrap_or_default())
+        })
+    };
+    let answer = signed(&said_by_agent).send(&stand.intake).await?;
+    assert_eq!((answer.status, result(&answer)), (202, json!("orphan")), "what it signs: {}", answer.body);
+    assert_eq!(signed(&format!("{said_by_agent} ")).send(&stand.intake).await?.status, 403);
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! Shopify and WooCommerce.
 
 use super::*;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use shared::mac::{self, Hash};
 use tests::Fingerprint;
 
 /// What an order's deliveries decide: the order, its lines, its customer, what the customer spent.

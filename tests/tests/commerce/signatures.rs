@@ -1,6 +1,7 @@
 //! Without a database: any flipped bit is refused, and no body makes a parser panic.
 
 use super::*;
+use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use proptest::prelude::*;

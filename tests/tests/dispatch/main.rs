@@ -1,6 +1,7 @@
 //! From a due lead to a call at the carrier: released, queued, dialled once.
 
 mod campaigns;
+mod carriers;
 mod nudges;
 mod troubles;
 

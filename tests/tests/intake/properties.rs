@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use shared::http::Request;
 use tests::{
     agents::{self, AgentSource, recorded},
-    vectors,
+    supervisor_binary, vectors,
 };
 use uuid::Uuid;
 use webhook_intake::sources::{self, OpenSource, Source, agents::AgentReport};
@@ -120,7 +120,7 @@ fn every_reason_that_a_provider_lists_means_something() {
 #[test]
 fn the_vectors_of_the_agents_go_as_they_say() {
     let folder = local::parts::folder::workspace().unwrap().join("tests/vectors");
-    let outcome = vectors::run(&folder).unwrap();
+    let outcome = vectors::run(&folder, supervisor_binary!()).unwrap();
     let ours: Vec<&String> = outcome
         .wrong
         .iter()
@@ -134,7 +134,7 @@ fn the_vectors_of_the_agents_go_as_they_say() {
 fn vectors_of_no_name_or_shape_are_wrong() {
     let folder = std::env::temp_dir().join(format!("vectors-{}", Uuid::new_v4()));
     std::fs::create_dir(&folder).unwrap();
-    assert!(vectors::run(&folder).is_err(), "an empty folder");
+    assert!(vectors::run(&folder, supervisor_binary!()).is_err(), "an empty folder");
     for (name, text) in [
         ("retell.json", "{}"),
         ("retell.json", "[]"),
@@ -142,7 +142,7 @@ fn vectors_of_no_name_or_shape_are_wrong() {
         ("who.json", "[{}]"),
     ] {
         std::fs::write(folder.join(name), text).unwrap();
-        let outcome = vectors::run(&folder).unwrap();
+        let outcome = vectors::run(&folder, supervisor_binary!()).unwrap();
         assert!(!outcome.is_good() && outcome.wrong.len() == 1, "{name} {text}: {outcome:?}");
         std::fs::remove_file(folder.join(name)).unwrap();
     }

@@ -141,7 +141,7 @@ pub const ALL: &[HotQuery] = &[
         sql: page!(
             "select * from public.usage_logs where period_start = (date_trunc('month', private.clock_now()) - interval '3 months')::date"
         ),
-        rows: 4,
+        rows: 6,
         indexes: &[&["idx_usage_logs_org_period"]],
         ..BY_USER
     },

@@ -253,7 +253,7 @@ async fn f22_what_is_used_in_a_period_s_last_moment_is_waited_for_and_billed_in_
 }
 
 #[tokio::test]
-async fn f22_what_comes_while_its_period_is_being_closed_is_billed_in_the_next_one() -> Result<()> {
+async fn f22_what_comes_while_its_period_is_being_closed_counts_in_it_and_is_billed_later() -> Result<()> {
     let world =
         World::with("select scene.subscribe(1, 'metered'); select scene.use(10, 'before', private.clock_now())")
             .await?;
@@ -266,7 +266,9 @@ async fn f22_what_comes_while_its_period_is_being_closed_is_billed_in_the_next_o
     world.is("select scene.close_periods('2027-01-24 00:05+05:30')").await?;
     let billed = "select string_agg(line.quantity::text, ' ' order by invoice.period_start) from public.invoice_lines as line
                   join public.invoices as invoice on invoice.id = line.invoice_id where line.meter_key = 'call_seconds' and line.kind = 'included'";
-    assert_eq!(world.is(billed).await?, "10 12");
+    assert_eq!(world.is(billed).await?, "10 5");
+    let late = "select count(*) || ' ' || sum(quantity) || ' ' || bool_and(settled_at is not null) from private.usage_adjustments";
+    assert_eq!(world.is(late).await?, "1 7 true");
     Ok(())
 }
 

@@ -75,7 +75,9 @@ mod tests {
             ("retention", "webhook-intake"),
             ("release", "call-dispatch"),
             ("reconcile", "call-dispatch"),
+            ("reconcile_usage", "usage-metering"),
             ("close_periods", "invoice-generation"),
+            ("deliver", "event-delivery"),
         ];
         assert_eq!(jobs, expected);
         assert_eq!(serde_json::from_slice::<Value>(&ours[2].input).unwrap(), json!({ "job": "release" }));

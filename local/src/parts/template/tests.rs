@@ -10,16 +10,23 @@ fn ours() -> Template {
 fn our_queues_have_dead_letters_and_rest_for_six_timeouts() {
     let template = ours();
     let names: Vec<_> = template.queues.iter().map(|queue| queue.name.as_str()).collect();
-    let wanted =
-        ["intake", "recording", "dial"].map(|name| [format!("trunkline-{name}"), format!("trunkline-{name}-dead")]);
+    let wanted = ["intake", "recording", "dial", "usage", "event"]
+        .map(|name| [format!("trunkline-{name}"), format!("trunkline-{name}-dead")]);
     assert_eq!(names, wanted.as_flattened());
     for function in &template.functions {
         for event in &function.sqs_events {
             let queue = template.queue(&event.queue).unwrap();
             assert!(queue.visibility_timeout >= function.timeout * 6, "{}", queue.name);
             assert!(event.report_batch_item_failures, "{}", queue.name);
-            // Each recording has a whole invocation to be copied in.
-            let expected = if queue.logical_id == "RecordingQueue" { (1, Some(5)) } else { (10, Some(10)) };
+            let expected = match queue.logical_id.as_str() {
+                // Each recording has a whole invocation to be copied in.
+                "RecordingQueue" => (1, Some(5)),
+                // Deliveries wait for whoever is told, so that more of them are under way.
+                "EventQueue" => (10, Some(20)),
+                // An organization's events count one after the other anyhow.
+                "UsageQueue" => (10, Some(2)),
+                _ => (10, Some(10)),
+            };
             assert_eq!((event.batch_size, event.maximum_concurrency), expected);
             let redrive = queue.redrive.as_ref().unwrap();
             assert!(redrive.max_receive_count >= 5);
@@ -34,7 +41,7 @@ fn our_queues_have_dead_letters_and_rest_for_six_timeouts() {
 fn our_functions_have_their_routes_schedules_and_variables() {
     let template = ours();
     let packages: Vec<_> = template.functions.iter().map(|function| function.package.as_str()).collect();
-    assert_eq!(packages, ["webhook-intake", "call-dispatch", "usage-metering", "invoice-generation"]);
+    assert_eq!(packages, ["webhook-intake", "call-dispatch", "usage-metering", "invoice-generation", "event-delivery"]);
     for function in &template.functions {
         let path = format!("/functions/v1/{}/{{proxy+}}", function.package);
         assert_eq!(function.routes, [Route { method: "ANY".to_owned(), path }]);

@@ -1,8 +1,9 @@
 //! Telnyx: Ed25519 signatures, callbacks of Call Control (JSON) and of TeXML (forms), and TeXML documents.
 //!
-//! An answer is a document, so that a call that comes too late is hung up without the database: numbers and calls are to be bound to a
-//! TeXML application. Call Control's events are understood besides.
+//! Numbers are to be bound to a TeXML application, so that the answer to a call to us is a document. Calls of ours are made by Call
+//! Control, which knows a request that comes twice, and carry their agent with them.
 
+pub mod api;
 pub mod callback;
 pub mod signature;
 
@@ -15,7 +16,8 @@ use super::{
 /// The name in paths, tokens and tables.
 pub const NAME: &str = "telnyx";
 
-/// Telnyx. Credentials: `public_key`, `previous_public_key` while it is changed, and `api_key`.
+/// Telnyx. Credentials: `public_key`, `previous_public_key` while it is changed, `api_key`, and `connection_id` where the account is not
+/// named by it.
 #[derive(Debug)]
 pub struct Telnyx;
 

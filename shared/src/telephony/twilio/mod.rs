@@ -1,6 +1,7 @@
 //! Twilio: signatures (SHA-1, and shared keys), callbacks and TwiML, as twilio-python 9.13 and twilio-node 6.2 have them.
 
 pub mod answer;
+pub mod api;
 pub mod callback;
 pub mod signature;
 
@@ -13,7 +14,8 @@ use super::{
 pub const NAME: &str = "twilio";
 
 /// Twilio. Credentials: `auth_token`, `previous_auth_token` while the primary token is changed, and `shared_key`
-/// (`key`, `algorithm`, `id`) where the account signs with one: then nothing else is accepted.
+/// (`key`, `algorithm`, `id`) where the account signs with one: then nothing else is accepted. Calls are made with `api_key` and
+/// `api_secret`, or else with the token.
 #[derive(Debug)]
 pub struct Twilio;
 

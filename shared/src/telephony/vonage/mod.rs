@@ -1,8 +1,10 @@
 //! Vonage: webhooks signed by a JWT, callbacks, and NCCO documents.
 
 pub mod answer;
+pub mod api;
 pub mod callback;
 pub mod signature;
+pub mod token;
 
 use super::{
     CallbackEvent,

@@ -1,5 +1,6 @@
-//! Vonage's files are opened by a token that the application signs (RS256).
+//! The token that opens Vonage's API and its files: the application signs it itself (RS256).
 
+use crate::{Error, Result};
 use base64::{
     Engine,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
@@ -9,7 +10,6 @@ use ring::{
     signature::{RSA_PKCS1_SHA256, RsaKeyPair},
 };
 use serde_json::json;
-use shared::{Error, Result};
 use uuid::Uuid;
 
 /// How long a token lasts, in seconds.

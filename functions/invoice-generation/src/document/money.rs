@@ -2,8 +2,8 @@
 
 use chrono::NaiveDate;
 
-/// Decimals of a currency's minor unit (ISO 4217).
-fn exponent(currency: &str) -> usize {
+/// Decimals of a currency's minor unit (ISO 4217). The same list is in `private.decimal_amount`.
+pub fn exponent(currency: &str) -> usize {
     match currency {
         "BIF" | "CLP" | "DJF" | "GNF" | "ISK" | "JPY" | "KMF" | "KRW" | "PYG" | "RWF" | "UGX" | "VND" | "VUV"
         | "XAF" | "XOF" | "XPF" => 0,

@@ -1,0 +1,712 @@
+-- Invoices and credit notes as documents: whole, as they were issued; the next one before it is due; and all of them for an accountant.
+--
+-- Nothing here prices anything and nothing writes, but for the issuer's logo. Amounts leave as integers of the minor unit in documents,
+-- and as plain decimals in exports, which are read by spreadsheets.
+
+create function private.set_billing_logo(png bytea) returns text
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  hash text := encode(sha256(png), 'hex');
+begin
+  insert into private.billing_logos (id, png) values (hash, png) on conflict (id) do nothing;
+  update private.billing_issuer as issuer set logo_id = hash where issuer.singleton;
+  return hash;
+end
+$$;
+comment on function private.set_billing_logo(bytea) is
+  'For the operator: a PNG of at most 64 KiB becomes the logo of invoices from now on; those that there are keep theirs.';
+
+create function private.billing_logo(id text) returns text
+language sql stable set search_path = ''
+as $$
+  select translate(encode(logo.png, 'base64'), E'\n', '') from private.billing_logos as logo where logo.id = $1
+$$;
+comment on function private.billing_logo(text) is 'A logo in base64; null if there is none.';
+
+-- Whole documents -----------------------------------------------------------------------------------------------------------------
+
+create function private.invoice_document(organization_id uuid, invoice_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select to_jsonb(invoice) - array['metadata', 'created_at', 'updated_at'] || jsonb_build_object(
+    'document', 'invoice',
+    'logo', private.billing_logo(invoice.issuer ->> 'logo_id'),
+    'lines', coalesce((
+      select jsonb_agg(
+        to_jsonb(line) - array['id', 'organization_id', 'invoice_id'] order by line.position
+      )
+      from public.invoice_lines as line
+      where line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+    ), '[]'),
+    'taxes', coalesce((
+      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'invoice_id'] order by tax.position)
+      from public.invoice_taxes as tax
+      where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+    ), '[]')
+  )
+  from public.invoices as invoice
+  where invoice.id = $2 and invoice.status <> 'draft' and (invoice.organization_id = $1 or $1 is null)
+$$;
+comment on function private.invoice_document(uuid, uuid) is
+  'An invoice that is no draft, with its lines, taxes and logo, of one organization or, with null, of any; null if there is none.';
+
+create function private.credit_note_document(organization_id uuid, credit_note_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select to_jsonb(note) - array['idempotency_key', 'created_by', 'created_at'] || jsonb_build_object(
+    'document', 'credit_note',
+    'logo', private.billing_logo(note.issuer ->> 'logo_id'),
+    'invoice_number', invoice.invoice_number,
+    'invoice_date', invoice.invoice_date,
+    'timezone', invoice.timezone,
+    'lines', coalesce((
+      select jsonb_agg(
+        to_jsonb(line) - array['id', 'organization_id', 'credit_note_id', 'invoice_line_id']
+          || jsonb_build_object('invoice_position', billed.position)
+        order by line.position)
+      from public.credit_note_lines as line
+      join public.invoice_lines as billed on billed.organization_id = line.organization_id and billed.id = line.invoice_line_id
+      where line.organization_id = note.organization_id and line.credit_note_id = note.id
+    ), '[]'),
+    'taxes', coalesce((
+      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id'] order by tax.position)
+      from public.credit_note_taxes as tax
+      where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+    ), '[]')
+  )
+  from public.credit_notes as note
+  join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+  where note.id = $2 and note.status <> 'draft' and (note.organization_id = $1 or $1 is null)
+$$;
+comment on function private.credit_note_document(uuid, uuid) is
+  'A credit note that was issued, with its lines, taxes, logo and what it names of its invoice; as invoice_document.';
+
+create function private.get_invoice(invoice_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  document jsonb := private.invoice_document(private.require_org('billing.view'), invoice_id);
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such invoice, or it is not yours to see', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.get_invoice(uuid) is 'An invoice of the caller''s organization as a document. Needs billing.view.';
+
+create function private.get_credit_note(credit_note_id uuid) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  document jsonb := private.credit_note_document(private.require_org('billing.view'), credit_note_id);
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such credit note, or it is not yours to see', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.get_credit_note(uuid) is 'A credit note of the caller''s organization as a document. Needs billing.view.';
+
+create function private.open_document(request jsonb) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  wanted uuid := private.read_uuid(request, 'id');
+  document jsonb := case private.read_choice(request, 'document', array['invoice', 'credit_note'])
+    when 'invoice' then private.invoice_document(null, wanted)
+    else private.credit_note_document(null, wanted)
+  end;
+begin
+  if document is null then
+    perform private.raise_error(404, 'not_found', 'There is no such document', 'id');
+  end if;
+  return document;
+end
+$$;
+comment on function private.open_document(jsonb) is 'A document for whoever holds a signed link to it; the handler has checked the link.';
+
+-- The next invoice ----------------------------------------------------------------------------------------------------------------
+
+create function private.preview_invoice(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  subscription public.subscriptions := private.live_subscription(organization);
+  issuer private.billing_issuer;
+  bill record;
+  dated date;
+begin
+  if subscription.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription, so nothing will be billed');
+  end if;
+  select own.* into issuer from private.billing_issuer as own;
+  if not found then
+    perform private.raise_error(409, 'billing_issuer_missing', 'Nothing is billed before private.billing_issuer says who bills');
+  end if;
+  select priced.* into bill from private.price_periods(array[subscription.id], issuer, at) as priced;
+  dated := (greatest(at, bill.period_end) at time zone issuer.timezone)::date;
+  return jsonb_build_object(
+    'document', 'preview',
+    'logo', private.billing_logo(issuer.logo_id),
+    'organization_id', bill.organization_id,
+    'subscription_id', bill.subscription_id,
+    'kind', 'period',
+    'currency', bill.currency,
+    'period_start', bill.period_start,
+    'period_end', bill.period_end,
+    'timezone', bill.timezone,
+    'first_day', bill.first_day,
+    'last_day', bill.last_day,
+    'subtotal_minor', bill.subtotal_minor,
+    'tax_minor', bill.tax_minor,
+    'total_minor', bill.subtotal_minor + bill.tax_minor,
+    'invoice_date', dated,
+    'due_date', dated + issuer.payment_terms_days,
+    'as_of', at,
+    -- What costs nothing makes no invoice.
+    'is_billed', bill.subtotal_minor > 0,
+    'issuer', bill.issuer_particulars,
+    'customer', bill.customer,
+    'lines', (select jsonb_agg(to_jsonb(item) - 'line_id' order by item.position) from unnest(bill.lines) as item),
+    'taxes', to_jsonb(bill.taxes)
+  );
+end
+$$;
+comment on function private.preview_invoice(timestamptz) is
+  'The next invoice of the caller''s subscription, as the run would make it if its period ended now: priced by the same function. Writes '
+  'nothing. Needs billing.view.';
+
+-- For an accountant ---------------------------------------------------------------------------------------------------------------
+
+create function private.decimal_amount(minor bigint, currency text) returns numeric
+language sql immutable set search_path = ''
+as $$
+  -- ISO 4217. The same list is in the documents' money.
+  select round($1 / power(10::numeric, exponent.digits), exponent.digits)
+  from (
+    select case
+      when $2 in (
+        'BIF', 'CLP', 'DJF', 'GNF', 'ISK', 'JPY', 'KMF', 'KRW', 'PYG', 'RWF', 'UGX', 'VND', 'VUV', 'XAF', 'XOF', 'XPF'
+      ) then 0
+      when $2 in ('BHD', 'IQD', 'JOD', 'KWD', 'LYD', 'OMR', 'TND') then 3
+      else 2
+    end as digits
+  ) as exponent
+$$;
+comment on function private.decimal_amount(bigint, text) is 'An amount of the minor unit as a plain decimal of the currency: 913320 INR is 9133.20.';
+
+create function private.check_export_days(from_day date, to_day date) returns void
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if from_day is null or to_day is null or from_day > to_day or to_day - from_day > 3660 then
+    perform private.raise_error(400, 'invalid_request', 'from and to are days, the first not after the last, ten years apart at most', 'from');
+  end if;
+end
+$$;
+comment on function private.check_export_days(date, date) is 'Ends the request with 400 unless the days of an export make a range.';
+
+create function private.export_invoices(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'document', 'number', 'date', 'due_date', 'status', 'against', 'customer', 'customer_gstin', 'place_of_supply', 'first_day',
+      'last_day', 'currency', 'subtotal', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.document, item.number, item.dated, item.due_date, item.status, item.against, item.customer ->> 'name',
+          item.customer ->> 'gstin', item.customer ->> 'place_of_supply', item.first_day, item.last_day, item.currency,
+          private.decimal_amount(item.subtotal_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
+          private.decimal_amount(item.sgst, item.currency)::text, private.decimal_amount(item.igst, item.currency)::text,
+          private.decimal_amount(item.tax_minor - item.cgst - item.sgst - item.igst, item.currency)::text,
+          private.decimal_amount(item.tax_minor, item.currency)::text, private.decimal_amount(item.total_minor, item.currency)::text,
+          private.decimal_amount(item.amount_paid_minor, item.currency)::text,
+          private.decimal_amount(item.credited_minor, item.currency)::text,
+          private.decimal_amount(
+            case when item.document = 'invoice' and item.status in ('open', 'uncollectible')
+              then item.total_minor - item.amount_paid_minor - item.credited_minor else 0 end, item.currency)::text,
+          item.id
+        )
+        order by item.dated, item.number)
+      from (
+        select every.*
+        from (
+          select
+            'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.due_date,
+            invoice.status::text, null::text as against, invoice.customer, invoice.first_day, invoice.last_day, invoice.currency,
+            invoice.subtotal_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor, invoice.credited_minor,
+            invoice.id, levied.cgst, levied.sgst, levied.igst
+          from public.invoices as invoice
+          cross join lateral (
+            select
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as cgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as sgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as igst
+            from public.invoice_taxes as tax
+            where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+          ) as levied
+          where invoice.organization_id = organization and invoice.status <> 'draft'
+            and invoice.invoice_date between from_day and to_day
+          union all
+          select
+            'credit_note', note.credit_note_number, note.credit_note_date, null, note.status::text, invoice.invoice_number,
+            note.customer, null, null, note.currency, -note.subtotal_minor, -note.tax_minor, -note.total_minor, 0, 0, note.id,
+            -levied.cgst, -levied.sgst, -levied.igst
+          from public.credit_notes as note
+          join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+          cross join lateral (
+            select
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as cgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as sgst,
+              coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as igst
+            from public.credit_note_taxes as tax
+            where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+          ) as levied
+          where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
+        ) as every
+        order by every.dated, every.number
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_invoices(date, date) is
+  'Invoices and credit notes dated in a range of days, both included, as rows for a spreadsheet: a credit note''s amounts are negative, so '
+  'that columns add up. 10,001 rows at most: one more than is given. Needs billing.view.';
+
+create function private.export_invoice_lines(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'document', 'number', 'date', 'line', 'kind', 'meter', 'description', 'sac', 'quantity', 'unit', 'unit_price', 'price_units',
+      'currency', 'amount'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.document, item.number, item.dated, item.position, item.kind, item.meter_key, item.description, item.sac, item.quantity,
+          item.unit, private.decimal_amount(item.unit_price_minor, item.currency)::text, item.price_units, item.currency,
+          private.decimal_amount(item.amount_minor, item.currency)::text
+        )
+        order by item.dated, item.number, item.position)
+      from (
+        select every.*
+        from (
+          select
+            'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, line.position, line.kind,
+            line.meter_key, line.description, invoice.issuer ->> 'sac_code' as sac, line.quantity, line.unit, line.unit_price_minor,
+            line.price_units, invoice.currency, line.amount_minor
+          from public.invoices as invoice
+          join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+          where invoice.organization_id = organization and invoice.status <> 'draft'
+            and invoice.invoice_date between from_day and to_day
+          union all
+          select
+            'credit_note', note.credit_note_number, note.credit_note_date, line.position, 'credit', null, line.description,
+            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor
+          from public.credit_notes as note
+          join public.credit_note_lines as line on line.organization_id = note.organization_id and line.credit_note_id = note.id
+          where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
+        ) as every
+        order by every.dated, every.number, every.position
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_invoice_lines(date, date) is
+  'The lines of what export_invoices gives, credit notes'' negative. Needs billing.view.';
+
+create function private.export_payments(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  zone text := (select tenant.timezone from public.organizations as tenant where tenant.id = organization);
+begin
+  perform private.check_export_days(from_day, to_day);
+  return jsonb_build_object(
+    'columns', jsonb_build_array(
+      'date', 'payment', 'gateway', 'status', 'purpose', 'invoice', 'currency', 'amount', 'applied', 'refunded', 'problem', 'id'
+    ),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          (item.happened_at at time zone zone)::date, item.gateway_payment_id, item.gateway, item.status, item.purpose,
+          item.invoice_number, item.currency, private.decimal_amount(item.amount_minor, item.currency)::text,
+          private.decimal_amount(item.applied_minor, item.currency)::text,
+          private.decimal_amount(item.refunded_minor, item.currency)::text, item.problem, item.id
+        )
+        order by item.happened_at, item.id)
+      from (
+        select payment.*, invoice.invoice_number, coalesce(payment.captured_at, payment.created_at) as happened_at
+        from public.payments as payment
+        left join public.invoices as invoice
+          on invoice.organization_id = payment.organization_id and invoice.id = payment.invoice_id
+        where payment.organization_id = organization
+          and coalesce(payment.captured_at, payment.created_at) >= private.local_midnight(from_day, zone)
+          and coalesce(payment.captured_at, payment.created_at) < private.local_midnight(to_day + 1, zone)
+        order by happened_at, payment.id
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_payments(date, date) is
+  'Payments captured, or else begun, in a range of the organization''s days, both included. 10,001 rows at most. Needs billing.view.';
+
+create function private.gstr1(organization uuid, from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  with given as (
+    select
+      'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.issuer, invoice.customer,
+      invoice.currency, invoice.subtotal_minor, invoice.total_minor, invoice.total_minor as invoice_total, 1 as sign, levied.*
+    from public.invoices as invoice
+    cross join lateral (
+      select
+        coalesce(sum(tax.rate_bp), 0)::integer as rate_bp,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint as camt,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint as samt,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint as iamt
+      from public.invoice_taxes as tax
+      where tax.organization_id = invoice.organization_id and tax.invoice_id = invoice.id
+    ) as levied
+    where invoice.status not in ('draft', 'void')
+      and (invoice.organization_id = $1 or $1 is null)
+      and invoice.invoice_date between $2 and $3
+    union all
+    select
+      'credit_note', note.credit_note_number, note.credit_note_date, note.issuer, note.customer, note.currency, note.subtotal_minor,
+      note.total_minor, invoice.total_minor, -1, levied.*
+    from public.credit_notes as note
+    join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
+    cross join lateral (
+      select
+        coalesce(sum(tax.rate_bp), 0)::integer,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'CGST'), 0)::bigint,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'SGST'), 0)::bigint,
+        coalesce(sum(tax.amount_minor) filter (where tax.name = 'IGST'), 0)::bigint
+      from public.credit_note_taxes as tax
+      where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
+    ) as levied
+    where note.status <> 'draft'
+      and (note.organization_id = $1 or $1 is null)
+      and note.credit_note_date between $2 and $3
+  ),
+  placed as (
+    select
+      given.*, given.customer ->> 'gstin' as ctin, receiver.code as pos,
+      receiver.code is distinct from supplier.code as is_inter_state,
+      given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' = 'IN' and given.currency = 'INR'
+        and receiver.code is not null as is_domestic
+    from given
+    -- Documents of before the place of supply was written on them say it by their codes.
+    left join private.gst_states as receiver
+      on receiver.code = coalesce(left(given.customer ->> 'gstin', 2), left(given.customer ->> 'place_of_supply', 2), given.customer ->> 'state_code')
+      or not given.customer ?| array['gstin', 'place_of_supply'] and receiver.letters = given.customer ->> 'state_code'
+    left join private.gst_states as supplier
+      on supplier.code = coalesce(left(given.issuer ->> 'gstin', 2), left(given.issuer ->> 'place_of_supply', 2), given.issuer ->> 'state_code')
+      or not given.issuer ?| array['gstin', 'place_of_supply'] and supplier.letters = given.issuer ->> 'state_code'
+  ),
+  sorted as (
+    select
+      placed.*,
+      case
+        when not placed.is_domestic then 'left_out'
+        when placed.ctin is not null then case placed.document when 'invoice' then 'b2b' else 'cdnr' end
+        -- A large one to an unregistered buyer of another state is told alone: above a lakh of rupees.
+        when placed.is_inter_state and placed.invoice_total > 10000000 then case placed.document when 'invoice' then 'b2cl' else 'cdnur' end
+        else 'b2cs'
+      end as section,
+      jsonb_build_array(jsonb_build_object('num', 1, 'itm_det', jsonb_build_object(
+        'txval', private.decimal_amount(placed.subtotal_minor, 'INR'), 'rt', round(placed.rate_bp / 100.0, 2),
+        'camt', private.decimal_amount(placed.camt, 'INR'), 'samt', private.decimal_amount(placed.samt, 'INR'),
+        'iamt', private.decimal_amount(placed.iamt, 'INR'), 'csamt', 0
+      ))) as itms,
+      to_char(placed.dated, 'DD-MM-YYYY') as idt,
+      private.decimal_amount(placed.total_minor, 'INR') as val
+    from placed
+  )
+  select jsonb_build_object(
+    'gstin', (select issuer.gstin from private.billing_issuer as issuer),
+    'fp', to_char($3, 'MMYYYY'),
+    'b2b', coalesce((
+      select jsonb_agg(jsonb_build_object('ctin', buyer.ctin, 'inv', buyer.inv) order by buyer.ctin)
+      from (
+        select
+          sorted.ctin,
+          jsonb_agg(
+            jsonb_build_object(
+              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R', 'itms', sorted.itms
+            )
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'b2b'
+        group by sorted.ctin
+      ) as buyer
+    ), '[]'),
+    'b2cl', coalesce((
+      select jsonb_agg(jsonb_build_object('pos', place.pos, 'inv', place.inv) order by place.pos)
+      from (
+        select
+          sorted.pos,
+          jsonb_agg(
+            jsonb_build_object('inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'itms', sorted.itms)
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'b2cl'
+        group by sorted.pos
+      ) as place
+    ), '[]'),
+    'b2cs', coalesce((
+      select jsonb_agg(
+        jsonb_build_object(
+          'sply_ty', case when rest.is_inter_state then 'INTER' else 'INTRA' end, 'pos', rest.pos, 'typ', 'OE',
+          'rt', round(rest.rate_bp / 100.0, 2), 'txval', private.decimal_amount(rest.txval, 'INR'),
+          'camt', private.decimal_amount(rest.camt, 'INR'), 'samt', private.decimal_amount(rest.samt, 'INR'),
+          'iamt', private.decimal_amount(rest.iamt, 'INR'), 'csamt', 0
+        )
+        order by rest.pos, rest.rate_bp)
+      from (
+        select
+          sorted.is_inter_state, sorted.pos, sorted.rate_bp, sum(sorted.sign * sorted.subtotal_minor)::bigint as txval,
+          sum(sorted.sign * sorted.camt)::bigint as camt, sum(sorted.sign * sorted.samt)::bigint as samt,
+          sum(sorted.sign * sorted.iamt)::bigint as iamt
+        from sorted
+        where sorted.section = 'b2cs'
+        group by sorted.is_inter_state, sorted.pos, sorted.rate_bp
+      ) as rest
+    ), '[]'),
+    'cdnr', coalesce((
+      select jsonb_agg(jsonb_build_object('ctin', buyer.ctin, 'nt', buyer.nt) order by buyer.ctin)
+      from (
+        select
+          sorted.ctin,
+          jsonb_agg(
+            jsonb_build_object(
+              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R',
+              'itms', sorted.itms
+            )
+            order by sorted.number) as nt
+        from sorted
+        where sorted.section = 'cdnr'
+        group by sorted.ctin
+      ) as buyer
+    ), '[]'),
+    'cdnur', coalesce((
+      select jsonb_agg(
+        jsonb_build_object(
+          'typ', 'B2CL', 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
+        )
+        order by sorted.number)
+      from sorted
+      where sorted.section = 'cdnur'
+    ), '[]'),
+    'left_out', coalesce((
+      select jsonb_agg(sorted.number order by sorted.number)
+      from sorted
+      where sorted.section = 'left_out'
+    ), '[]')
+  )
+$$;
+comment on function private.gstr1(uuid, date, date) is
+  'What was billed in a range of days in the sections and field names of India''s GSTR-1, for one organization or, with null, for all: '
+  'the operator''s own return. left_out names what is not domestic, not in rupees or without a known place, for a person to report.';
+
+create function private.export_gstr1(from_day date, to_day date) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+begin
+  perform private.check_export_days(from_day, to_day);
+  if (
+    select count(*)
+    from public.invoices as invoice
+    where invoice.organization_id = organization and invoice.invoice_date between from_day and to_day
+  ) > 10000 then
+    perform private.raise_error(413, 'export_too_large', 'More than 10,000 invoices: ask for fewer days', 'to');
+  end if;
+  return private.gstr1(organization, from_day, to_day);
+end
+$$;
+comment on function private.export_gstr1(date, date) is 'gstr1 for the caller''s organization. Needs billing.view.';
+
+-- The calls of a line -------------------------------------------------------------------------------------------------------------
+
+create function private.export_line_calls(invoice_id uuid, line integer) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  bill public.invoices;
+  billed public.invoice_lines;
+  skipped bigint;
+begin
+  select own.* into bill
+  from public.invoices as own
+  where own.organization_id = organization and own.id = invoice_id and own.status <> 'draft';
+  select own.* into billed
+  from public.invoice_lines as own
+  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null;
+  if billed.id is null then
+    perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
+  end if;
+  -- In the order in which they were counted, calls fill the meter's lines one after the other.
+  select coalesce(sum(earlier.quantity), 0)::bigint into skipped
+  from public.invoice_lines as earlier
+  where earlier.organization_id = organization
+    and earlier.invoice_id = bill.id
+    and earlier.meter_key = billed.meter_key
+    and earlier.position < billed.position;
+  return jsonb_build_object(
+    'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
+    'rows', coalesce((
+      select jsonb_agg(
+        jsonb_build_array(
+          item.occurred_at, item.source, item.key, item.direction,
+          -- Who may see calls sees whom they were with; a bill shows the end of the number.
+          case when item.number is not null then '…' || right(item.number, 4) end,
+          item.quantity, item.share, billed.unit, bill.currency,
+          private.decimal_amount(
+            private.divide_half_away(item.until::numeric * billed.amount_minor, billed.quantity)
+              - private.divide_half_away((item.until - item.share)::numeric * billed.amount_minor, billed.quantity), bill.currency)::text
+        )
+        order by item.occurred_at, item.id)
+      from (
+        select
+          part.*, sum(part.share) over (order by part.occurred_at, part.id) as until
+        from (
+          select
+            counted.*,
+            least(counted.running, skipped + billed.quantity) - greatest(counted.running - counted.quantity, skipped) as share
+          from (
+            select
+              event.id, event.occurred_at, event.source, event.key, event.quantity, attempt.direction,
+              case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number,
+              (sum(event.quantity) over (order by event.occurred_at, event.id))::bigint as running
+            from private.usage_events as event
+            left join public.call_logs as attempt
+              on attempt.organization_id = event.organization_id and attempt.id = case event.source when 'call' then event.key::uuid end
+            where event.organization_id = organization
+              and event.meter_key = billed.meter_key
+              and event.day between bill.first_day and bill.last_day
+              and event.occurred_at < bill.period_end
+          ) as counted
+        ) as part
+        where part.share > 0
+        order by part.occurred_at, part.id
+        limit 10001
+      ) as item
+    ), '[]')
+  );
+end
+$$;
+comment on function private.export_line_calls(uuid, integer) is
+  'The counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up to the '
+  'line''s, also where an event is partly within the plan. Needs billing.view.';
+
+-- What users and handlers call ----------------------------------------------------------------------------------------------------
+
+create function public.get_invoice(invoice_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_invoice(invoice_id)
+$$;
+comment on function public.get_invoice(uuid) is 'An invoice of the caller''s organization, whole: particulars, lines, taxes. Needs billing.view.';
+
+create function public.get_credit_note(credit_note_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_credit_note(credit_note_id)
+$$;
+comment on function public.get_credit_note(uuid) is 'A credit note of the caller''s organization, whole. Needs billing.view.';
+
+create function public.preview_invoice() returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.preview_invoice(private.clock_now())
+$$;
+comment on function public.preview_invoice() is 'The next invoice of the caller''s organization as of now; writes nothing. Needs billing.view.';
+
+create function public.export_invoices(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_invoices(from_day, to_day)
+$$;
+comment on function public.export_invoices(date, date) is 'Invoices and credit notes of a range of days as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_invoice_lines(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_invoice_lines(from_day, to_day)
+$$;
+comment on function public.export_invoice_lines(date, date) is 'Their lines as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_payments(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_payments(from_day, to_day)
+$$;
+comment on function public.export_payments(date, date) is 'Payments of a range of days as {"columns","rows"}. Needs billing.view.';
+
+create function public.export_gstr1(from_day date, to_day date) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_gstr1(from_day, to_day)
+$$;
+comment on function public.export_gstr1(date, date) is 'What was billed in a range of days in the sections of India''s GSTR-1. Needs billing.view.';
+
+create function public.export_line_calls(invoice_id uuid, line integer) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.export_line_calls(invoice_id, line)
+$$;
+comment on function public.export_line_calls(uuid, integer) is 'The calls that a line of an invoice charges for as {"columns","rows"}; they add up to it. Needs billing.view.';
+
+create function public.open_document(jsonb) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.open_document($1)
+$$;
+comment on function public.open_document(jsonb) is
+  'For invoice-generation. {"v":1,"document":"invoice|credit_note","id"} gives the document, of whichever organization.';
+
+revoke all on function
+  private.set_billing_logo(bytea), private.billing_logo(text), private.invoice_document(uuid, uuid),
+  private.credit_note_document(uuid, uuid), private.decimal_amount(bigint, text), private.check_export_days(date, date),
+  private.gstr1(uuid, date, date), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
+  private.export_invoices(date, date), private.export_invoice_lines(date, date), private.export_payments(date, date),
+  private.export_gstr1(date, date), private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid),
+  public.preview_invoice(), public.export_invoices(date, date), public.export_invoice_lines(date, date),
+  public.export_payments(date, date), public.export_gstr1(date, date), public.export_line_calls(uuid, integer),
+  private.open_document(jsonb), public.open_document(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz), private.export_invoices(date, date),
+  private.export_invoice_lines(date, date), private.export_payments(date, date), private.export_gstr1(date, date),
+  private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid), public.preview_invoice(),
+  public.export_invoices(date, date), public.export_invoice_lines(date, date), public.export_payments(date, date),
+  public.export_gstr1(date, date), public.export_line_calls(uuid, integer)
+to authenticated;
+grant execute on function private.open_document(jsonb), public.open_document(jsonb) to service_role;

@@ -1,0 +1,303 @@
+-- Rating: what quantities cost. Amounts are whole minor units; a quantity may have decimals and is numeric, never a float. What is
+-- summed is exact, and is rounded once a line, half away from zero. Functions that bill call these, and tests do.
+
+-- A price, a tax, a share of a period ---------------------------------------------------------------------------------------------
+
+create function private.rate_units(quantity numeric, price_minor numeric, price_units numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(quantity * price_minor, price_units);
+end
+$$;
+comment on function private.rate_units(numeric, numeric, numeric) is
+  'What a quantity costs when each `price_units` of it cost `price_minor`: a line.';
+
+create function private.tax_amount(taxable_minor bigint, rate_bp numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(taxable_minor * rate_bp, 10000);
+end
+$$;
+comment on function private.tax_amount(bigint, numeric) is
+  'One component of tax on a net amount, rounded alone; the rate is in hundredths of a percent.';
+
+create function private.gst_amounts(
+  net_minor bigint, is_intra_state boolean, rate_bp numeric, out cgst_minor bigint, out sgst_minor bigint, out igst_minor bigint
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  cgst_minor := case when is_intra_state then private.tax_amount(net_minor, rate_bp / 2) else 0 end;
+  sgst_minor := cgst_minor;
+  igst_minor := case when is_intra_state then 0 else private.tax_amount(net_minor, rate_bp) end;
+end
+$$;
+comment on function private.gst_amounts(bigint, boolean, numeric) is
+  'GST of India by component: half and half within a state, whole between states. The halves may differ from the whole by one unit.';
+
+create function private.prorate(amount_minor bigint, numerator numeric, denominator numeric) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if denominator <= 0 then
+    raise exception 'a share needs a positive denominator' using errcode = '22023';
+  end if;
+  return private.divide_half_away(amount_minor * numerator, denominator);
+end
+$$;
+comment on function private.prorate(bigint, numeric, numeric) is
+  'The part of an amount for the part of its period, rounded once; a credit is the mirror of its charge.';
+
+create function private.allocate_largest_remainder(total_minor bigint, weights numeric[]) returns bigint[]
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  whole numeric := (select sum(given.weight) from unnest(weights) as given (weight));
+begin
+  if whole is null or whole <= 0 or exists (select from unnest(weights) as given (weight) where coalesce(given.weight, -1) < 0) then
+    raise exception 'weights are not negative, and one is positive' using errcode = '22023';
+  end if;
+  return (
+    with share as (
+      select
+        given.position,
+        div(abs(total_minor) * given.weight, whole) as units,
+        row_number() over (order by mod(abs(total_minor) * given.weight, whole) desc, given.position) as rank
+      from unnest(weights) with ordinality as given (weight, position)
+    ),
+    missing as (
+      select abs(total_minor) - sum(share.units) as units
+      from share
+    )
+    select array_agg(
+      (sign(total_minor) * (share.units + case when share.rank <= missing.units then 1 else 0 end))::bigint order by share.position)
+    from share, missing
+  );
+end
+$$;
+comment on function private.allocate_largest_remainder(bigint, numeric[]) is
+  'An amount split by weights into whole units that add up to it: what is missing goes to the largest remainders, the first of equal ones.';
+
+-- Tiers and packages --------------------------------------------------------------------------------------------------------------
+
+create type private.price_tier as (
+  up_to            numeric,
+  unit_price_minor numeric,
+  flat_minor       bigint
+);
+comment on type private.price_tier is
+  'A step of a price: up to and with so many units, null without end, a unit costs so much, and whoever reaches it pays its flat fee.';
+
+create function private.check_tiers(tiers private.price_tier[]) returns void
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(cardinality(tiers), 0) = 0
+    or exists (
+      select
+      from (
+        select
+          given.*, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound,
+          given.position = cardinality(tiers) as is_last
+        from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as tier
+      where tier.unit_price_minor is null or tier.flat_minor is null or (tier.up_to is null) <> tier.is_last
+        or tier.up_to <= tier.lower_bound
+    ) then
+    raise exception 'tiers rise, have prices, and the last one alone has no end' using errcode = '22023';
+  end if;
+end
+$$;
+comment on function private.check_tiers(private.price_tier[]) is 'Fails unless every quantity has its tier.';
+
+create function private.graduated_tiers(tiers private.price_tier[], after_quantity numeric, quantity numeric, price_units numeric)
+returns table (tier bigint, tier_quantity numeric, cost numeric)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  perform private.check_tiers(tiers);
+  if coalesce(after_quantity, -1) < 0 or coalesce(quantity, -1) < 0 or coalesce(price_units, 0) <= 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  return query
+    select reached.position, reached.units, reached.units * reached.unit_price_minor
+      + case
+        when reached.lower_bound >= after_quantity and reached.lower_bound < after_quantity + quantity then reached.flat_minor * price_units
+        else 0
+      end
+    from (
+      select
+        bounded.*,
+        greatest(least(bounded.up_to, after_quantity + quantity) - greatest(bounded.lower_bound, after_quantity), 0) as units
+      from (
+        select given.*, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound
+        from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as bounded
+    ) as reached
+    order by reached.position;
+end
+$$;
+comment on function private.graduated_tiers(private.price_tier[], numeric, numeric, numeric) is
+  'How much of a quantity that follows another falls into each tier, and its exact cost times `price_units`, flat fees of tiers that it '
+  'is the first to reach included.';
+
+create function private.rate_graduated(
+  tiers private.price_tier[], quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return private.divide_half_away(
+    (select sum(part.cost) from private.graduated_tiers(tiers, 0, rate_graduated.quantity, price_units) as part)
+      + case when quantity = 0 and flat_at_zero then tiers[1].flat_minor * price_units else 0 end,
+    price_units);
+end
+$$;
+comment on function private.rate_graduated(private.price_tier[], numeric, boolean, numeric) is
+  'The graduated price: each unit at the price of its own tier, and the flat fees of the tiers reached. Whether nothing owes the first '
+  'flat fee is the plan''s choice.';
+
+create function private.rate_graduated_from(
+  tiers private.price_tier[], after_quantity numeric, quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  cost numeric;
+  before numeric;
+begin
+  select sum(part.cost) into cost from private.graduated_tiers(tiers, after_quantity, rate_graduated_from.quantity, price_units) as part;
+  select sum(part.cost) into before from private.graduated_tiers(tiers, 0, after_quantity, price_units) as part;
+  if flat_at_zero and after_quantity = 0 then
+    before := tiers[1].flat_minor * price_units;
+    cost := case when quantity = 0 then 0 else cost - before end;
+  end if;
+  return private.divide_half_away(before + cost, price_units) - private.divide_half_away(before, price_units);
+end
+$$;
+comment on function private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric) is
+  'What a quantity costs that follows another in the same period: with what that one cost, to the unit the price of both together.';
+
+create function private.rate_volume(
+  tiers private.price_tier[], quantity numeric, flat_at_zero boolean default false, price_units numeric default 1
+) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  reached private.price_tier;
+begin
+  perform private.check_tiers(tiers);
+  if coalesce(quantity, -1) < 0 or coalesce(price_units, 0) <= 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  if quantity = 0 and not flat_at_zero then
+    return 0;
+  end if;
+  select given.up_to, given.unit_price_minor, given.flat_minor
+  into reached
+  from unnest(tiers) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+  where given.up_to is null or rate_volume.quantity <= given.up_to
+  order by given.position
+  limit 1;
+  return private.divide_half_away(quantity * reached.unit_price_minor + reached.flat_minor * price_units, price_units);
+end
+$$;
+comment on function private.rate_volume(private.price_tier[], numeric, boolean, numeric) is
+  'The volume price: all units at the price of the tier that the quantity falls into, and its flat fee.';
+
+create function private.rate_package(quantity numeric, free_units numeric, package_units numeric, price_minor bigint) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(quantity, -1) < 0 or coalesce(free_units, -1) < 0 then
+    raise exception 'quantities are not negative, and a price is for something' using errcode = '22023';
+  end if;
+  return (private.started_units(greatest(quantity - free_units, 0), package_units) * price_minor)::bigint;
+end
+$$;
+comment on function private.rate_package(numeric, numeric, numeric, bigint) is
+  'Each started package beyond the free units costs its price.';
+
+create function private.started_units(quantity numeric, unit numeric) returns numeric
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if coalesce(unit, 0) <= 0 then
+    raise exception 'what is counted by needs to be positive' using errcode = '22023';
+  end if;
+  return div(quantity, unit) + case when mod(quantity, unit) > 0 then 1 else 0 end;
+end
+$$;
+comment on function private.started_units(numeric, numeric) is
+  'How many units of a size a quantity begins: pulses of a call, packages. By the call or by the sum is the plan''s choice.';
+
+-- What a plan includes ------------------------------------------------------------------------------------------------------------
+
+create function private.rate_beyond_allowance(
+  tiers private.price_tier[], quantity numeric, included_units numeric, price_units numeric default 1
+) returns bigint[]
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (
+    select array_agg(private.divide_half_away(part.cost, price_units) order by part.tier)
+    from private.graduated_tiers(
+      tiers, 0, greatest(rate_beyond_allowance.quantity - included_units, 0), price_units
+    ) as part
+  );
+end
+$$;
+comment on function private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric) is
+  'What is beyond an allowance, at graduated prices: a line a tier, each rounded alone.';
+
+create function private.rate_base_and_overage(
+  base_minor bigint, included_units numeric, quantity numeric, price_minor numeric, price_units numeric, rate_bp numeric,
+  out overage_units numeric, out subtotal_minor bigint, out tax_minor bigint, out total_minor bigint
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  overage_units := greatest(quantity - included_units, 0);
+  subtotal_minor := base_minor + private.rate_units(overage_units, price_minor, price_units);
+  tax_minor := private.tax_amount(subtotal_minor, rate_bp);
+  total_minor := subtotal_minor + tax_minor;
+end
+$$;
+comment on function private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric) is
+  'A period of one meter: the base price, what was used beyond the included units, and one tax on both.';
+
+-- Time ----------------------------------------------------------------------------------------------------------------------------
+
+create function private.series_month(instant timestamptz, timezone text) returns text
+language plpgsql stable set search_path = ''
+as $$
+begin
+  return to_char(instant at time zone timezone, 'YYYYMM');
+end
+$$;
+comment on function private.series_month(timestamptz, text) is 'The month in the number of a document, by its issuer''s time zone.';
+
+create function private.hours_in_period(starts timestamptz, ends timestamptz) returns numeric
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return trim_scale(extract(epoch from ends - starts) / 3600);
+end
+$$;
+comment on function private.hours_in_period(timestamptz, timestamptz) is
+  'The hours that pass from one instant to another: a month in which clocks are changed has one more or less.';
+
+revoke all on function
+  private.rate_units(numeric, numeric, numeric), private.tax_amount(bigint, numeric),
+  private.gst_amounts(bigint, boolean, numeric), private.prorate(bigint, numeric, numeric),
+  private.allocate_largest_remainder(bigint, numeric[]), private.check_tiers(private.price_tier[]),
+  private.graduated_tiers(private.price_tier[], numeric, numeric, numeric),
+  private.rate_graduated(private.price_tier[], numeric, boolean, numeric),
+  private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),
+  private.rate_volume(private.price_tier[], numeric, boolean, numeric), private.rate_package(numeric, numeric, numeric, bigint),
+  private.started_units(numeric, numeric), private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric),
+  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.series_month(timestamptz, text),
+  private.hours_in_period(timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
