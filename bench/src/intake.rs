@@ -45,6 +45,8 @@ const PUBLIC_ORIGIN: &str = "https://calls.example.com";
 const AUTH_TOKEN: &str = "a token of forty characters, as Plivo has";
 /// Connections of PostgREST.
 const POOL: u32 = 4;
+/// Organizations whose calls end: those of one end one after the other, since they count into the same usage.
+const ORGANIZATIONS: i32 = 64;
 /// How long an event may take.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -267,12 +269,15 @@ pub async fn run(options: Options) -> Result<()> {
     let count = options.events * 2 * (options.rounds + 1);
     let legs: Vec<Leg> = admin
         .query(
-            "with organization as (insert into public.organizations (name) values ('Bench') returning id)
+            "with organizations as (
+               insert into public.organizations (name) select 'Bench ' || number from generate_series(1, $3::integer) as number returning id
+             ), organization as (select id, row_number() over (order by id) - 1 as nth from organizations)
              insert into public.call_logs (organization_id, carrier_account_id, caller_number, callee_number, status, dialled, submitted_at)
              select organization.id, $1, '+918000000000', '+9199' || lpad(number::text, 8, '0'), 'initiated', true, private.clock_now()
-             from organization, generate_series(1, $2::integer) as number
+             from generate_series(1, $2::integer) as number
+             join organization on organization.nth = number % $3::integer
              returning id, callee_number",
-            &[&world.account, &i32::try_from(count)?],
+            &[&world.account, &i32::try_from(count)?, &ORGANIZATIONS],
         )
         .await?
         .iter()

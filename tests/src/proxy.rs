@@ -91,7 +91,7 @@ impl Proxy {
         });
         let router = Router::new().fallback(pass).with_state(Arc::clone(&inside));
         let server = tokio::spawn(async move {
-            let _ended = axum::serve(listener, router).await;
+            let _ended = axum::serve(local::parts::without_delay(listener), router).await;
         });
         Ok(Self { url, inside, server })
     }

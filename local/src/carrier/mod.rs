@@ -209,7 +209,7 @@ impl Carrier {
         });
         let router = api::router(Arc::clone(&world));
         let server = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
+            if let Err(error) = axum::serve(crate::parts::without_delay(listener), router).await {
                 tracing::error!(%error, "the simulated carrier stopped");
             }
         });

@@ -114,7 +114,7 @@ impl Listening {
             .with_state(state);
         let service = routes.into_make_service_with_connect_info::<SocketAddr>();
         let task = tokio::spawn(async move {
-            if let Err(error) = axum::serve(self.listener, service).await {
+            if let Err(error) = axum::serve(super::without_delay(self.listener), service).await {
                 tracing::error!(%error, "the gateway ended");
             }
         });

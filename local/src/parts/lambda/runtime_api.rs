@@ -12,7 +12,6 @@ use axum::{
     http::{HeaderMap, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::ListenerExt,
 };
 use serde_json::json;
 use std::{
@@ -80,12 +79,8 @@ impl Sandbox {
             .route("/2018-06-01/runtime/invocation/{id}/error", post(error))
             .route("/2018-06-01/runtime/init/error", post(init_error))
             .with_state(Arc::clone(&state));
-        let listener = listener.tap_io(|stream| {
-            // A small answer must not wait for an acknowledgement of the one before.
-            let _unsupported = stream.set_nodelay(true);
-        });
         let server = tokio::spawn(async move {
-            let _ended = axum::serve(listener, router).await;
+            let _ended = axum::serve(crate::parts::without_delay(listener), router).await;
         });
         Ok(Self { state, server, address })
     }
