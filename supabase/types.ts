@@ -186,14 +186,14 @@ isOneToOne: false
                   ]
                 },"call_queue": {
                   Row: {
-                    "attempt_count": number,"campaign_id": string,"created_at": string,"dispatch_count": number,"id": string,"last_error": string | null,"lead_id": string,"max_attempts": number,"metadata": NonNullable<Json>,"next_retry_at": string,"organization_id": string,"priority": number,"status": Database["public"]['Enums']["queue_status"],"updated_at": string,"wait_reason": string | null
+                    "attempt_count": number,"campaign_id": string,"created_at": string,"dial_class": number,"dispatch_count": number,"id": string,"last_error": string | null,"lead_id": string,"max_attempts": number,"metadata": NonNullable<Json>,"next_retry_at": string,"organization_id": string,"priority": number,"status": Database["public"]['Enums']["queue_status"],"updated_at": string,"wait_reason": string | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "attempt_count"?: number,"campaign_id": string,"created_at"?: string,"dispatch_count"?: number,"id"?: string,"last_error"?: string | null,"lead_id": string,"max_attempts"?: number,"metadata"?: NonNullable<Json>,"next_retry_at": string,"organization_id": string,"priority"?: number,"status"?: Database["public"]['Enums']["queue_status"],"updated_at"?: string,"wait_reason"?: string | null
+                    "attempt_count"?: number,"campaign_id": string,"created_at"?: string,"dial_class"?: number,"dispatch_count"?: number,"id"?: string,"last_error"?: string | null,"lead_id": string,"max_attempts"?: number,"metadata"?: NonNullable<Json>,"next_retry_at": string,"organization_id": string,"priority"?: number,"status"?: Database["public"]['Enums']["queue_status"],"updated_at"?: string,"wait_reason"?: string | null
                   }
                   Update: {
-                    "attempt_count"?: number,"campaign_id"?: string,"created_at"?: string,"dispatch_count"?: number,"id"?: string,"last_error"?: string | null,"lead_id"?: string,"max_attempts"?: number,"metadata"?: NonNullable<Json>,"next_retry_at"?: string,"organization_id"?: string,"priority"?: number,"status"?: Database["public"]['Enums']["queue_status"],"updated_at"?: string,"wait_reason"?: string | null
+                    "attempt_count"?: number,"campaign_id"?: string,"created_at"?: string,"dial_class"?: number,"dispatch_count"?: number,"id"?: string,"last_error"?: string | null,"lead_id"?: string,"max_attempts"?: number,"metadata"?: NonNullable<Json>,"next_retry_at"?: string,"organization_id"?: string,"priority"?: number,"status"?: Database["public"]['Enums']["queue_status"],"updated_at"?: string,"wait_reason"?: string | null
                   }
                   Relationships: [
                     {
@@ -218,14 +218,14 @@ isOneToOne: false
                   ]
                 },"caller_numbers": {
                   Row: {
-                    "carrier_account_id": string,"created_at": string,"id": string,"is_active": boolean,"organization_id": string,"phone_number": string,"updated_at": string
+                    "carrier_account_id": string,"created_at": string,"daily_calls": number | null,"id": string,"is_active": boolean,"organization_id": string,"phone_number": string,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "carrier_account_id": string,"created_at"?: string,"id"?: string,"is_active"?: boolean,"organization_id": string,"phone_number": string,"updated_at"?: string
+                    "carrier_account_id": string,"created_at"?: string,"daily_calls"?: number | null,"id"?: string,"is_active"?: boolean,"organization_id": string,"phone_number": string,"updated_at"?: string
                   }
                   Update: {
-                    "carrier_account_id"?: string,"created_at"?: string,"id"?: string,"is_active"?: boolean,"organization_id"?: string,"phone_number"?: string,"updated_at"?: string
+                    "carrier_account_id"?: string,"created_at"?: string,"daily_calls"?: number | null,"id"?: string,"is_active"?: boolean,"organization_id"?: string,"phone_number"?: string,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -354,14 +354,14 @@ isOneToOne: false
                   ]
                 },"campaigns": {
                   Row: {
-                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"description": string | null,"end_date": string | null,"id": string,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"paused_at": string | null,"project_id": string | null,"record_calls": boolean,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
+                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"description": string | null,"dialling_enabled": boolean,"end_date": string | null,"id": string,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"paused_at": string | null,"project_id": string | null,"purpose": string,"record_calls": boolean,"retry_rules": NonNullable<Json>,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"record_calls"?: boolean,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Update: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"record_calls"?: boolean,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -386,14 +386,14 @@ isOneToOne: false
                   ]
                 },"carrier_accounts": {
                   Row: {
-                    "account_sid": string,"api_base": string,"created_at": string,"credentials_sealed": string,"dialling_enabled": boolean,"id": string,"is_active": boolean,"max_concurrent_calls": number,"name": string | null,"organization_id": string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at": string
+                    "account_sid": string,"api_base": string,"created_at": string,"credentials_sealed": string,"dialling_enabled": boolean,"id": string,"is_active": boolean,"max_calls_per_second": number | null,"max_concurrent_calls": number,"name": string | null,"organization_id": string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "account_sid": string,"api_base": string,"created_at"?: string,"credentials_sealed": string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
+                    "account_sid": string,"api_base": string,"created_at"?: string,"credentials_sealed": string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_calls_per_second"?: number | null,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider": Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
                   }
                   Update: {
-                    "account_sid"?: string,"api_base"?: string,"created_at"?: string,"credentials_sealed"?: string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider"?: Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
+                    "account_sid"?: string,"api_base"?: string,"created_at"?: string,"credentials_sealed"?: string,"dialling_enabled"?: boolean,"id"?: string,"is_active"?: boolean,"max_calls_per_second"?: number | null,"max_concurrent_calls"?: number,"name"?: string | null,"organization_id"?: string | null,"provider"?: Database["public"]['Enums']["carrier_provider"],"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -1016,14 +1016,14 @@ isOneToOne: false
                   ]
                 },"organizations": {
                   Row: {
-                    "address_line_1": string | null,"address_line_2": string | null,"business_type": string | null,"caller_id": string | null,"city": string | null,"company_name": string | null,"contact_number": string | null,"country": string,"country_code": string,"created_at": string,"currency": string,"dialling_enabled": boolean,"gstin": string | null,"id": string,"max_concurrent_calls": number,"name": string,"onboarding_status": string,"pincode": string | null,"sector": string,"settings": NonNullable<Json>,"slug": string | null,"state": string | null,"state_code": string | null,"tier": Database["public"]['Enums']["org_tier"],"timezone": string,"updated_at": string
+                    "address_line_1": string | null,"address_line_2": string | null,"business_type": string | null,"caller_id": string | null,"city": string | null,"company_name": string | null,"contact_number": string | null,"country": string,"country_code": string,"created_at": string,"currency": string,"dial_countries": (string)[] | null,"dialling_enabled": boolean,"dispatch_weight": number,"gstin": string | null,"id": string,"max_concurrent_calls": number,"name": string,"onboarding_status": string,"pincode": string | null,"sector": string,"settings": NonNullable<Json>,"slug": string | null,"state": string | null,"state_code": string | null,"tier": Database["public"]['Enums']["org_tier"],"timezone": string,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dialling_enabled"?: boolean,"gstin"?: string | null,"id"?: string,"max_concurrent_calls"?: number,"name": string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
+                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"id"?: string,"max_concurrent_calls"?: number,"name": string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
                   }
                   Update: {
-                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dialling_enabled"?: boolean,"gstin"?: string | null,"id"?: string,"max_concurrent_calls"?: number,"name"?: string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
+                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"id"?: string,"max_concurrent_calls"?: number,"name"?: string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
                   }
                   Relationships: [
                     
@@ -1847,6 +1847,9 @@ isOneToOne: false
 "apply_retention":
 { Args: { "": Json }; Returns: Json
                            },
+"archive_campaign":
+{ Args: { "campaign_id": string }; Returns: Json
+                           },
 "auth_has_permission":
 { Args: { "permission": string }; Returns: boolean
                            },
@@ -1879,6 +1882,9 @@ isOneToOne: false
                            },
 "close_websocket":
 { Args: { "": Json }; Returns: Json
+                           },
+"complete_campaign":
+{ Args: { "campaign_id": string }; Returns: Json
                            },
 "complete_privacy_request":
 { Args: { "request_id": string }; Returns: Json
@@ -1955,6 +1961,9 @@ isOneToOne: false
 "get_credit_note":
 { Args: { "credit_note_id": string }; Returns: Json
                            },
+"get_dial_evidence":
+{ Args: { "phone_number": string }; Returns: Json
+                           },
 "get_event":
 { Args: { "": Json }; Returns: Json
                            },
@@ -2030,6 +2039,9 @@ isOneToOne: false
 "ping_websockets":
 { Args: { "": Json }; Returns: Json
                            },
+"preview_campaign":
+{ Args: { "campaign_id": string }; Returns: Json
+                           },
 "preview_invoice":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
@@ -2089,6 +2101,9 @@ isOneToOne: false
                            },
 "reserve_property":
 { Args: { "held_until"?: string,"lead_id"?: string,"property_id": string }; Returns: Json
+                           },
+"restore_campaign":
+{ Args: { "campaign_id": string }; Returns: Json
                            },
 "resume_campaign":
 { Args: { "campaign_id": string }; Returns: Json

@@ -309,7 +309,6 @@ create table public.call_queue (
   foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete restrict,
   foreign key (organization_id, lead_id) references public.leads (organization_id, id) on delete restrict
 ) with (fillfactor = 80);
-create index idx_call_queue_poll on public.call_queue (campaign_id, priority desc, next_retry_at) where status = 'queued';
 create index idx_call_queue_due on public.call_queue (campaign_id, next_retry_at) where status = 'queued';
 create index idx_call_queue_lead on public.call_queue (organization_id, lead_id);
 
@@ -328,7 +327,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -1329,3 +1328,294 @@ comment on column public.call_logs.stream_status is 'How the agent''s audio stre
 comment on column public.call_logs.stream_error is 'What broke the stream, in the carrier''s words.';
 comment on column public.call_logs.transfer_sid is 'The carrier''s id of the leg to the person that the call was transferred to.';
 comment on column public.call_logs.transfer_status is 'How the transfer fared: of two tries one that was answered counts.';
+
+
+-- Switches, pace and turns ---------------------------------------------------------------------------------------------------------
+-- Four switches stop dialling at once: the platform's, a carrier account's, an organization's and a campaign's. None is a user's.
+
+create table private.platform_dialling (
+  single           boolean primary key default true check (single),
+  dialling_enabled boolean not null default true,
+  reason           text,
+  retry_jitter     numeric not null default 0.2 check (retry_jitter between 0 and 0.5)
+);
+select private.close_table('private.platform_dialling');
+comment on table private.platform_dialling is 'What holds for every dial of the platform: one row, which the operator changes.';
+comment on column private.platform_dialling.dialling_enabled is 'Off: no call is begun for anybody; those under way go on to their end.';
+comment on column private.platform_dialling.reason is 'Why it is off, for whoever finds it so.';
+comment on column private.platform_dialling.retry_jitter is
+  'By which part a retry may come sooner or later than its rule says, so that what failed together does not return together.';
+insert into private.platform_dialling (single)
+values
+  (true);
+
+alter table public.campaigns add column dialling_enabled boolean not null default true;
+comment on column public.campaigns.dialling_enabled is 'The operator''s switch: off, nothing of this campaign is begun, whatever its users do.';
+
+alter table public.organizations add column dispatch_weight smallint not null default 1;
+alter table public.organizations add constraint organizations_dispatch_weight_range check (dispatch_weight between 1 and 100);
+comment on column public.organizations.dispatch_weight is 'Calls it is given for each one of an organization of weight 1, while both have some due.';
+
+alter table public.carrier_accounts add column max_calls_per_second numeric(7, 3);
+alter table public.carrier_accounts add constraint carrier_accounts_pace_positive check (max_calls_per_second > 0);
+comment on column public.carrier_accounts.max_calls_per_second is
+  'Dials a second, to be set below what the carrier admits, since it queues what is above without a word; null is without limit.';
+
+alter table public.caller_numbers add column daily_calls integer;
+alter table public.caller_numbers add constraint caller_numbers_daily_calls_positive check (daily_calls > 0);
+comment on column public.caller_numbers.daily_calls is 'Calls from it in 24 hours before it rests; null is without limit.';
+
+alter table public.call_queue add column dial_class smallint not null default 0;
+alter table public.call_queue add constraint call_queue_dial_class_range check (dial_class between 0 and 2);
+comment on column public.call_queue.dial_class is
+  '2: somebody asked to be called at a time; 1: a retry; 0: never called. Promised ones go first, retries get no more than every other place while there are fresh ones.';
+create index idx_call_queue_poll on public.call_queue (campaign_id, dial_class, priority desc, next_retry_at) where status = 'queued';
+create index idx_call_logs_caller_number on public.call_logs (caller_number, created_at desc) where direction = 'outbound';
+
+create table private.carrier_pace (
+  carrier_account_id uuid primary key references public.carrier_accounts (id) on delete cascade,
+  tokens             numeric(12, 6) not null,
+  refilled_at        timestamptz not null,
+  turn               numeric(20, 6) not null default 0
+);
+select private.close_table('private.carrier_pace');
+comment on table private.carrier_pace is 'How much of a carrier account''s pace is left, and whose turn it is. Written under the lock of releases alone.';
+comment on column private.carrier_pace.tokens is 'Calls that might have been begun at refilled_at, a second''s worth at most.';
+comment on column private.carrier_pace.refilled_at is 'Real time.';
+comment on column private.carrier_pace.turn is 'The turn of the call that was last given out: who comes back from having nothing due begins here, and saves up nothing.';
+
+create table private.dispatch_turns (
+  organization_id    uuid not null references public.organizations (id) on delete cascade,
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  turn               numeric(20, 6) not null,
+  primary key (organization_id, carrier_account_id)
+);
+create index idx_dispatch_turns_carrier_account on private.dispatch_turns (carrier_account_id);
+select private.close_table('private.dispatch_turns');
+comment on table private.dispatch_turns is
+  'The turn at which an organization gets its next call on an account; each call moves it on by one over its weight, and the lowest goes first.';
+
+-- Retries of a campaign's own, and what stops a failing line ------------------------------------------------------------------------
+
+alter table public.campaigns add column retry_rules jsonb not null default '{}';
+alter table public.campaigns add constraint campaigns_retry_rules_object check (jsonb_typeof(retry_rules) = 'object');
+comment on column public.campaigns.retry_rules is
+  'Its own waits in minutes by outcome, as {"busy":[30,90]}; of an outcome that is not named the platform''s hold. No more and no sooner '
+  'than these allow: window, gap and caps come on top.';
+grant insert (retry_rules), update (retry_rules) on public.campaigns to authenticated;
+
+alter table private.retry_rules add column other_part boolean not null default false;
+comment on column private.retry_rules.other_part is 'At another time of the day than the attempt that failed: morning, afternoon or evening.';
+update private.retry_rules set other_part = true where outcome = 'no_answer' and nth > 1 or outcome = 'machine';
+
+create function private.check_retry_rules() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  rule record;
+begin
+  for rule in select wanted.key, wanted.value from jsonb_each(new.retry_rules) as wanted loop
+    if not exists (select from private.retry_rules as known where known.outcome::text = rule.key) then
+      perform private.raise_error(422, 'invalid_setting', format('Nobody is called again after %L', rule.key), 'retry_rules');
+    end if;
+    if jsonb_typeof(rule.value) <> 'array'
+      or jsonb_array_length(rule.value) > (select count(*) from private.retry_rules as known where known.outcome::text = rule.key)
+      or exists (
+        select
+        from jsonb_array_elements(rule.value) as wait
+        where case when jsonb_typeof(wait.value) = 'number' then wait.value::numeric not between 5 and 20160 or wait.value::numeric % 1 <> 0 else true end
+      )
+    then
+      perform private.raise_error(
+        422, 'invalid_setting', format('%s takes as many whole minutes from 5 to 20160 as there are retries, or fewer', rule.key), 'retry_rules'
+      );
+    end if;
+  end loop;
+  return new;
+end
+$$;
+comment on function private.check_retry_rules() is 'Trigger: a campaign''s own retries are of outcomes that have any, and no more than those.';
+revoke execute on function private.check_retry_rules() from public;
+create trigger check_retry_rules before insert or update of retry_rules on public.campaigns
+  for each row when (new.retry_rules <> '{}') execute function private.check_retry_rules();
+
+create table private.breakers (
+  scope    uuid primary key,
+  is_open  boolean not null,
+  since    timestamptz not null,
+  retry_at timestamptz
+);
+select private.close_table('private.breakers');
+comment on table private.breakers is
+  'Carrier accounts and campaigns whose calls failed by a fault of carrier or ours, half of ten or more in two minutes. Written under the lock of releases alone.';
+comment on column private.breakers.scope is 'The id of the account or campaign.';
+comment on column private.breakers.since is 'Business time at which it opened or closed; what ended before is not counted again.';
+comment on column private.breakers.retry_at is 'Business time from which one call at a time tries whether it is over.';
+
+alter table private.carrier_pace
+  add column ceiling integer check (ceiling > 0),
+  add column ceiling_at timestamptz;
+comment on column private.carrier_pace.ceiling is 'Calls in flight for now, since the carrier had no room for more: halved each time, and one more for each minute without; null is none.';
+comment on column private.carrier_pace.ceiling_at is 'Business time at which the ceiling last changed.';
+
+create index idx_call_logs_ended on public.call_logs (ended_at desc) where status = 'ended' and direction = 'outbound';
+create index idx_call_logs_faults on public.call_logs (ended_at desc)
+  where direction = 'outbound' and call_status in ('carrier_transient', 'our_fault', 'lost', 'capacity');
+
+-- Where a number is, and whether it may be called at all -----------------------------------------------------------------------------
+
+create table private.destinations (
+  prefix  text primary key check (prefix ~ '^\+[1-9][0-9]{0,6}$'),
+  country text check (country ~ '^[A-Z]{2}$'),
+  region  text check (region ~ '^[A-Z0-9]{1,3}$'),
+  zones   text[] check (cardinality(zones) > 0),
+  kind    text not null default 'ordinary' check (kind in ('ordinary', 'premium', 'shared_cost', 'satellite')),
+  digits  smallint check (digits between 7 and 15)
+);
+select private.close_table('private.destinations');
+comment on table private.destinations is
+  'What the longest prefix of a number says of it. A number of no prefix, of no country, of other digits than its prefix has, or of another kind '
+  'than ordinary is never called. Reference data, to be checked before launch and kept up to date: of an area code that is not listed it is not '
+  'known which law holds, and nobody is called there.';
+comment on column private.destinations.region is
+  'The state, whose law holds besides the country''s (calling_hours). Of a person who moved and kept the number it is not true: their zone decides besides.';
+comment on column private.destinations.zones is
+  'Every zone of the state or country: of somebody whose own zone is not known it must be a legal hour in all of them. Null is not known either.';
+comment on column private.destinations.digits is 'How many a whole number has; what is shorter is a short code.';
+insert into private.destinations (prefix, country, zones, kind, digits)
+values
+  -- What begins with +1 and an area code that is not listed, free of charge for the callee or new, is of no state.
+  ('+1', null, null, 'ordinary', 11), ('+1900', 'US', null, 'premium', 11), ('+91', 'IN', '{Asia/Kolkata}', 'ordinary', 12),
+  ('+911860', 'IN', null, 'shared_cost', 11), ('+911900', 'IN', null, 'premium', null), ('+808', null, null, 'shared_cost', null),
+  ('+870', null, null, 'satellite', null), ('+878', null, null, 'premium', null), ('+881', null, null, 'satellite', null),
+  ('+882', null, null, 'satellite', null), ('+883', null, null, 'satellite', null), ('+979', null, null, 'premium', null);
+insert into private.destinations (prefix, country, region, zones, digits)
+select '+1' || area.code, area.country, area.region, area.zones, 11
+from (
+  select
+    split_part(listed.place, '-', 1) as country, nullif(split_part(listed.place, '-', 2), '') as region,
+    string_to_array(listed.zones, ' ') as zones, unnest(string_to_array(listed.codes, ' ')) as code
+  from (
+    values
+      ('US-AK', 'America/Anchorage America/Adak', '907'),
+      ('US-AL', 'America/Chicago', '205 251 256 334 659 938'),
+      ('US-AR', 'America/Chicago', '327 479 501 870'),
+      ('US-AZ', 'America/Phoenix America/Denver', '480 520 602 623 928'),
+      (
+        'US-CA', 'America/Los_Angeles',
+        '209 213 279 323 341 350 369 408 415 424 442 510 530 559 562 619 626 628 650 657 661 669 707 714 738 747 760 805 818 820 831 '
+        '840 858 909 916 925 949 951'
+      ),
+      ('US-CO', 'America/Denver', '303 719 720 748 970 983'),
+      ('US-CT', 'America/New_York', '203 475 860 959'),
+      ('US-DC', 'America/New_York', '202 771'),
+      ('US-DE', 'America/New_York', '302'),
+      ('US-FL', 'America/New_York America/Chicago', '239 305 321 324 352 386 407 448 561 645 656 689 727 728 754 772 786 813 850 863 904 941 954'),
+      ('US-GA', 'America/New_York', '229 404 470 478 678 706 762 770 912 943'),
+      ('US-HI', 'Pacific/Honolulu', '808'),
+      ('US-IA', 'America/Chicago', '319 515 563 641 712'),
+      ('US-ID', 'America/Boise America/Los_Angeles', '208 986'),
+      ('US-IL', 'America/Chicago', '217 224 309 312 331 447 464 618 630 708 730 773 779 815 847 872'),
+      ('US-IN', 'America/Indiana/Indianapolis America/Chicago', '219 260 317 463 574 765 812 930'),
+      ('US-KS', 'America/Chicago America/Denver', '316 620 785 913'),
+      ('US-KY', 'America/New_York America/Chicago', '270 364 502 606 859'),
+      ('US-LA', 'America/Chicago', '225 318 337 457 504 985'),
+      ('US-MA', 'America/New_York', '339 351 413 508 617 774 781 857 978'),
+      ('US-MD', 'America/New_York', '227 240 301 410 443 667'),
+      ('US-ME', 'America/New_York', '207'),
+      ('US-MI', 'America/Detroit America/Chicago', '231 248 269 313 517 586 616 679 734 810 906 947 989'),
+      ('US-MN', 'America/Chicago', '218 320 507 612 651 763 924 952'),
+      ('US-MO', 'America/Chicago', '235 314 417 557 573 636 660 816 975'),
+      ('US-MS', 'America/Chicago', '228 471 601 662 769'),
+      ('US-MT', 'America/Denver', '406'),
+      ('US-NC', 'America/New_York', '252 336 472 704 743 828 910 919 980 984'),
+      ('US-ND', 'America/Chicago America/Denver', '701'),
+      ('US-NE', 'America/Chicago America/Denver', '308 402 531'),
+      ('US-NH', 'America/New_York', '603'),
+      ('US-NJ', 'America/New_York', '201 551 609 640 732 848 856 862 908 973'),
+      ('US-NM', 'America/Denver', '505 575'),
+      ('US-NV', 'America/Los_Angeles America/Denver', '702 725 775'),
+      ('US-NY', 'America/New_York', '212 315 329 332 347 363 516 518 585 607 631 646 680 716 718 838 845 914 917 929 934'),
+      ('US-OH', 'America/New_York', '216 220 234 283 326 330 380 419 440 513 567 614 740 937'),
+      ('US-OK', 'America/Chicago', '405 539 572 580 918'),
+      ('US-OR', 'America/Los_Angeles America/Boise', '458 503 541 971'),
+      ('US-PA', 'America/New_York', '215 223 267 272 412 445 484 570 582 610 717 724 814 835 878'),
+      ('US-RI', 'America/New_York', '401'),
+      ('US-SC', 'America/New_York', '803 821 839 843 854 864'),
+      ('US-SD', 'America/Chicago America/Denver', '605'),
+      ('US-TN', 'America/Chicago America/New_York', '423 615 629 731 865 901 931'),
+      (
+        'US-TX', 'America/Chicago America/Denver',
+        '210 214 254 281 325 346 361 409 430 432 469 512 682 713 726 737 806 817 830 832 903 915 936 940 945 956 972 979'
+      ),
+      ('US-UT', 'America/Denver', '385 435 801'),
+      ('US-VA', 'America/New_York', '276 434 540 571 686 703 757 804 826 948'),
+      ('US-VT', 'America/New_York', '802'),
+      ('US-WA', 'America/Los_Angeles', '206 253 360 425 509 564'),
+      ('US-WI', 'America/Chicago', '262 274 353 414 534 608 715 920'),
+      ('US-WV', 'America/New_York', '304 681'),
+      ('US-WY', 'America/Denver', '307'),
+      (
+        'CA', null,
+        '204 226 236 249 250 257 263 273 289 306 343 354 365 367 368 382 403 416 418 428 431 437 438 450 460 468 474 506 514 519 548 579 581 584 '
+        '587 604 613 639 647 672 683 705 709 742 753 778 780 782 807 819 825 867 873 879 902 905 942'
+      ),
+      ('AG', null, '268'), ('AI', null, '264'), ('AS', null, '684'), ('BB', null, '246'), ('BM', null, '441'), ('BS', null, '242'),
+      ('DM', null, '767'), ('DO', null, '809 829 849'), ('GD', null, '473'), ('GU', null, '671'), ('JM', null, '658 876'), ('KN', null, '869'),
+      ('KY', null, '345'), ('LC', null, '758'), ('MP', null, '670'), ('MS', null, '664'), ('PR', null, '787 939'), ('SX', null, '721'),
+      ('TC', null, '649'), ('TT', null, '868'), ('VC', null, '784'), ('VG', null, '284'), ('VI', null, '340')
+  ) as listed (place, zones, codes)
+) as area;
+
+alter table public.organizations add column dial_countries text[];
+comment on column public.organizations.dial_countries is
+  'Countries it may call, as ISO 3166 codes, set by the operator; null is every country whose calling hours are known.';
+alter table public.campaigns add column purpose text not null default 'service';
+alter table public.campaigns add constraint campaigns_purpose_known check (purpose in ('service', 'promotional'));
+comment on column public.campaigns.purpose is 'Which of the legal hours hold (calling_hours): service or promotional.';
+grant insert (purpose), update (purpose) on public.campaigns to authenticated;
+
+create function private.destination(
+  phone text, allowed text[], out country text, out region text, out zones text[], out is_callable boolean
+)
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  select
+    known.country, known.region, known.zones,
+    known.kind = 'ordinary' and (known.digits is null or length(phone) = known.digits + 1)
+      and (allowed is null or known.country = any (allowed))
+      and exists (select from public.calling_hours as law where law.jurisdiction = known.country)
+  into country, region, zones, is_callable
+  from private.destinations as known
+  where known.prefix = any (array(select left(phone, size) from generate_series(2, 8) as size))
+  order by length(known.prefix) desc
+  limit 1;
+  is_callable := coalesce(is_callable, false);
+end
+$$;
+comment on function private.destination(text, text[]) is
+  'Which country, state and zones a number is of, and whether it may be called: never premium, satellite or short, nor where the hours are not known.';
+revoke execute on function private.destination(text, text[]) from public;
+
+-- Why a call was allowed -------------------------------------------------------------------------------------------------------------
+
+create table private.dial_evidence (
+  attempt_id       uuid primary key,
+  organization_id  uuid not null,
+  consent_id       uuid,
+  register_key     text,
+  register_version integer,
+  country          text,
+  region           text,
+  purpose          text not null,
+  zones            text[] not null,
+  zone_source      text not null check (zone_source in ('lead', 'number', 'campaign')),
+  dials_before     timestamptz[],
+  foreign key (organization_id, attempt_id) references public.call_logs (organization_id, id) on delete cascade
+);
+create index idx_dial_evidence_attempt on private.dial_evidence (organization_id, attempt_id);
+select private.close_table('private.dial_evidence');
+comment on table private.dial_evidence is 'What the release saw when it allowed an attempt, written in its transaction and never changed.';
+comment on column private.dial_evidence.consent_id is 'The consent for the campaign''s purpose that held, where there was one.';
+comment on column private.dial_evidence.register_version is 'The version of the register of numbers not to be called that was looked at, where one is enforced.';
+comment on column private.dial_evidence.zone_source is 'Whose time zones they are: the lead''s own, else those of the number''s state or country, else the campaign''s.';
+comment on column private.dial_evidence.dials_before is 'When the number was last called, by whomever: gap and caps were judged by these.';

@@ -43,6 +43,68 @@ comment on function private.calling_window(timestamptz, text, time, time, date, 
   'The stretch in which somebody in a zone may be called: the one that is open, or else the next; null when there is none. '
   'The opening minute belongs to it, the closing one does not.';
 
+create function private.legal_window(
+  at timestamptz, zone text, campaign public.campaigns, country text, region text, out opens_at timestamptz, out closes_at timestamptz
+)
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  stretch record;
+  law     record;
+  day     date;
+  moment  timestamptz := at;
+begin
+  -- Holidays may follow on a weekend: ten days are looked through.
+  for try in 1..20 loop
+    stretch := private.calling_window(moment, zone, campaign.time_start, campaign.time_end, campaign.start_date, campaign.end_date);
+    exit when stretch.opens_at is null or stretch.opens_at > at + interval '10 days' and try > 2;
+    day := (stretch.opens_at at time zone zone)::date;
+    law := private.legal_hours(country, region, campaign.purpose, day);
+    if law.opens is not null then
+      opens_at := greatest(stretch.opens_at, (day + law.opens)::timestamp at time zone zone);
+      closes_at := least(stretch.closes_at, (day + law.closes)::timestamp at time zone zone);
+      if opens_at < closes_at and closes_at > at then
+        return;
+      end if;
+    end if;
+    moment := stretch.closes_at;
+  end loop;
+  opens_at := null;
+  closes_at := null;
+end
+$$;
+comment on function private.legal_window(timestamptz, text, public.campaigns, text, text) is
+  'The calling window of a campaign in a zone, as far as the law of the country and state leaves it open on that day; null when nothing is left.';
+
+create function private.callee_zones(lead_zone text, number_zones text[], campaign_zone text) returns text[]
+language sql stable security definer set search_path = '' as $$
+  select case when count(known.name) = count(*) then array_agg(known.name order by known.name) end
+  from unnest(case when lead_zone <> '' then array[lead_zone] else coalesce(number_zones, array[campaign_zone]) end) as wanted (name)
+  left join private.timezones as known on known.name = wanted.name
+$$;
+comment on function private.callee_zones(text, text[], text) is
+  'The zones that a callee may be in: the lead''s own, else those of the number, else the campaign''s; null when one of them is no zone.';
+
+create function private.callee_window(
+  at timestamptz, zones text[], campaign public.campaigns, country text, region text, out opens_at timestamptz, out closes_at timestamptz
+)
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  moment timestamptz := at;
+begin
+  -- When the last of them opens, another may have closed meanwhile: then it is the next time.
+  for try in 1..10 loop
+    select case when bool_and(stretch.opens_at is not null) then max(stretch.opens_at) end, min(stretch.closes_at)
+    into opens_at, closes_at
+    from unnest(zones) as place (zone)
+    cross join lateral private.legal_window(moment, place.zone, campaign, country, region) as stretch;
+    exit when opens_at is null or opens_at <= moment;
+    moment := opens_at;
+  end loop;
+end
+$$;
+comment on function private.callee_window(timestamptz, text[], public.campaigns, text, text) is
+  'The stretch in which somebody who is in any of some zones may be called in all of them; null when there is none.';
+
 create function private.recent_dials(callee text, at timestamptz) returns timestamptz[]
 language plpgsql stable security definer set search_path = '' as $$
 begin
@@ -147,26 +209,56 @@ end
 $$;
 comment on function private.write_attempt(public.call_logs) is 'Writes what events and dialling change of an attempt; its row is locked already.';
 
-create function private.next_dial_at(attempt public.call_logs, campaign public.campaigns, earliest timestamptz) returns timestamptz
+create function private.day_part(moment timestamptz, zone text) returns integer
+language sql stable set search_path = '' as $$
+  select width_bucket(extract(hour from moment at time zone zone), array[12, 17]::numeric[])
+$$;
+comment on function private.day_part(timestamptz, text) is 'Morning, afternoon or evening: 0, 1 or 2.';
+
+create function private.retry_wait(campaign public.campaigns, outcome public.call_outcome, nth bigint) returns interval
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  jitter constant numeric := coalesce((select platform.retry_jitter from private.platform_dialling as platform), 0);
+  wait   interval;
+begin
+  if campaign.retry_rules ? outcome::text then
+    wait := make_interval(mins => (campaign.retry_rules -> outcome::text ->> (nth - 1)::integer)::integer);
+  else
+    wait := (select rule.delay from private.retry_rules as rule where rule.outcome = retry_wait.outcome and rule.nth = retry_wait.nth);
+  end if;
+  return wait * (1 + jitter * (2 * random() - 1));
+end
+$$;
+comment on function private.retry_wait(public.campaigns, public.call_outcome, bigint) is
+  'How long to wait after the nth attempt that ended so: by the campaign''s rules, else the platform''s, and a little sooner or later; null is not again.';
+
+create function private.next_dial_at(
+  attempt public.call_logs, campaign public.campaigns, earliest timestamptz, other_part boolean default false
+) returns timestamptz
 language plpgsql stable security definer set search_path = '' as $$
 declare
   dials timestamptz[] := private.recent_dials(attempt.callee_number, attempt.ended_at);
   free  timestamptz := greatest(earliest, dials[1] + interval '60 minutes', dials[2] + interval '24 hours');
-  zone  text;
+  zones text[];
+  callee record;
 begin
-  select known.name into zone
+  select found.* into callee from private.destination(attempt.callee_number, null) as found;
+  select private.callee_zones(lead.timezone, callee.zones, campaign.timezone) into zones
   from public.leads as lead
-  join private.timezones as known on known.name = coalesce(nullif(lead.timezone, ''), campaign.timezone)
   where lead.organization_id = attempt.organization_id and lead.id = attempt.lead_id;
-  if zone is not null then
-    free := greatest(free, (
-      private.calling_window(free, zone, campaign.time_start, campaign.time_end, campaign.start_date, campaign.end_date)
-    ).opens_at);
+  if zones is not null then
+    -- Who was not there in the morning may be in the afternoon.
+    if other_part and private.day_part(free, zones[1]) = private.day_part(coalesce(attempt.submitted_at, attempt.ended_at), zones[1]) then
+      free := (
+        (free at time zone zones[1])::date + (array['12:00', '17:00', '33:00']::interval[])[private.day_part(free, zones[1]) + 1]
+      )::timestamp at time zone zones[1];
+    end if;
+    free := greatest(free, (private.callee_window(free, zones, campaign, callee.country, callee.region)).opens_at);
   end if;
   return private.whole_minute(free);
 end
 $$;
-comment on function private.next_dial_at(public.call_logs, public.campaigns, timestamptz) is
+comment on function private.next_dial_at(public.call_logs, public.campaigns, timestamptz, boolean) is
   'When a lead may be called again, not before a given time: gap, caps and window as they look now. The release judges anew.';
 
 create function private.end_attempt(
@@ -181,6 +273,8 @@ declare
   -- Want of capacity or time is not the lead's doing, and neither is a gate that closed.
   counted  boolean := outcome not in ('capacity', 'expired') and due is null and closing is null;
   attempts smallint;
+  tries    bigint;
+  wait     interval;
   next_at  timestamptz := due;
   final    public.campaign_lead_status := closing;
   completes boolean;
@@ -226,16 +320,22 @@ begin
       elsif not counted then
         next_at := at + interval '1 minute';
       elsif attempts < queue.max_attempts then
-        select private.next_dial_at(attempt, campaign, attempt.ended_at + rule.delay) into next_at
-        from private.retry_rules as rule
-        where rule.outcome = end_attempt.outcome
-          and rule.nth = (
-            select count(*)
-            from public.call_logs as log
-            where log.organization_id = attempt.organization_id
-              and log.queue_id = queue.id
-              and log.call_status = end_attempt.outcome
+        tries := (
+          select count(*)
+          from public.call_logs as log
+          where log.organization_id = attempt.organization_id
+            and log.queue_id = queue.id
+            and log.call_status = end_attempt.outcome
+        );
+        wait := private.retry_wait(campaign, outcome, tries);
+        if wait is not null then
+          next_at := private.next_dial_at(
+            attempt, campaign, attempt.ended_at + wait,
+            exists (
+              select from private.retry_rules as rule where rule.outcome = end_attempt.outcome and rule.nth = tries and rule.other_part
+            )
           );
+        end if;
       end if;
       if final is null and next_at is null then
         final := 'failed';
@@ -254,6 +354,11 @@ begin
       next_retry_at = coalesce(next_at, waiting.next_retry_at),
       wait_reason = case when final is null then coalesce(reason, 'retry_' || outcome) end,
       last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end,
+      dial_class = case
+        when final is null and reason = 'callback' then 2
+        when final is null and counted then 1
+        else waiting.dial_class
+      end,
       max_attempts = case when reason = 'callback' then greatest(waiting.max_attempts, attempts + 1) else waiting.max_attempts end,
       metadata = waiting.metadata - 'callback_at'
     where waiting.id = queue.id;
@@ -459,12 +564,145 @@ create type private.candidate as (
   max_call_seconds     integer,
   closes_at            timestamptz,
   verdict              text,
-  due                  timestamptz
+  due                  timestamptz,
+  dial_class           smallint
 );
 comment on type private.candidate is
   'A queue row as release_calls() judges it. No verdict: it may be dialled until closes_at. A verdict with due: it waits. Without: it is over.';
 
-create function private.judge_candidates(at timestamptz, budget integer, passed uuid[]) returns private.candidate[]
+create function private.check_breakers(at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' set enable_seqscan = off as $$
+begin
+  if exists (
+      select
+      from public.call_logs as log
+      where log.direction = 'outbound' and log.call_status in ('carrier_transient', 'our_fault', 'lost', 'capacity')
+        and log.ended_at > at - interval '2 minutes'
+    )
+    or exists (select from public.call_logs as log where log.status <> 'ended' and log.status = 'submission_unknown')
+    or exists (select from private.breakers as breaker where breaker.is_open)
+  then
+    with judged as materialized (
+      select scope.id, recent.ended_at, recent.is_fault
+      from (
+        (
+          select
+            log.carrier_account_id, log.campaign_id, log.ended_at,
+            case
+              when log.call_status in ('carrier_transient', 'our_fault', 'lost') then true
+              when log.call_status in ('answered', 'machine', 'rejected') then false
+            end as is_fault
+          from public.call_logs as log
+          where log.status = 'ended' and log.direction = 'outbound' and log.ended_at > at - interval '2 minutes'
+          order by log.ended_at desc
+          limit 4000
+        )
+        union all
+        select log.carrier_account_id, log.campaign_id, at, true
+        from public.call_logs as log
+        where log.status <> 'ended' and log.status = 'submission_unknown' and log.submitted_at > at - interval '2 minutes'
+      ) as recent
+      cross join lateral (values (recent.carrier_account_id), (recent.campaign_id)) as scope (id)
+      -- Busy, no answer and the like say nothing of the line.
+      where recent.is_fault is not null and scope.id is not null
+    ),
+    told as (
+      select
+        judged.id, breaker.is_open, breaker.retry_at,
+        count(*) filter (where judged.ended_at > coalesce(breaker.since, '-infinity')) as calls,
+        count(*) filter (where judged.is_fault and judged.ended_at > coalesce(breaker.since, '-infinity')) as faults,
+        bool_or(judged.is_fault) filter (where judged.ended_at >= breaker.retry_at) as probe_failed
+      from judged
+      left join private.breakers as breaker on breaker.scope = judged.id
+      group by judged.id, breaker.is_open, breaker.retry_at
+    )
+    insert into private.breakers as breaker (scope, is_open, since, retry_at)
+    select
+      told.id, coalesce(told.probe_failed, true), at,
+      -- Not all at the same time again.
+      case when coalesce(told.probe_failed, true) then at + interval '1 minute' * (1 + 0.2 * random()) end
+    from told
+    where case when told.is_open then told.probe_failed is not null else told.calls >= 10 and told.faults * 2 >= told.calls end
+    on conflict (scope) do update set is_open = excluded.is_open, since = excluded.since, retry_at = excluded.retry_at;
+
+    insert into private.carrier_pace as pace (carrier_account_id, tokens, refilled_at, ceiling, ceiling_at)
+    select
+      account.id, coalesce(private.account_tokens(account), 0), clock_timestamp(),
+      -- Half of what was tried to have in flight.
+      greatest(least(account.max_concurrent_calls, known.ceiling, refused.calls + (
+        select count(*) from public.call_logs as log where log.carrier_account_id = account.id and log.status <> 'ended'
+      )) / 2, 1),
+      at
+    from public.carrier_accounts as account
+    left join private.carrier_pace as known on known.carrier_account_id = account.id
+    join (
+      select log.carrier_account_id, count(*) as calls
+      from public.call_logs as log
+      where log.direction = 'outbound' and log.call_status in ('carrier_transient', 'our_fault', 'lost', 'capacity')
+        and log.call_status = 'capacity' and log.ended_at > at - interval '1 minute'
+      group by log.carrier_account_id
+    ) as refused on refused.carrier_account_id = account.id
+    where known.ceiling_at is null or known.ceiling_at <= at - interval '1 minute'
+    on conflict (carrier_account_id) do update set ceiling = excluded.ceiling, ceiling_at = excluded.ceiling_at;
+  end if;
+
+  update private.carrier_pace as pace
+  set
+    ceiling = nullif(
+      least(pace.ceiling + floor(extract(epoch from at - pace.ceiling_at) / 60)::integer, account.max_concurrent_calls), account.max_concurrent_calls
+    ),
+    ceiling_at = at
+  from public.carrier_accounts as account
+  where account.id = pace.carrier_account_id and pace.ceiling is not null and pace.ceiling_at <= at - interval '1 minute';
+end
+$$;
+comment on function private.check_breakers(timestamptz) is
+  'Opens and closes the breakers of carrier accounts and campaigns by how calls ended in the last two minutes, and lowers or raises the '
+  'calls in flight of accounts whose carrier was full. Under the lock of releases.';
+
+create function private.is_broken(scope uuid, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from private.breakers as breaker
+    where breaker.scope = is_broken.scope and breaker.is_open
+      and (
+        breaker.retry_at > is_broken.at
+        or exists (
+          select
+          from public.call_logs as probe
+          where probe.status <> 'ended' and probe.direction = 'outbound' and probe.created_at >= breaker.retry_at
+            and breaker.scope in (probe.carrier_account_id, probe.campaign_id)
+        )
+      )
+  );
+end
+$$;
+comment on function private.is_broken(uuid, timestamptz) is
+  'Whether nothing may be begun on an account or of a campaign since too much failed; once the wait is over, one call at a time may.';
+
+create function private.caller_number_room(number text, daily_calls integer, at timestamptz) returns integer
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return daily_calls - (
+    select count(*)
+    from (
+      select
+      from public.call_logs as log
+      where log.caller_number = number
+        and log.direction = 'outbound'
+        and log.created_at > at - interval '24 hours'
+        and (log.dialled or log.status = 'created')
+      limit daily_calls
+    ) as made
+  )::integer;
+end
+$$;
+comment on function private.caller_number_room(text, integer, timestamptz) is
+  'How many calls more may be made from a number of ours now: its daily ones less those of the last 24 hours.';
+
+create function private.judge_candidates(at timestamptz, budget integer, passed uuid[], sole uuid default null) returns private.candidate[]
 language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
   judged private.candidate[];
@@ -475,12 +713,24 @@ begin
     where log.status <> 'ended'
     group by log.organization_id, log.campaign_id
   ),
-  ready as materialized (
+  waiting as materialized (
     -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
-    select campaign.*, organization.caller_id
+    select
+      campaign.id, organization.caller_id, organization.dial_countries,
+      organization.dispatch_weight::numeric / count(*) over (partition by campaign.organization_id) as weight,
+      row_number() over (partition by campaign.organization_id order by random()) as place,
+      coalesce((
+        select min(own.turn - pace.turn)
+        from private.dispatch_turns as own
+        join private.carrier_pace as pace on pace.carrier_account_id = own.carrier_account_id
+        where own.organization_id = campaign.organization_id
+      ), '-infinity'::numeric) as turn
     from public.campaigns as campaign
     join public.organizations as organization on organization.id = campaign.organization_id
     where campaign.status = 'running'
+      and (sole is null or campaign.id = sole)
+      and campaign.dialling_enabled
+      and not private.is_broken(campaign.id, at)
       and private.dispatch_obstacle(campaign.organization_id, at) is null
       and campaign.max_concurrent_calls
         > coalesce((select sum(calls.number) from calls where calls.campaign_id = campaign.id), 0)
@@ -491,46 +741,63 @@ begin
         from public.call_queue as queue
         where queue.campaign_id = campaign.id and queue.status = 'queued' and queue.next_retry_at <= at
       )
-    order by random()
+    order by place, turn, random()
     limit budget
+  ),
+  ready as materialized (
+    -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
+    select
+      campaign.*, waiting.caller_id, waiting.dial_countries,
+      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
+    from waiting
+    join public.campaigns as campaign on campaign.id = waiting.id
   ),
   picked as materialized (
     select queue.id
     from ready
     cross join lateral (
-      -- Priority by priority, each by an index from its oldest due row on: however many others wait.
-      with recursive level (priority) as (
-        select max(top.priority)::integer
-        from public.call_queue as top
-        where top.campaign_id = ready.id and top.status = 'queued'
-        union all
-        select (
-          select max(lower.priority)
-          from public.call_queue as lower
-          where lower.campaign_id = ready.id and lower.status = 'queued' and lower.priority < level.priority
-        )::integer
-        from level
-        where level.priority is not null
-      )
+      -- Promised calls, then retries in half of the places, then those who were never called.
       select due.id
-      from level
+      from (values (2, ready.most), (1, (ready.most + 1) / 2), (0, ready.most)) as kind (dial_class, most)
       cross join lateral (
-        select waiting.id
-        from public.call_queue as waiting
-        where waiting.campaign_id = ready.id
-          and waiting.status = 'queued'
-          and waiting.priority = level.priority
-          and waiting.next_retry_at <= at
-          and waiting.id <> all (passed)
-        order by waiting.next_retry_at
-        limit greatest(budget / (select count(*) from ready), 5)
+        -- Priority by priority, each by an index from its oldest due row on: however many others wait.
+        with recursive level (priority) as (
+          select max(top.priority)::integer
+          from public.call_queue as top
+          where top.campaign_id = ready.id and top.status = 'queued' and top.dial_class = kind.dial_class
+          union all
+          select (
+            select max(lower.priority)
+            from public.call_queue as lower
+            where lower.campaign_id = ready.id and lower.status = 'queued' and lower.dial_class = kind.dial_class
+              and lower.priority < level.priority
+          )::integer
+          from level
+          where level.priority is not null
+        )
+        select oldest.id
+        from level
+        cross join lateral (
+          select queued.id
+          from public.call_queue as queued
+          where queued.campaign_id = ready.id
+            and queued.status = 'queued'
+            and queued.dial_class = kind.dial_class
+            and queued.priority = level.priority
+            and queued.next_retry_at <= at
+            and queued.id <> all (passed)
+          order by queued.next_retry_at
+          limit kind.most
+        ) as oldest
+        limit kind.most
       ) as due
-      limit greatest(budget / (select count(*) from ready), 5)
+      limit ready.most
     ) as queue
   ),
   locked as materialized (
     select
-      queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.priority, queue.next_retry_at, queue.dispatch_count,
+      queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.dial_class, queue.priority, queue.next_retry_at,
+      queue.dispatch_count,
       lead.project_id, lead.phone, lead.timezone, lead.recording_consent, lead.do_not_call, lead.abuse_flag, lead.archived_at
     from public.call_queue as queue
     join public.leads as lead on lead.organization_id = queue.organization_id and lead.id = queue.lead_id
@@ -538,23 +805,34 @@ begin
     for no key update of queue skip locked
     for key share of lead skip locked
   ),
+  numbers as materialized (
+    -- What an organization may call from, without those that have rung often enough in 24 hours.
+    select number.organization_id, number.phone_number, number.carrier_account_id
+    from public.caller_numbers as number
+    join public.carrier_accounts as account on account.id = number.carrier_account_id
+    where number.organization_id in (select locked.organization_id from locked)
+      and number.is_active and account.is_active and account.dialling_enabled and not private.is_broken(account.id, at)
+      and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+  ),
   zoned as materialized (
-    select locked.*, zone.name as zone
+    select
+      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable
     from locked
     join ready on ready.id = locked.campaign_id
-    left join private.timezones as zone on zone.name = coalesce(nullif(locked.timezone, ''), ready.timezone)
+    cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
   ),
   stretches as materialized (
-    select place.campaign_id, place.zone, stretch.opens_at, stretch.closes_at
-    from (select distinct zoned.campaign_id, zoned.zone from zoned where zoned.zone is not null) as place
-    join ready on ready.id = place.campaign_id
-    cross join lateral private.calling_window(
-      at, place.zone, ready.time_start, ready.time_end, ready.start_date, ready.end_date
-    ) as stretch
+    select place.campaign_id, place.zones, place.country, place.region, stretch.opens_at, stretch.closes_at
+    from (
+      select distinct zoned.campaign_id, zoned.zones, zoned.country, zoned.region from zoned where zoned.zones is not null and zoned.is_callable
+    ) as place
+    join public.campaigns as campaign on campaign.id = place.campaign_id
+    cross join lateral private.callee_window(at, place.zones, campaign, place.country, place.region) as stretch
   ),
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
         select
         from public.suppressions as suppression
@@ -571,7 +849,9 @@ begin
         where live.callee_number = zoned.phone and live.direction = 'outbound' and live.status <> 'ended'
       ) as in_call
     from zoned
-    left join stretches on stretches.campaign_id = zoned.campaign_id and stretches.zone = zoned.zone
+    left join stretches
+      on stretches.campaign_id = zoned.campaign_id and stretches.zones = zoned.zones
+      and stretches.country = zoned.country and stretches.region is not distinct from zoned.region
   ),
   gated as (
     select
@@ -581,7 +861,9 @@ begin
         when seen.abuse_flag then 'abuse'
         when seen.archived_at is not null then 'archived'
         when seen.phone is null then 'no_phone'
-        when seen.zone is null then 'bad_timezone'
+        when not seen.is_callable then 'destination_blocked'
+        when seen.register is not null then seen.register
+        when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
         when seen.in_call then 'number_in_call'
@@ -596,7 +878,7 @@ begin
       case
         -- The same number twice in one batch: the second waits for the first.
         when gated.verdict is null and row_number() over (
-          partition by gated.verdict, gated.phone order by gated.priority desc, gated.next_retry_at, gated.id
+          partition by gated.verdict, gated.phone order by gated.dial_class desc, gated.priority desc, gated.next_retry_at, gated.id
         ) > 1 then 'number_in_call'
         else gated.verdict
       end as final_verdict
@@ -604,38 +886,57 @@ begin
   )
   select array_agg(
     row(
-      single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id), single.phone,
-      number.phone_number, number.carrier_account_id, single.dispatch_count + 1, ready.agent_id,
-      ready.record_calls and single.recording_consent, ready.ring_timeout_seconds, ready.max_call_seconds,
-      single.closes_at, single.final_verdict,
-      case single.final_verdict
+      numbered.id, numbered.organization_id, numbered.campaign_id, numbered.lead_id, numbered.project_id, numbered.phone,
+      numbered.caller_number, numbered.carrier_account_id, numbered.dispatch_count + 1, numbered.agent_id,
+      numbered.record_call, numbered.ring_timeout_seconds, numbered.max_call_seconds,
+      numbered.closes_at, numbered.final_verdict,
+      case numbered.final_verdict
         when 'bad_timezone' then at + interval '1 day'
+        when 'register_stale' then private.whole_minute(at + interval '1 hour')
         when 'campaign_over' then at + interval '1 day'
-        when 'outside_window' then single.opens_at
+        when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
-        when 'daily_cap' then private.whole_minute(greatest(single.dials[2] + interval '24 hours', single.dials[1] + interval '60 minutes'))
-        when 'min_gap' then private.whole_minute(single.dials[1] + interval '60 minutes')
-      end
+        when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
+        when 'daily_cap' then private.whole_minute(greatest(numbered.dials[2] + interval '24 hours', numbered.dials[1] + interval '60 minutes'))
+        when 'min_gap' then private.whole_minute(numbered.dials[1] + interval '60 minutes')
+      end,
+      numbered.dial_class
     )::private.candidate
-    order by single.priority desc, single.next_retry_at, single.id
+    order by numbered.dial_class desc, numbered.priority desc, numbered.next_retry_at, numbered.id
   )
   into judged
-  from single
-  join ready on ready.id = single.campaign_id
-  left join lateral (
-    -- The number it prefers, else the same one for the same callee every time.
-    select number.phone_number, number.carrier_account_id
-    from public.caller_numbers as number
-    join public.carrier_accounts as account on account.id = number.carrier_account_id
-    where number.organization_id = single.organization_id and number.is_active and account.is_active and account.dialling_enabled
-    order by (number.phone_number = ready.caller_id) desc nulls last, hashtextextended(number.phone_number || single.phone, 0)
-    limit 1
-  ) as number on single.final_verdict is null;
+  from (
+    select
+      single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id) as project_id,
+      single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
+      ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
+      single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
+      case when single.final_verdict is null and number.phone_number is null then 'caller_number_cap' else single.final_verdict end as final_verdict
+    from single
+    join ready on ready.id = single.campaign_id
+    left join lateral (
+      select log.caller_number
+      from public.call_logs as log
+      where log.callee_number = single.phone and log.organization_id = single.organization_id and log.dialled and log.direction = 'outbound'
+      order by log.submitted_at desc
+      limit 1
+    ) as last on single.final_verdict is null
+    left join lateral (
+      -- The number that it last called them from, else the same one for the same callee every time; the organization's general one last.
+      select number.phone_number, number.carrier_account_id
+      from numbers as number
+      where number.organization_id = single.organization_id
+      order by
+        (number.phone_number = last.caller_number) desc nulls last, (number.phone_number = ready.caller_id) nulls first,
+        hashtextextended(number.phone_number || single.phone, 0)
+      limit 1
+    ) as number on single.final_verdict is null
+  ) as numbered;
   return coalesce(judged, array[]::private.candidate[]);
 end
 $$;
-comment on function private.judge_candidates(timestamptz, integer, uuid[]) is
-  'Locks due rows of campaigns that may dial, about a budget of them and as many of each campaign, and judges each by every gate in order.';
+comment on function private.judge_candidates(timestamptz, integer, uuid[], uuid) is
+  'Locks due rows of campaigns that may dial, or of a sole one of them, about a budget of them and as many of each campaign, and judges each by every gate in order.';
 
 create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
@@ -643,6 +944,8 @@ begin
   return (
     select
       case
+        -- A switch that is not there is off.
+        when platform.dialling_enabled is not true then 'platform_disabled'
         when not tenant.dialling_enabled then 'dialling_disabled'
         when not exists (
           select
@@ -654,12 +957,26 @@ begin
           from public.caller_numbers as number
           join public.carrier_accounts as account on account.id = number.carrier_account_id
           where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
-        ) then 'no_caller_number'
+        )
+        then case
+          when exists (
+            select from public.caller_numbers as number where number.organization_id = tenant.id and number.is_active
+          ) then 'account_disabled'
+          else 'no_caller_number'
+        end
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+        ) then 'circuit_open'
         else (
           select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
         )
       end
     from public.organizations as tenant
+    left join private.platform_dialling as platform on platform.single
     where tenant.id = organization
   );
 end
@@ -708,7 +1025,29 @@ $$;
 comment on function private.close_leads(private.candidate[], timestamptz) is
   'Ends what may never be dialled: queue rows, leads of the campaign, and the campaign when they were its last.';
 
-create function private.choose_candidates(candidates private.candidate[], room integer) returns private.candidate[]
+create function private.account_tokens(account public.carrier_accounts) returns numeric
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  pace constant numeric := account.max_calls_per_second;
+begin
+  if pace is null then
+    return null;
+  end if;
+  return coalesce(
+    (
+      -- A second's worth at most, and never less than a call: a pause is not made up for by a burst.
+      select least(greatest(pace, 1), known.tokens + pace * greatest(extract(epoch from clock_timestamp() - known.refilled_at), 0))
+      from private.carrier_pace as known
+      where known.carrier_account_id = account.id
+    ),
+    greatest(pace, 1)
+  );
+end
+$$;
+comment on function private.account_tokens(public.carrier_accounts) is
+  'How many calls may be begun on an account at this moment of real time; null is any number. The release that asks holds the lock of releases.';
+
+create function private.choose_candidates(candidates private.candidate[], room integer, at timestamptz) returns private.candidate[]
 language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
   chosen private.candidate[];
@@ -720,8 +1059,8 @@ begin
     group by log.carrier_account_id, log.organization_id, log.campaign_id
   ),
   ticket as materialized (
-    select tenant.organization_id, random() as number
-    from (select distinct candidate.organization_id from unnest(candidates) as candidate) as tenant
+    select tenant.campaign_id, random() as number
+    from (select distinct candidate.campaign_id from unnest(candidates) as candidate) as tenant
   ),
   of_number as (
     -- Two rows with one number, met in different looks: one at a time.
@@ -729,50 +1068,132 @@ begin
     from generate_subscripts(candidates, 1) as place
     order by (candidates[place]).callee_number, place
   ),
-  of_campaign as (
+  of_kind as (
     select
       (of_number.candidate).*, of_number.candidate,
-      row_number() over (partition by (of_number.candidate).campaign_id order by of_number.place) as campaign_place
+      row_number() over (
+        partition by (of_number.candidate).campaign_id, (of_number.candidate).dial_class order by of_number.place
+      ) as kind_place,
+      row_number() over (partition by (of_number.candidate).caller_number order by of_number.place) as number_place
     from of_number
+  ),
+  of_campaign as (
+    -- Promised calls, then fresh ones and retries by turns; which of the two is first, is drawn.
+    select
+      of_kind.*, ticket.number as campaign_ticket,
+      row_number() over (
+        partition by of_kind.campaign_id
+        order by (of_kind.dial_class = 2) desc, of_kind.kind_place, (of_kind.dial_class = 1) = (ticket.number < 0.5) desc
+      ) as campaign_place
+    from of_kind
+    join ticket on ticket.campaign_id = of_kind.campaign_id
+    join public.caller_numbers as number on number.phone_number = of_kind.caller_number
+    where number.daily_calls is null
+      or of_kind.number_place <= private.caller_number_room(number.phone_number, number.daily_calls, at)
   ),
   of_organization as (
     select
       of_campaign.*,
       row_number() over (
-        partition by of_campaign.organization_id order by of_campaign.campaign_place, of_campaign.campaign_id
+        partition by of_campaign.organization_id
+        order by (of_campaign.dial_class = 2) desc, of_campaign.campaign_place, of_campaign.campaign_ticket
       ) as organization_place
     from of_campaign
     join public.campaigns as campaign on campaign.id = of_campaign.campaign_id
-    where of_campaign.campaign_place <= campaign.max_concurrent_calls
+    left join private.breakers as breaker on breaker.scope = campaign.id and breaker.is_open
+    where of_campaign.campaign_place <= coalesce(breaker.is_open::integer, 2147483647)
+      and of_campaign.campaign_place <= campaign.max_concurrent_calls
       - coalesce((select sum(calls.number) from calls where calls.campaign_id = of_campaign.campaign_id), 0)
   ),
-  of_account as (
+  with_turn as (
     select
-      of_organization.*, ticket.number as ticket,
-      row_number() over (
-        partition by of_organization.carrier_account_id order by of_organization.organization_place, ticket.number
-      ) as account_place
+      of_organization.*, own.turn is null as is_new,
+      greatest(own.turn, pace.turn, 0)
+        + (
+          row_number() over (
+            partition by of_organization.organization_id, of_organization.carrier_account_id order by of_organization.organization_place
+          ) - 1
+        )::numeric / organization.dispatch_weight as turn
     from of_organization
     join public.organizations as organization on organization.id = of_organization.organization_id
-    join ticket on ticket.organization_id = of_organization.organization_id
+    left join private.carrier_pace as pace on pace.carrier_account_id = of_organization.carrier_account_id
+    left join private.dispatch_turns as own
+      on own.organization_id = of_organization.organization_id and own.carrier_account_id = of_organization.carrier_account_id
     where of_organization.organization_place <= organization.max_concurrent_calls
       - coalesce((select sum(calls.number) from calls where calls.organization_id = of_organization.organization_id), 0)
   ),
+  of_account as (
+    select
+      with_turn.candidate, with_turn.carrier_account_id, with_turn.campaign_ticket,
+      row_number() over (
+        partition by with_turn.carrier_account_id order by with_turn.turn, with_turn.is_new desc, with_turn.campaign_ticket
+      ) as account_place
+    from with_turn
+  ),
+  room_left as materialized (
+    select
+      account.id,
+      least(
+        least(account.max_concurrent_calls, pace.ceiling)
+          - coalesce((select sum(calls.number) from calls where calls.carrier_account_id = account.id), 0),
+        floor(private.account_tokens(account)),
+        -- One call tries whether a fault is over.
+        breaker.is_open::integer
+      ) as calls
+    from public.carrier_accounts as account
+    left join private.carrier_pace as pace on pace.carrier_account_id = account.id
+    left join private.breakers as breaker on breaker.scope = account.id and breaker.is_open
+    where account.id in (select of_account.carrier_account_id from of_account)
+  ),
   first as (
-    select of_account.candidate, of_account.organization_place, of_account.ticket
+    select of_account.candidate, of_account.account_place, of_account.campaign_ticket
     from of_account
-    join public.carrier_accounts as account on account.id = of_account.carrier_account_id
-    where of_account.account_place <= account.max_concurrent_calls
-      - coalesce((select sum(calls.number) from calls where calls.carrier_account_id = of_account.carrier_account_id), 0)
-    order by of_account.organization_place, of_account.ticket
+    join room_left on room_left.id = of_account.carrier_account_id
+    where of_account.account_place <= room_left.calls
+    order by of_account.account_place, of_account.campaign_ticket
     limit room
   )
-  select array_agg(first.candidate order by first.organization_place, first.ticket) into chosen from first;
+  select array_agg(first.candidate order by first.account_place, first.campaign_ticket) into chosen from first;
   return coalesce(chosen, array[]::private.candidate[]);
 end
 $$;
-comment on function private.choose_candidates(private.candidate[], integer) is
-  'Which candidates have room now: within what their campaign, organization and carrier account may have in flight, one of each organization at a time.';
+comment on function private.choose_candidates(private.candidate[], integer, timestamptz) is
+  'Which candidates have room now: within what their campaign, organization and carrier account may have in flight and the account''s pace, '
+  'each organization by its weight.';
+
+create function private.take_turns(attempts uuid[]) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  with given as materialized (
+    select
+      log.carrier_account_id, log.organization_id, count(*) as calls, tenant.dispatch_weight::numeric as weight,
+      greatest(own.turn, pace.turn, 0) as turn
+    from public.call_logs as log
+    join public.organizations as tenant on tenant.id = log.organization_id
+    left join private.carrier_pace as pace on pace.carrier_account_id = log.carrier_account_id
+    left join private.dispatch_turns as own
+      on own.organization_id = log.organization_id and own.carrier_account_id = log.carrier_account_id
+    where log.id = any (attempts)
+    group by log.carrier_account_id, log.organization_id, tenant.dispatch_weight, own.turn, pace.turn
+  ),
+  moved as (
+    insert into private.dispatch_turns as own (organization_id, carrier_account_id, turn)
+    select given.organization_id, given.carrier_account_id, given.turn + given.calls / given.weight
+    from given
+    on conflict (organization_id, carrier_account_id) do update set turn = excluded.turn
+  )
+  insert into private.carrier_pace as pace (carrier_account_id, tokens, refilled_at, turn)
+  select
+    account.id, coalesce(private.account_tokens(account) - sum(given.calls), 0), clock_timestamp(),
+    max(given.turn + (given.calls - 1) / given.weight)
+  from given
+  join public.carrier_accounts as account on account.id = given.carrier_account_id
+  group by account.id
+  on conflict (carrier_account_id) do update
+  set tokens = excluded.tokens, refilled_at = excluded.refilled_at, turn = greatest(pace.turn, excluded.turn);
+end
+$$;
+comment on function private.take_turns(uuid[]) is 'Takes from the pace of carrier accounts, and from the turns of organizations, what new attempts use of them.';
 
 create function private.lock_releases() returns void
 language sql volatile set search_path = '' as $$
@@ -780,6 +1201,77 @@ language sql volatile set search_path = '' as $$
 $$;
 comment on function private.lock_releases() is
   'One release at a time: each counts what is in flight and takes what is free. Taken before any row, and by whoever takes rows from it.';
+
+create function private.write_evidence(attempts uuid[], at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  insert into private.dial_evidence (
+    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before
+  )
+  select
+    log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
+    private.callee_zones(lead.timezone, callee.zones, campaign.timezone),
+    case when lead.timezone <> '' then 'lead' when callee.zones is not null then 'number' else 'campaign' end,
+    private.recent_dials(log.callee_number, at)
+  from public.call_logs as log
+  join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
+  join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
+  cross join lateral private.destination(log.callee_number, null) as callee
+  cross join lateral private.check_dnc(log.callee_number, at) as register
+  left join lateral (
+    select known.id
+    from public.consents as known
+    where known.organization_id = log.organization_id and known.phone_number = log.callee_number
+      and known.scope = 'call_' || campaign.purpose
+      and known.granted_at <= at and (known.expires_at is null or known.expires_at > at) and (known.revoked_at is null or known.revoked_at > at)
+    order by known.granted_at desc
+    limit 1
+  ) as consent on true
+  where log.id = any (attempts);
+end
+$$;
+comment on function private.write_evidence(uuid[], timestamptz) is 'Keeps why new attempts were allowed.';
+
+create function private.get_dial_evidence(phone_number text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('call.view');
+begin
+  return jsonb_build_object('phone_number', phone_number, 'calls', (
+    select coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'call_id', log.id, 'campaign_id', log.campaign_id, 'dialled_at', log.submitted_at, 'outcome', log.call_status,
+          'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
+          'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
+          'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'consent', case
+            when consent.id is not null then jsonb_build_object(
+              'id', consent.id, 'text', consent.consent_text, 'source', consent.source, 'granted_at', consent.granted_at, 'proof', consent.proof
+            )
+          end
+        )
+        order by log.submitted_at desc
+      ),
+      '[]'
+    )
+    from public.call_logs as log
+    join private.dial_evidence as seen on seen.attempt_id = log.id
+    left join private.dnc_versions as version on version.register_key = seen.register_key and version.number = seen.register_version
+    left join public.consents as consent on consent.organization_id = log.organization_id and consent.id = seen.consent_id
+    where log.organization_id = organization and log.callee_number = get_dial_evidence.phone_number and log.direction = 'outbound'
+      and log.dialled and log.submitted_at <= at
+  ));
+end
+$$;
+comment on function private.get_dial_evidence(text, timestamptz) is 'Why each call to a number was allowed, for whoever has to show it.';
+
+create function public.get_dial_evidence(phone_number text) returns jsonb
+language sql stable security invoker set search_path = '' as $$
+  select private.get_dial_evidence(phone_number, private.clock_now())
+$$;
+comment on function public.get_dial_evidence(text) is
+  'Every call of the organization to a number, with consent, register version, zone, earlier dials and caller number as the release saw them. Needs call.view.';
 
 create function private.release_calls(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
@@ -793,12 +1285,15 @@ declare
   limits     integer[] := array[]::integer[];
   holds      private.call_holds[] := array[]::private.call_holds[];
   holding    record;
+  waiting    uuid[];
+  made       uuid[];
   room       integer;
   moved      integer := 0;
   given      integer;
   tenant     record;
 begin
   perform private.lock_releases();
+  perform private.check_breakers(at);
 
   -- An attempt whose message was lost is offered again, the same one.
   with lapsed as (
@@ -830,17 +1325,20 @@ begin
     );
     able := able || array(select candidate from unnest(candidates) as candidate where candidate.verdict is null);
     over := over || array(select candidate from unnest(candidates) as candidate where candidate.verdict is not null and candidate.due is null);
-    update public.call_queue as queue
-    set next_retry_at = candidate.due, wait_reason = candidate.verdict
-    from unnest(candidates) as candidate
-    where queue.id = candidate.queue_id and candidate.due is not null;
     moved := (select count(*) from unnest(candidates) as candidate where candidate.verdict is not null);
-    exit when moved = 0;
+    if moved > 0 then
+      update public.call_queue as queue
+      set next_retry_at = candidate.due, wait_reason = candidate.verdict
+      from unnest(candidates) as candidate
+      where queue.id = candidate.queue_id and candidate.due is not null;
+    end if;
+    exit when cardinality(candidates) = 0;
   end loop;
   if cardinality(over) > 0 then
     perform private.close_leads(over, at);
   end if;
-  able := private.choose_candidates(able, room);
+  waiting := (select array_agg(distinct candidate.carrier_account_id) from unnest(able) as candidate);
+  able := private.choose_candidates(able, room, at);
 
   -- What the calls may cost last, organization by organization: nothing but wallets is locked after usage counters.
   for tenant in
@@ -903,9 +1401,13 @@ begin
     attempts || coalesce(
       jsonb_agg(jsonb_build_object('id', attempt.id, 'organization_id', attempt.organization_id, 'not_after', attempt.not_after)), '[]'
     ),
-    count(*)
-  into attempts, given
+    count(*), array_agg(attempt.id)
+  into attempts, given, made
   from attempt;
+  if given > 0 then
+    perform private.take_turns(made);
+    perform private.write_evidence(made, at);
+  end if;
   if given < cardinality(granted) then
     -- Somebody else began to call the number meanwhile: what was held for this row goes back.
     perform private.give_back_holds(
@@ -920,7 +1422,16 @@ begin
   end if;
 
   -- Full hands, or rows that stepped aside in the last look: another one would find more.
-  return jsonb_build_object('attempts', attempts, 'more', jsonb_array_length(attempts) >= wanted or moved > 0);
+  return jsonb_strip_nulls(jsonb_build_object(
+    'attempts', attempts,
+    'more', jsonb_array_length(attempts) >= wanted or moved > 0,
+    -- Something waits for nothing but the pace of its account: in a second there is as much again.
+    'paced', exists (
+      select
+      from public.carrier_accounts as account
+      where account.id = any (waiting) and private.account_tokens(account) < 1
+    )
+  ));
 end
 $$;
 comment on function private.release_calls(jsonb, timestamptz) is
@@ -931,7 +1442,8 @@ language sql volatile security invoker set search_path = '' as $$
   select private.release_calls($1, private.clock_now())
 $$;
 comment on function public.release_calls(jsonb) is
-  '{"v":1,"limit":100} -> {"attempts":[{"id","organization_id","not_after"}],"more":bool}. Ask again while more is true.';
+  '{"v":1,"limit":100} -> {"attempts":[{"id","organization_id","not_after"}],"more":bool,"paced":bool}. Ask again while more is true, and in a '
+  'second when paced is.';
 
 
 -- begin_dials ---------------------------------------------------------------------------------------------------------------------
@@ -960,7 +1472,9 @@ begin
       case
         when log.not_after <= now() then 'expired'
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
+        when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
+        when not campaign.dialling_enabled then 'campaign_disabled'
         when campaign.status <> 'running' then 'campaign_' || campaign.status
         when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
         when lead.abuse_flag then 'abuse'
@@ -968,6 +1482,7 @@ begin
         when lead.phone is distinct from log.callee_number then 'number_changed'
       end as reason
     from public.call_logs as log
+    left join private.platform_dialling as platform on platform.single
     join public.organizations as organization on organization.id = log.organization_id
     join public.carrier_accounts as account on account.id = log.carrier_account_id
     join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
@@ -990,7 +1505,7 @@ begin
         case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
         at,
         due := case
-          when reason in ('dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled') then at + interval '1 minute'
           when reason = 'number_changed' or reason like 'campaign%' then at
         end,
         closing := case
@@ -1263,8 +1778,10 @@ declare
 begin
   select described.* into campaign from public.campaigns as described where described.id = campaign_json.campaign_id;
   obstacle := case
-    when campaign.status = 'running' then private.dispatch_obstacle(campaign.organization_id, at)
-    else 'campaign_' || campaign.status
+    when campaign.status <> 'running' then 'campaign_' || campaign.status
+    when not campaign.dialling_enabled then 'campaign_disabled'
+    when private.is_broken(campaign.id, at) then 'circuit_open'
+    else private.dispatch_obstacle(campaign.organization_id, at)
   end;
   select held.held_until into hold
   from private.dispatch_holds as held
@@ -1479,8 +1996,8 @@ begin
   obstacle := private.dispatch_obstacle(campaign.organization_id, at);
   if obstacle = 'subscription_inactive' then
     perform private.raise_error(402, obstacle, 'The organization has no active subscription');
-  elsif obstacle = 'no_caller_number' then
-    perform private.raise_error(422, obstacle, 'The organization has no number to call from');
+  elsif obstacle in ('no_caller_number', 'account_disabled') then
+    perform private.raise_error(422, 'no_caller_number', 'The organization has no number to call from');
   elsif obstacle = 'dialling_disabled' then
     perform private.raise_error(422, obstacle, 'Dialling is disabled for the organization');
   end if;
@@ -1624,6 +2141,192 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.cancel_campaign(uuid) is 'Cancels a campaign that is not over; 409 when it is. Needs campaign.run.';
 
+create function private.complete_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  skipped      integer;
+begin
+  perform private.lock_releases();
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = organization and queue.campaign_id = complete_campaign.campaign_id and queue.status = 'queued'
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization
+    and member.campaign_id = complete_campaign.campaign_id
+    and member.status in ('enrolled', 'queued')
+  order by member.id
+  for no key update;
+  campaign := private.claim_campaign(campaign_id, 'campaign.run');
+  if campaign.status not in ('running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be completed', campaign.status), 'status'
+    );
+  end if;
+  update public.call_queue as queue
+  set status = 'failed', last_error = 'campaign_completed', wait_reason = null
+  where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'queued';
+  update public.campaign_leads as member
+  set status = 'skipped', skip_reason = 'campaign_completed'
+  where member.organization_id = organization and member.campaign_id = campaign.id and member.status in ('enrolled', 'queued');
+  get diagnostics skipped = row_count;
+  update public.campaigns as mine
+  set status = 'completed', completed_at = at, open_leads = mine.open_leads - skipped
+  where mine.id = campaign.id;
+  perform private.campaign_completed(organization, campaign.id, at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.complete_campaign(uuid, timestamptz) is
+  'Ends a campaign before its last lead: who waits is called no more, calls under way go on to their end.';
+
+create function public.complete_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.complete_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.complete_campaign(uuid) is 'Completes a running or paused campaign; 409 when it is neither. Needs campaign.run.';
+
+create function private.archive_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status not in ('completed', 'cancelled', 'failed') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be archived', campaign.status), 'status'
+    );
+  end if;
+  update public.campaigns as mine set status = 'archived', archived_at = at where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.archived', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.archive_campaign(uuid, timestamptz) is 'Puts a campaign that is over away; its calls stay.';
+
+create function public.archive_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.archive_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.archive_campaign(uuid) is 'Archives a campaign that is over; 409 when it is not. Needs campaign.run.';
+
+create function private.restore_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status <> 'archived' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be restored', campaign.status), 'status'
+    );
+  end if;
+  update public.campaigns as mine set status = 'draft', archived_at = null where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.restore_campaign(uuid, timestamptz) is 'Makes an archived campaign a draft again; who was called stays called.';
+
+create function public.restore_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.restore_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.restore_campaign(uuid) is 'Makes an archived campaign a draft again; 409 when it is not archived. Needs campaign.run.';
+
+create function private.preview_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign   public.campaigns;
+  candidates private.candidate[];
+  judged     private.candidate[] := array[]::private.candidate[];
+  holding    record;
+  obstacle   text;
+  preview    jsonb;
+begin
+  begin
+    -- It is started, judged and held for as start does and a release after it, and then none of it has been.
+    perform private.start_campaign(campaign_id, at);
+    select mine.* into campaign from public.campaigns as mine where mine.id = preview_campaign.campaign_id;
+    obstacle := case
+      when not campaign.dialling_enabled then 'campaign_disabled'
+      when private.is_broken(campaign.id, at) then 'circuit_open'
+      else private.dispatch_obstacle(campaign.organization_id, at)
+    end;
+    for round in 1..5 loop
+      candidates := private.judge_candidates(
+        at, 2000, array(select candidate.queue_id from unnest(judged) as candidate), campaign.id
+      );
+      exit when cardinality(candidates) = 0;
+      judged := judged || candidates;
+    end loop;
+    holding := private.hold_calls(
+      campaign.organization_id,
+      array(select candidate.max_call_seconds from unnest(judged) as candidate where candidate.verdict is null), at
+    );
+    preview := jsonb_build_object(
+      'queued', (select count(*) from public.call_queue as queue where queue.campaign_id = campaign.id and queue.status = 'queued'),
+      'judged', cardinality(judged),
+      'obstacle', obstacle,
+      'callable', (select count(*) from unnest(judged) as candidate where candidate.verdict is null),
+      'affordable', cardinality(holding.limits),
+      'later', (
+        select coalesce(jsonb_object_agg(told.verdict, told.leads), '{}')
+        from (
+          select candidate.verdict, count(*) as leads
+          from unnest(judged) as candidate
+          where candidate.verdict is not null and candidate.due is not null
+          group by candidate.verdict
+        ) as told
+      ),
+      'skipped', (
+        select coalesce(jsonb_object_agg(told.verdict, told.leads), '{}')
+        from (
+          select candidate.verdict, count(*) as leads
+          from unnest(judged) as candidate
+          where candidate.verdict is not null and candidate.due is null
+          group by candidate.verdict
+        ) as told
+      ),
+      'first_call_at', case
+        when obstacle is null then (
+          select min(case when candidate.verdict is null then at else candidate.due end) from unnest(judged) as candidate
+        )
+      end,
+      -- If every call lasted as long as it may, one after the other in as many lines as there are.
+      'done_by', (
+        select max(coalesce(candidate.due, at)) + make_interval(
+          secs => ceil(count(*)::numeric / campaign.max_concurrent_calls)::integer * (campaign.ring_timeout_seconds + campaign.max_call_seconds)
+        )
+        from unnest(judged) as candidate
+        where candidate.verdict is null or candidate.due is not null
+      ),
+      'cost', jsonb_build_object(
+        'currency', (select max(held.currency) from unnest(holding.holds) as held),
+        'credit_minor', (select coalesce(sum(held.credit_minor), 0) from unnest(holding.holds) as held)
+      )
+    );
+    raise exception using errcode = 'TL001';
+  exception when sqlstate 'TL001' then
+    null;
+  end;
+  return preview;
+end
+$$;
+comment on function private.preview_campaign(uuid, timestamptz) is
+  'What a start would do now, by doing it and taking it back: the same gates, and what the calls may cost at most in credit. Of very many leads '
+  'the first ten thousand are judged.';
+
+create function public.preview_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.preview_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.preview_campaign(uuid) is
+  'Of a draft: {"queued","judged","obstacle","callable","affordable","later":{reason:n},"skipped":{reason:n},"first_call_at","done_by",'
+  '"cost":{"currency","credit_minor"}}; refused as start_campaign() would be. Needs campaign.run.';
+
 
 -- What a user does with a call ----------------------------------------------------------------------------------------------------
 
@@ -1692,7 +2395,8 @@ comment on function public.open_hangup(jsonb) is
 revoke execute on function
   public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
-  public.resume_campaign(uuid), public.cancel_campaign(uuid)
+  public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
 from public, anon, authenticated, service_role;
 grant execute on function
   private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
@@ -1702,9 +2406,11 @@ to service_role;
 grant execute on function
   private.get_campaign(uuid, timestamptz), private.create_campaign(text, uuid, jsonb, timestamptz),
   private.start_campaign(uuid, timestamptz), private.pause_campaign(uuid, timestamptz), private.resume_campaign(uuid, timestamptz),
-  private.cancel_campaign(uuid, timestamptz),
+  private.cancel_campaign(uuid, timestamptz), private.complete_campaign(uuid, timestamptz), private.archive_campaign(uuid, timestamptz),
+  private.restore_campaign(uuid, timestamptz), private.preview_campaign(uuid, timestamptz), private.get_dial_evidence(text, timestamptz),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
-  public.resume_campaign(uuid), public.cancel_campaign(uuid)
+  public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
 to authenticated;
 
 revoke execute on function public.hang_up_call(uuid), public.open_hangup(jsonb) from public, anon, authenticated, service_role;

@@ -6,6 +6,7 @@ select plan(60);
 -- The business time is Tuesday, 24 November 2026, 10:00 in Kolkata. One plan without limits, one of three calls, one carrier account.
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
 on conflict (single) do update set shift = excluded.shift;
+update private.platform_dialling set retry_jitter = 0;
 insert into public.subscription_plans (id, slug, name)
 values ('00000000-0000-4000-a000-0000000000c1', 'core-plenty', 'Plenty'), ('00000000-0000-4000-a000-0000000000c2', 'core-three', 'Three');
 insert into public.plan_prices (id, plan_id, version)
@@ -277,6 +278,11 @@ select is(
 );
 select is(pg_temp.event(15, 'reconcile', '{"status": "ended", "outcome": "lost"}', source => 'reconcile'), 'applied', 'An attempt the carrier knows nothing of');
 select is(pg_temp.queue(15), 'queued retry_lost lost 24 11:00', 'is lost, counts as a dial, and is tried again after an hour');
+-- The account was full and faulty above, and is not any more.
+update private.carrier_pace set ceiling = null, ceiling_at = private.clock_now();
+insert into private.breakers (scope, is_open, since)
+select scope.id, false, private.clock_now() from (select id from public.carrier_accounts union all select id from public.campaigns) as scope
+on conflict (scope) do update set is_open = false, since = excluded.since;
 select pg_temp.campaign(pg_temp.tenant(3), array[21]);
 select pg_temp.release();
 update public.call_logs set lease_until = now() - interval '1 second', not_after = now() where id = (pg_temp.attempt(21)).id;

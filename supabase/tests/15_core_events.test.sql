@@ -6,6 +6,7 @@ select plan(80);
 -- The business time is Tuesday, 24 November 2026, 10:00 in Kolkata. One plan without limits, one of three calls, one carrier account.
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
 on conflict (single) do update set shift = excluded.shift;
+update private.platform_dialling set retry_jitter = 0;
 insert into public.subscription_plans (id, slug, name)
 values ('00000000-0000-4000-a000-0000000000c1', 'core-plenty', 'Plenty'), ('00000000-0000-4000-a000-0000000000c2', 'core-three', 'Three');
 insert into public.plan_prices (id, plan_id, version)

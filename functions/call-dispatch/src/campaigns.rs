@@ -24,7 +24,8 @@ fn empty() -> Value {
     json!({})
 }
 
-/// `POST campaigns`, `GET campaigns/{id}`, `POST campaigns/{id}/{start|pause|resume|cancel}`; `path` is what follows `campaigns`.
+/// `POST campaigns`, `GET campaigns/{id}`, `POST campaigns/{id}/{start|pause|resume|cancel|complete|archive|restore|preview}`; `path` is
+/// what follows `campaigns`.
 pub async fn route(dispatch: &Dispatch, request: &Request, path: &[&str]) -> Result<Response> {
     let jwt = request.user_jwt()?;
     match (&request.method, path) {
@@ -40,6 +41,10 @@ pub async fn route(dispatch: &Dispatch, request: &Request, path: &[&str]) -> Res
                 "pause" => "pause_campaign",
                 "resume" => "resume_campaign",
                 "cancel" => "cancel_campaign",
+                "complete" => "complete_campaign",
+                "archive" => "archive_campaign",
+                "restore" => "restore_campaign",
+                "preview" => "preview_campaign",
                 _ => return Err(Error::not_found("a campaign has no such action").at("action")),
             };
             call(dispatch, jwt, function, id).await

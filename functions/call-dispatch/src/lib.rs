@@ -52,7 +52,7 @@ impl Dispatch {
         let now = chrono::Utc::now().timestamp();
         standard_webhooks::verify(&secrets.nudge_keys, &request.headers, &request.body, now)
             .map_err(|_| Error::bad_signature())?;
-        web::json(&release::run(self, invocation).await?)
+        web::json(&release::run(self, invocation, false).await?)
     }
 }
 
@@ -74,7 +74,7 @@ impl Function for Dispatch {
 
     async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
         match job {
-            "release" => release::run(self, invocation).await,
+            "release" => release::run(self, invocation, true).await,
             "reconcile" => reconcile::run(self, invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }

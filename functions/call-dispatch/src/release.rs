@@ -17,12 +17,19 @@ use std::time::{Duration, Instant};
 const LIMIT: u32 = 200;
 /// Rounds an invocation: a backlog is worked off over several, so that a pause takes effect soon.
 const ROUNDS: u32 = 10;
+/// In which a carrier account has a second's worth of calls again.
+const PACE: Duration = Duration::from_secs(1);
+/// As long as an invocation goes on for calls that wait for the pace: until the next one of the schedule.
+const PACED: Duration = Duration::from_secs(55);
 
 #[derive(Deserialize)]
 struct Released {
     attempts: Vec<Attempt>,
     #[serde(default)]
     more: bool,
+    /// Calls wait for nothing but the pace of their carrier account.
+    #[serde(default)]
+    paced: bool,
 }
 
 #[derive(Deserialize)]
@@ -33,9 +40,13 @@ struct Attempt {
 }
 
 /// Releases until nothing more may be dialled now. Returns how many attempts went to the queue, and how many it did not take.
-pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> {
+///
+/// Only the schedule waits (`paced`) for what a carrier account's pace lets go a second later: whoever nudges wants an answer, and ten
+/// nudges would be ten that wait.
+pub async fn run(dispatch: &Dispatch, invocation: &Invocation, paced: bool) -> Result<Value> {
     let (mut sent, mut unsent) = (0, 0);
-    for _ in 0..ROUNDS {
+    let (mut rounds, started) = (0, Instant::now());
+    while rounds < ROUNDS {
         let request = json!({ "v": 1, "limit": LIMIT });
         let released: Released = dispatch.supabase.call("release_calls", &request).await?;
         let messages: Vec<Outgoing> = released.attempts.iter().map(message).collect();
@@ -45,7 +56,14 @@ pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> 
             unsent += refused.len();
         }
         let time_left = invocation.deadline.saturating_duration_since(Instant::now());
-        if !released.more || unsent > 0 || time_left < Duration::from_secs(10) {
+        if unsent > 0 || time_left < Duration::from_secs(10) {
+            break;
+        }
+        if released.more {
+            rounds += 1;
+        } else if paced && released.paced && started.elapsed() < PACED {
+            tokio::time::sleep(PACE).await;
+        } else {
             break;
         }
     }

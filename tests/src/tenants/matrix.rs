@@ -199,6 +199,12 @@ const A_DRAFT: &str = "set local session_replication_role = replica;
 const RUNNING: &str = "set local session_replication_role = replica;
     update public.campaigns set status = 'running', open_leads = 100 where organization_id = '{org}';
     set local session_replication_role = origin";
+const COMPLETED: &str = "set local session_replication_role = replica;
+    update public.campaigns set status = 'completed' where organization_id = '{org}';
+    set local session_replication_role = origin";
+const ARCHIVED: &str = "set local session_replication_role = replica;
+    update public.campaigns set status = 'archived' where organization_id = '{org}';
+    set local session_replication_role = origin";
 const PAUSED: &str = "set local session_replication_role = replica;
     update public.campaigns set status = 'paused', open_leads = 100 where organization_id = '{org}';
     set local session_replication_role = origin";
@@ -277,6 +283,11 @@ pub const FUNCTIONS: &[Use] = &[
     after(LISTENING, call("replay_delivery",         WEBHOOKS, "'{event_deliveries}'")),
     after(LISTENING, call("replay_deliveries",       WEBHOOKS, "'{webhook_endpoints}', now() - interval '1 day'")),
     after(LISTENING, call("delete_webhook_endpoint", WEBHOOKS, "'{webhook_endpoints}'")),
+    after(RUNNING, call("complete_campaign", RUN, "'{campaigns}'")),
+    after(COMPLETED, call("archive_campaign", RUN, "'{campaigns}'")),
+    after(ARCHIVED, call("restore_campaign", RUN, "'{campaigns}'")),
+    after(A_DRAFT, call("preview_campaign", RUN, "'{campaigns}'")),
+    call("get_dial_evidence",     With(&["call.view"]), "'+917000000001'"),
     call("get_usage",             USAGE, ""),
     call("get_usage_daily",       USAGE, ""),
     call("get_org_subscription",  BILLING, ""),

@@ -34,6 +34,7 @@
 mod billing;
 mod calls;
 mod campaigns;
+mod gates;
 mod holds;
 mod stores;
 mod world;
