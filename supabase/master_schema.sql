@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := 'e4f6bd933907';
+  version   constant text := 'ec1180d958f4';
   installed text;
   clash     text;
 begin
@@ -248,7 +248,7 @@ comment on type public.carrier_provider is 'Whose protocol a carrier account spe
 
 do $$
 begin
-  create type public.subscription_status as enum ('trialing', 'active', 'past_due', 'suspended', 'cancelled', 'inactive');
+  create type public.subscription_status as enum ('trialing', 'active', 'past_due', 'suspended', 'paused', 'cancelled', 'inactive');
 exception when duplicate_object then null;
 end
 $$;
@@ -256,7 +256,7 @@ comment on type public.subscription_status is 'A subscription''s state; an overd
 
 do $$
 begin
-  create type public.billing_cycle as enum ('monthly', 'yearly');
+  create type public.billing_cycle as enum ('monthly', 'quarterly', 'yearly');
 exception when duplicate_object then null;
 end
 $$;
@@ -649,6 +649,49 @@ comment on function private.nudge(text) is
   'Asks one of our functions to look for work now: at most one signed request a function and transaction, by pg_net, configured in Vault '
   '(trunkline_functions_url, trunkline_nudge_key = whsec_ and base64). Does nothing where that is not configured, and never fails.';
 revoke execute on function private.nudge(text) from public;
+
+create or replace function private.connect_functions(functions_url text, nudge_key text) returns jsonb
+language plpgsql volatile security invoker set search_path = '' as $$
+declare
+  wanted record;
+  known  uuid;
+  before text;
+  told   jsonb := '{}'::jsonb;
+begin
+  if to_regprocedure('vault.create_secret(text,text,text,uuid)') is null
+    or to_regprocedure('net.http_post(text,jsonb,jsonb,jsonb,integer)') is null
+  then
+    raise exception 'the extensions supabase_vault and pg_net are needed: switch both on' using errcode = 'feature_not_supported';
+  end if;
+  if functions_url !~ '^https?://[^/\s]+/functions/v1$' then
+    raise exception 'the functions'' address ends in /functions/v1, without a slash after it' using errcode = 'invalid_parameter_value';
+  end if;
+  if nudge_key !~ '^whsec_[A-Za-z0-9+/]{32,}=*$' then
+    raise exception 'a nudge key is whsec_ and at least 24 bytes in base64' using errcode = 'invalid_parameter_value';
+  end if;
+  for wanted in select * from (values ('trunkline_functions_url', functions_url), ('trunkline_nudge_key', nudge_key)) as secret (name, value) loop
+    select vault.id, vault.decrypted_secret into known, before from vault.decrypted_secrets as vault where vault.name = wanted.name;
+    if known is null then
+      perform vault.create_secret(wanted.value, wanted.name, 'Trunkline: see docs/deploy.md');
+    elsif before is distinct from wanted.value then
+      perform vault.update_secret(known, wanted.value);
+    end if;
+    told := told || jsonb_build_object(
+      wanted.name, case when known is null then 'set' when before is distinct from wanted.value then 'changed' else 'as before' end
+    );
+  end loop;
+  return told || jsonb_build_object('database_webhooks', (
+    select coalesce(jsonb_agg(format('%s on %s', hook.tgname, hook.tgrelid::regclass) order by hook.tgrelid::regclass::text, hook.tgname), '[]')
+    from pg_catalog.pg_trigger as hook
+    join pg_catalog.pg_proc as routine on routine.oid = hook.tgfoid
+    where routine.pronamespace = 'private'::regnamespace and routine.proname ~ '^nudge_' and hook.tgenabled in ('O', 'A')
+  ));
+end
+$$;
+comment on function private.connect_functions(text, text) is
+  'Says where the functions are and with what key they are nudged: both go to Vault, where the triggers that are our database webhooks read them. '
+  'For the database''s owner, who runs it again after a rotation; returns what changed, and the webhooks that there are.';
+revoke execute on function private.connect_functions(text, text) from public;
 
 
 -- Who asks ------------------------------------------------------------------------------------------------------------------------
@@ -3893,7 +3936,8 @@ create table public.leads (
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
   unique (organization_id, id),
-  -- What an import names in on_conflict: the same number twice in one project is one lead.
+  -- What an import names in on_conflict: the same number twice in one project is one lead. Without a project a number may repeat, as in the
+  -- seed system: a project that is deleted leaves its leads behind, and two may be of one person. Forms and ingest find the one that is there.
   unique (organization_id, project_id, phone),
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, stage_id) references public.pipeline_stages (organization_id, id) on delete set null (stage_id),
@@ -5188,7 +5232,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -6480,6 +6524,19 @@ comment on column private.dial_evidence.consent_id is 'The consent for the campa
 comment on column private.dial_evidence.register_version is 'The version of the register of numbers not to be called that was looked at, where one is enforced.';
 comment on column private.dial_evidence.zone_source is 'Whose time zones they are: the lead''s own, else those of the number''s state or country, else the campaign''s.';
 comment on column private.dial_evidence.dials_before is 'When the number was last called, by whomever: gap and caps were judged by these.';
+
+-- What a campaign may cost, and when it starts by itself -----------------------------------------------------------------------------
+
+alter table public.campaigns
+  add column credit_cap bigint,
+  add column credit_spent bigint not null default 0;
+alter table public.campaigns add constraint campaigns_credit_cap_positive check (credit_cap > 0);
+comment on column public.campaigns.credit_cap is
+  'Prepaid credit that its calls may use at most, in minor units of the plan''s currency; what calls under way may still cost counts. Null is without limit.';
+comment on column public.campaigns.credit_spent is
+  'Prepaid credit that its calls have used, in minor units: what the ledger says of them, corrections included. Written at settlement alone.';
+grant insert (credit_cap), update (credit_cap) on public.campaigns to authenticated;
+create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';
 -- 07_plans_and_usage.sql
 
 -- Plans, their versioned prices, subscriptions, and what organizations have used.
@@ -6501,9 +6558,19 @@ create table public.meters (
   is_active   boolean not null default true,
   position    integer not null default 100,
   created_at  timestamptz not null default private.clock_now(),
+  aggregation text not null default 'sum',
+  source      text not null default 'events',
+  rounding    text not null default 'none',
+  pulse       bigint not null default 1,
   constraint meters_key_format check (key ~ '^[a-z][a-z0-9_]{0,62}$'),
   constraint meters_name_present check (btrim(name) <> ''),
-  constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$')
+  constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$'),
+  constraint meters_aggregation_known check (aggregation in ('sum', 'count', 'max', 'unique', 'latest')),
+  constraint meters_source_known check (source in ('events', 'calls', 'rows')),
+  constraint meters_source_is_reserved check (source = 'events' or is_reserved),
+  constraint meters_rounding_known check (rounding in ('none', 'event', 'period')),
+  constraint meters_rounding_of_sums check (rounding = 'none' or aggregation = 'sum'),
+  constraint meters_pulse_positive check (pulse > 0)
 );
 
 revoke all on public.meters from anon, authenticated, service_role;
@@ -6513,19 +6580,51 @@ alter table public.meters force row level security;
 create policy "Signed-in users see the active meters" on public.meters
   for select to authenticated using (is_active);
 
-comment on table public.meters is 'What can be counted: one row a kind of usage, with its unit.';
+create function private.refuse_meter_change() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  if exists (select from public.usage_logs as log where log.feature_key = old.key) then
+    raise exception 'what meter % has counted would mean something else: make another meter', old.key using errcode = '23514';
+  end if;
+  return new;
+end
+$$;
+revoke all on function private.refuse_meter_change() from public;
+comment on function private.refuse_meter_change() is 'Trigger: how a meter counts does not change once it has counted.';
+
+create trigger meters_keep_their_meaning before update of aggregation, rounding, pulse on public.meters
+  for each row
+  when ((old.aggregation, old.rounding, old.pulse) is distinct from (new.aggregation, new.rounding, new.pulse))
+  execute function private.refuse_meter_change();
+
+comment on table public.meters is 'What can be counted: one row a kind of usage, with its unit and how it is added up.';
 comment on column public.meters.key is 'The meter''s name in prices, in usage and in events'' `type`.';
 comment on column public.meters.unit is 'The unit of its quantities, singular: call, second, message.';
 comment on column public.meters.is_reserved is 'Counted by the platform alone; usage events from outside are refused.';
 comment on column public.meters.position is 'Order on invoices and in usage lists, lowest first.';
+comment on column public.meters.aggregation is
+  'What a day and a period make of its events: sum of their quantities, count of them, the largest quantity, how many different values, or '
+  'the latest quantity.';
+comment on column public.meters.source is
+  'Who counts: events of an organization''s own systems, the database for each call that ends, or the rows that are there now.';
+comment on column public.meters.rounding is
+  'none counts by the unit, event counts each event (each call) up to started pulses, period bills the period''s sum up to started pulses.';
+comment on column public.meters.pulse is 'How many units a pulse has: 60 makes started minutes of seconds.';
 
--- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the others are reported.
-insert into public.meters (key, name, unit, is_reserved, position)
+-- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the next two are reported, and
+-- of the others there are so many now, which a plan limits (max_users, max_leads, …) where they are made.
+insert into public.meters (key, name, unit, is_reserved, position, aggregation, source)
 values
-  ('ai_calls', 'AI calls', 'call', true, 10),
-  ('call_seconds', 'Calling time', 'second', true, 20),
-  ('agent_tokens', 'Agent tokens', 'token', false, 30),
-  ('recording_seconds', 'Recordings', 'second', false, 40)
+  ('ai_calls', 'AI calls', 'call', true, 10, 'count', 'calls'),
+  ('call_seconds', 'Calling time', 'second', true, 20, 'sum', 'calls'),
+  ('agent_tokens', 'Agent tokens', 'token', false, 30, 'sum', 'events'),
+  ('recording_seconds', 'Recordings', 'second', false, 40, 'sum', 'events'),
+  ('users', 'Users', 'user', true, 200, 'latest', 'rows'),
+  ('projects', 'Projects', 'project', true, 210, 'latest', 'rows'),
+  ('campaigns', 'Campaigns', 'campaign', true, 220, 'latest', 'rows'),
+  ('leads', 'Leads', 'lead', true, 230, 'latest', 'rows'),
+  ('stores', 'Stores', 'store', true, 240, 'latest', 'rows')
 on conflict (key) do nothing;
 
 -- Plans ---------------------------------------------------------------------------------------------------------------------------
@@ -6593,10 +6692,16 @@ create table public.plan_prices (
   base_minor    bigint not null default 0,
   retired_at    timestamptz,
   created_at    timestamptz not null default private.clock_now(),
+  monthly_credit_minor bigint not null default 0,
+  billed_in     text not null default 'arrears',
+  minimum_minor bigint,
   constraint plan_prices_version_key unique (plan_id, billing_cycle, currency, version),
   constraint plan_prices_version_positive check (version > 0),
   constraint plan_prices_currency_format check (currency ~ '^[A-Z]{3}$'),
-  constraint plan_prices_base_not_negative check (base_minor >= 0)
+  constraint plan_prices_base_not_negative check (base_minor >= 0),
+  constraint plan_prices_monthly_credit_not_negative check (monthly_credit_minor >= 0),
+  constraint plan_prices_billed_in_known check (billed_in in ('advance', 'arrears')),
+  constraint plan_prices_minimum_positive check (minimum_minor > 0)
 );
 
 revoke all on public.plan_prices from anon, authenticated, service_role;
@@ -6610,8 +6715,41 @@ comment on table public.plan_prices is
   'One immutable version of what a plan costs. To change a price, insert the next version: those who subscribed keep theirs.';
 comment on column public.plan_prices.version is 'The highest one that is not retired is sold to new subscribers.';
 comment on column public.plan_prices.base_minor is
-  'The price of one billing period, in the currency''s minor unit, billed when the period has ended.';
+  'The price of one billing period, in the currency''s minor unit, billed as `billed_in` says.';
+comment on column public.plan_prices.monthly_credit_minor is
+  'Prepaid credit that each month of a paid subscription begins with, once, in the price''s currency; what is left of it at the month''s '
+  'end is gone.';
+comment on column public.plan_prices.billed_in is
+  'advance: the base price is billed when its period begins; arrears: when it has ended. What was used is always billed afterwards.';
+comment on column public.plan_prices.minimum_minor is
+  'What base price and usage of a whole period come to at least; what is missing is a line of its own. Null is no commitment.';
 comment on column public.plan_prices.retired_at is 'Since when this version is no longer sold; the only column that may change.';
+
+create function private.are_tiers(tiers jsonb) returns boolean
+language plpgsql immutable strict set search_path = ''
+as $$
+declare
+  steps integer := case jsonb_typeof(tiers) when 'array' then jsonb_array_length(tiers) else 0 end;
+begin
+  return steps between 1 and 100 and coalesce((
+    select bool_and(
+      jsonb_typeof(tier.step) = 'object'
+      and coalesce(tier.step ->> 'unit_minor', '') ~ '^[0-9]{1,15}$' and jsonb_typeof(tier.step -> 'unit_minor') = 'number'
+      and coalesce(tier.step ->> 'flat_minor', '0') ~ '^[0-9]{1,15}$'
+      and case when tier.number = steps then nullif(tier.step -> 'up_to', 'null') is null
+        else jsonb_typeof(tier.step -> 'up_to') = 'number' and tier.step ->> 'up_to' ~ '^[0-9]{1,15}$'
+          and (tier.step ->> 'up_to')::numeric > coalesce((tiers -> (tier.number::integer - 2) ->> 'up_to')::numeric, 0) end
+    )
+    from (
+      select given.step, given.number
+      from jsonb_array_elements(case when steps > 0 then tiers else '[]' end) with ordinality as given (step, number)
+    ) as tier
+  ), false);
+end
+$$;
+comment on function private.are_tiers(jsonb) is
+  'Whether a text says tiers: [{"up_to":1000,"unit_minor":400,"flat_minor":0}, …, {"unit_minor":300}], rising, the last without an end.';
+revoke all on function private.are_tiers(jsonb) from public, anon, authenticated, service_role;
 
 create table public.plan_price_meters (
   plan_price_id       uuid not null references public.plan_prices (id) on delete restrict,
@@ -6624,6 +6762,8 @@ create table public.plan_price_meters (
   credit_price_minor  bigint,
   credit_unit         bigint not null default 60,
   credit_pulse        bigint not null default 1,
+  pricing_model       text not null default 'per_unit',
+  tiers               jsonb,
   constraint plan_price_meters_pkey primary key (plan_price_id, meter_key),
   constraint plan_price_meters_included_range check (included_units >= -1),
   constraint plan_price_meters_overage_price_not_negative check (overage_price_minor >= 0),
@@ -6635,7 +6775,11 @@ create table public.plan_price_meters (
   constraint plan_price_meters_credit_buys_calling check (credit_price_minor is null or meter_key in ('ai_calls', 'call_seconds')),
   constraint plan_price_meters_calls_sold_one_way check (
     meter_key <> 'ai_calls' or credit_price_minor is null or overage_price_minor is null
-  )
+  ),
+  constraint plan_price_meters_model_known check (pricing_model in ('per_unit', 'graduated', 'volume', 'package')),
+  constraint plan_price_meters_tiers_fit check ((pricing_model in ('graduated', 'volume')) = (tiers is not null)),
+  constraint plan_price_meters_tiers_valid check (private.are_tiers(tiers)),
+  constraint plan_price_meters_model_is_sold check (pricing_model = 'per_unit' or overage_price_minor is not null)
 );
 
 create index idx_plan_price_meters_meter on public.plan_price_meters (meter_key);
@@ -6654,6 +6798,13 @@ comment on column public.plan_price_meters.included_units is
 comment on column public.plan_price_meters.overage_price_minor is
   'Price of each `overage_unit` beyond the included units, by the unit and not by started multiples; null is not sold.';
 comment on column public.plan_price_meters.overage_unit is 'How many units the overage price is for: 60 prices seconds by the minute.';
+comment on column public.plan_price_meters.pricing_model is
+  'How what is beyond the included units is priced: per_unit; package, by started multiples of `overage_unit`; graduated, each unit at the '
+  'price of its own tier; volume, all of them at the price of the tier that they reach together.';
+comment on column public.plan_price_meters.tiers is
+  'Of graduated and volume: [{"up_to","unit_minor","flat_minor"?}, …], counted from the first unit beyond the included ones. A tier''s price is '
+  'for `overage_unit` units, its flat fee is owed once it is reached, and nothing owes none. `overage_price_minor` says what is shown as '
+  'the price, and that it is sold.';
 comment on column public.plan_price_meters.limit_units is
   'Units a billing period after which a hard meter refuses; null or -1 is unlimited.';
 comment on column public.plan_price_meters.hard is 'Whether the limit refuses new use. A meter with an overage price never refuses.';
@@ -6717,10 +6868,17 @@ create table public.subscriptions (
   metadata             jsonb not null default '{}',
   created_at           timestamptz not null default private.clock_now(),
   updated_at           timestamptz not null default private.clock_now(),
+  base_billed_minor    bigint,
+  base_billed_from     timestamptz,
+  paused_at            timestamptz,
+  past_due_since       timestamptz,
   constraint subscriptions_tenant_key unique (organization_id, id),
   constraint subscriptions_period_ordered check (current_period_start < current_period_end),
   constraint subscriptions_period_no_range check (period_no >= -1),
-  constraint subscriptions_trial_has_end check (status <> 'trialing' or trial_ends_at is not null)
+  constraint subscriptions_trial_has_end check (status <> 'trialing' or trial_ends_at is not null),
+  constraint subscriptions_base_whole check ((base_billed_minor is null) = (base_billed_from is null)),
+  constraint subscriptions_base_in_period check (base_billed_from >= current_period_start and base_billed_from < current_period_end),
+  constraint subscriptions_pause_has_time check ((status::text = 'paused') = (paused_at is not null))
 );
 
 create index idx_subscriptions_org_id on public.subscriptions (organization_id);
@@ -6728,6 +6886,7 @@ create index idx_subscriptions_plan on public.subscriptions (plan_id);
 create index idx_subscriptions_price on public.subscriptions (plan_price_id);
 create index idx_subscriptions_next_price on public.subscriptions (next_plan_price_id) where next_plan_price_id is not null;
 create index idx_subscriptions_due on public.subscriptions (next_invoice_at, id) where billing_hold is null;
+create index idx_subscriptions_past_due on public.subscriptions (past_due_since) where status = 'past_due';
 create index idx_subscriptions_trial_end on public.subscriptions (trial_ends_at) where status = 'trialing';
 create unique index idx_subscriptions_one_live on public.subscriptions (organization_id)
   where status not in ('cancelled', 'inactive');
@@ -6788,6 +6947,11 @@ comment on column public.subscriptions.period_no is
 comment on column public.subscriptions.current_period_start is 'The first instant of the period: midnight of a local day.';
 comment on column public.subscriptions.current_period_end is 'The first instant that is no longer in the period.';
 comment on column public.subscriptions.next_invoice_at is 'When the current period is closed and billed; null when nothing more is billed.';
+comment on column public.subscriptions.base_billed_minor is
+  'What the base price from base_billed_from to the period''s end comes to, where an invoice has it or it waits for one; null while the '
+  'base price of the current period is still to be billed.';
+comment on column public.subscriptions.paused_at is 'Since when it is paused: nothing is dialled, and a period that begins meanwhile is not billed.';
+comment on column public.subscriptions.past_due_since is 'Since when invoices of it are overdue; null when none is.';
 comment on column public.subscriptions.billing_hold is
   'Why billing stopped for this subscription, for a person to look at; null while all is well.';
 
@@ -6799,8 +6963,9 @@ create policy "Signed-in users see the plans on offer and their own" on public.s
   );
 
 -- What a plan has room for --------------------------------------------------------------------------------------------------------
--- max_leads, max_projects and max_campaigns of the plan, or of subscriptions.metadata.custom_limits. A plan that names none, and -1, limit
--- nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the last place.
+-- max_users, max_leads, max_projects, max_campaigns and max_stores of the plan, or of subscriptions.metadata.custom_limits. A plan that
+-- names none, and -1, limit nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the
+-- last place.
 
 create function private.plan_limit(organization uuid, feature_key text) returns bigint
 language plpgsql stable security definer set search_path = '' as $$
@@ -6817,28 +6982,26 @@ end
 $$;
 comment on function private.plan_limit(uuid, text) is 'How many of something an organization''s plan has room for; null is no limit.';
 
-create function private.check_limit(organization uuid, counted text) returns void
-language plpgsql volatile security definer set search_path = '' as $$
-declare
-  allowed bigint := private.plan_limit(organization, 'max_' || counted);
-  used    bigint;
+create function private.count_standing(organization uuid, counted text, at_most bigint) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
 begin
-  if allowed is null then
-    return;
-  end if;
-  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
-  -- One more than there may be is enough to know.
-  used := case counted
+  return case counted
+    when 'users' then (
+      select count(*)
+      from (
+        select from public.profiles as member where member.organization_id = organization and member.status <> 'archived' limit at_most
+      ) as some_of_them
+    )
     when 'leads' then (
       select count(*)
       from (
-        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit allowed + 1
+        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit at_most
       ) as some_of_them
     )
     when 'projects' then (
       select count(*)
       from (
-        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit allowed + 1
+        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit at_most
       ) as some_of_them
     )
     when 'campaigns' then (
@@ -6847,35 +7010,59 @@ begin
         select
         from public.campaigns as campaign
         where campaign.organization_id = organization and campaign.status <> 'archived'
-        limit allowed + 1
+        limit at_most
       ) as some_of_them
     )
+    when 'stores' then (
+      select count(*)
+      from (select from public.stores as store where store.organization_id = organization limit at_most) as some_of_them
+    )
   end;
-  if used > allowed then
+end
+$$;
+comment on function private.count_standing(uuid, text, bigint) is
+  'How many users, leads, projects, campaigns or stores an organization has now; counting stops at so many, null counts them all.';
+
+create function private.check_limit(organization uuid, counted text) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  allowed bigint := private.plan_limit(organization, 'max_' || counted);
+begin
+  if allowed is null then
+    return;
+  end if;
+  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
+  -- One more than there may be is enough to know.
+  if private.count_standing(organization, counted, allowed + 1) > allowed then
     perform private.raise_error(402, 'quota_exhausted', format('The plan has room for %s %s', allowed, counted));
   end if;
 end
 $$;
 comment on function private.check_limit(uuid, text) is
-  'Ends the request with 402 when an organization has more leads, projects or campaigns than its plan has room for.';
+  'Ends the request with 402 when an organization has more users, leads, projects, campaigns or stores than its plan has room for.';
 
 create function private.enforce_limit() returns trigger
 language plpgsql security definer set search_path = '' as $$
 declare
   tenant uuid;
+  counted constant text := case tg_table_name when 'profiles' then 'users' else tg_table_name end;
 begin
   if tg_level = 'ROW' then
-    perform private.check_limit(new.organization_id, tg_table_name);
+    perform private.check_limit(new.organization_id, counted);
     return null;
   end if;
-  for tenant in select distinct added.organization_id from added order by added.organization_id loop
-    perform private.check_limit(tenant, tg_table_name);
+  for tenant in
+    select distinct added.organization_id from added where added.organization_id is not null order by added.organization_id
+  loop
+    perform private.check_limit(tenant, counted);
   end loop;
   return null;
 end
 $$;
 comment on function private.enforce_limit() is 'Trigger: what is added, or taken out of the archive, fits into the plan.';
-revoke execute on function private.plan_limit(uuid, text), private.check_limit(uuid, text), private.enforce_limit() from public;
+revoke execute on function
+  private.plan_limit(uuid, text), private.count_standing(uuid, text, bigint), private.check_limit(uuid, text), private.enforce_limit()
+from public;
 
 create trigger enforce_limit after insert on public.leads
   referencing new table as added for each statement execute function private.enforce_limit();
@@ -6889,6 +7076,17 @@ create trigger enforce_limit after insert on public.campaigns
   referencing new table as added for each statement execute function private.enforce_limit();
 create trigger enforce_limit_again after update of status on public.campaigns
   for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.stores
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.profiles
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of organization_id, status on public.profiles
+  for each row
+  when (
+    new.organization_id is not null and new.status <> 'archived'
+    and (old.organization_id is distinct from new.organization_id or old.status = 'archived')
+  )
+  execute function private.enforce_limit();
 
 
 -- Usage ---------------------------------------------------------------------------------------------------------------------------
@@ -6975,13 +7173,14 @@ comment on column public.usage_days.events is 'How many events they came in.';
 comment on column public.usage_days.prepaid is 'Of the units used, those that were charged to prepaid credit and are not billed.';
 
 create table private.usage_keys (
-  organization_id uuid not null references public.organizations (id) on delete restrict,
-  source          text not null,
-  key             text not null,
+  organization_id uuid not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
   body_hash       bytea,
   meter_key       text,
   occurred_at     timestamptz,
   quantity        bigint,
+  reported        bigint,
   constraint usage_keys_pkey primary key (organization_id, source, key)
 ) partition by hash (organization_id);
 
@@ -6998,7 +7197,8 @@ $$;
 select private.close_table('private.usage_keys');
 
 comment on table private.usage_keys is
-  'Every idempotency key ever counted, for ever: not split by time, since uniqueness would then depend on the event''s time.';
+  'Every idempotency key ever counted, for ever: not split by time, since uniqueness would then depend on the event''s time. Its '
+  'organization cannot go while its counters or its calls are there, which saves a look at it for every event.';
 comment on column private.usage_keys.source is
   'Who counted: `call` is the platform itself, anything else is an organization''s own system.';
 comment on column private.usage_keys.key is 'The event''s id in its source; for a call the attempt''s id.';
@@ -7008,6 +7208,8 @@ comment on column private.usage_keys.meter_key is 'What was counted, of a call i
 comment on column private.usage_keys.occurred_at is 'When it happened, which is where its event is found.';
 comment on column private.usage_keys.quantity is
   'What was counted under this key, with all that corrected it: never less than zero. Null for a correction itself.';
+comment on column private.usage_keys.reported is
+  'What was reported under this key, with all that corrected it, where its meter counts in pulses and that is another number.';
 
 create table private.usage_events (
   id              uuid not null default private.uuid_v7(),
@@ -7020,8 +7222,9 @@ create table private.usage_events (
   day             date not null,
   recorded_at     timestamptz not null,
   corrects        text,
+  value_hash      bytea,
   constraint usage_events_pkey primary key (occurred_at, id),
-  constraint usage_events_quantity_signed check (quantity > 0 or corrects is not null and quantity <> 0)
+  constraint usage_events_quantity_signed check (quantity >= 0 or corrects is not null)
 ) partition by range (occurred_at);
 
 select private.close_table('private.usage_events');
@@ -7035,6 +7238,8 @@ comment on column private.usage_events.corrects is
   'The key, in the same source, of the event whose quantity this one changes; only such an event may be negative. It counts on that '
   'event''s day.';
 comment on column private.usage_events.recorded_at is 'When it was counted, in business time.';
+comment on column private.usage_events.value_hash is
+  'First 16 bytes of the SHA-256 of its value, for a meter that counts different values: the value itself is nobody''s business here.';
 
 create function private.refuse_event_change() returns trigger
 language plpgsql set search_path = ''
@@ -7054,6 +7259,51 @@ create trigger usage_events_are_append_only before update or delete on private.u
   for each row execute function private.refuse_event_change();
 
 select private.ensure_partitions('private.usage_events', private.clock_now());
+
+create table private.usage_readings (
+  organization_id uuid not null,
+  meter_key       text not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
+  day             date not null,
+  occurred_at     timestamptz not null,
+  quantity        bigint not null,
+  value_hash      bytea,
+  constraint usage_readings_pkey primary key (organization_id, source, key),
+  constraint usage_readings_quantity_not_negative check (quantity >= 0)
+);
+
+create index idx_usage_readings_largest on private.usage_readings (organization_id, meter_key, day, quantity) where value_hash is null;
+create index idx_usage_readings_latest on private.usage_readings (organization_id, meter_key, day, occurred_at, source, key)
+  where value_hash is null;
+create index idx_usage_readings_value on private.usage_readings (organization_id, meter_key, value_hash, day)
+  where value_hash is not null and quantity > 0;
+select private.close_table('private.usage_readings');
+
+comment on table private.usage_readings is
+  'The events of meters that are not sums, as corrections left them: the largest, the latest and the different ones of a day are found '
+  'here. Written under the lock of the period''s counter.';
+comment on column private.usage_readings.day is 'The local day on which it counts.';
+comment on column private.usage_readings.quantity is 'Its quantity with all that corrected it; a value that was taken back is 0.';
+comment on column private.usage_readings.value_hash is 'As in its event; null where quantities are compared.';
+
+create table private.usage_seals (
+  organization_id uuid not null,
+  meter_key       text not null,
+  day             date not null,
+  quantity        bigint not null,
+  events          bigint not null,
+  constraint usage_seals_pkey primary key (organization_id, meter_key, day),
+  constraint usage_seals_events_positive check (events > 0)
+);
+
+select private.close_table('private.usage_seals');
+
+comment on table private.usage_seals is
+  'What the events of months past their retention came to, by day: written by the transaction that drops them, so that keys, days and '
+  'counters can be compared with it for ever.';
+comment on column private.usage_seals.quantity is 'The sum of their quantities, corrections with their sign.';
+comment on column private.usage_seals.events is 'How many they were.';
 
 
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------
@@ -7678,12 +7928,13 @@ create table public.invoices (
   metadata          jsonb not null default '{}',
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
+  past_due_at       timestamptz,
   constraint invoices_tenant_key unique (organization_id, id),
   constraint invoices_number_key unique (invoice_number),
   constraint invoices_period_key unique (subscription_id, kind, period_start),
   constraint invoices_subscription_fkey foreign key (organization_id, subscription_id)
     references public.subscriptions (organization_id, id) on delete restrict,
-  constraint invoices_kind_known check (kind in ('period')),
+  constraint invoices_kind_known check (kind in ('period', 'advance', 'change')),
   constraint invoices_number_format check (invoice_number ~ '^IN[A-V]-[0-9]{6}-[0-9]{5}$'),
   constraint invoices_numbered_once_open check ((status = 'draft') = (invoice_number is null)),
   constraint invoices_dated_once_open check (
@@ -7717,7 +7968,9 @@ create policy "Members who may see billing see the invoices" on public.invoices
 
 comment on table public.invoices is
   'One bill. From open on it is a fiscal document: numbered, adding up, and changed by its payment alone.';
-comment on column public.invoices.kind is 'period: what one billing period of a subscription cost. A period is billed once.';
+comment on column public.invoices.kind is
+  'period: what one billing period of a subscription cost, and in advance the next one''s base price. advance: the first base price of a '
+  'subscription that is billed in advance. change: what changing the plan within a period costs. Each is billed once.';
 comment on column public.invoices.invoice_number is
   'INV-YYYYMM-NNNNN, given when the invoice becomes open; 16 characters at most, as India''s Rule 46 has it.';
 comment on column public.invoices.timezone is 'The zone in which the period''s days are read.';
@@ -7729,6 +7982,7 @@ comment on column public.invoices.amount_paid_minor is 'Sum of the payments that
 comment on column public.invoices.credited_minor is 'Sum of the credit notes issued against it. What is due is the total less both.';
 comment on column public.invoices.issuer is 'Our particulars as they were.';
 comment on column public.invoices.customer is 'The organization''s particulars as they were.';
+comment on column public.invoices.past_due_at is 'Since when it is overdue, as the schedule found it and told.';
 comment on column public.invoices.irn is 'Invoice reference number of India''s e-invoice portal, when it was registered there.';
 
 create table public.invoice_lines (
@@ -7744,13 +7998,18 @@ create table public.invoice_lines (
   unit_price_minor bigint not null,
   price_units      bigint not null default 1,
   amount_minor     bigint not null,
+  first_day        date,
+  last_day         date,
   constraint invoice_lines_tenant_key unique (organization_id, id),
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage', 'adjustment')),
+  constraint invoice_lines_kind_known check (
+    kind in ('base', 'included', 'overage', 'fee', 'commitment', 'adjustment', 'credit', 'charge', 'item')
+  ),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
-  constraint invoice_lines_price_units_positive check (price_units > 0)
+  constraint invoice_lines_price_units_positive check (price_units > 0),
+  constraint invoice_lines_days_ordered check (first_day <= last_day)
 );
 
 create index idx_invoice_lines_meter on public.invoice_lines (meter_key) where meter_key is not null;
@@ -7764,10 +8023,13 @@ create policy "Members who may see billing see the invoices' lines" on public.in
 
 comment on table public.invoice_lines is
   'What an invoice charges for, line by line; the one place where an amount is rounded, half away from zero.';
-comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; adjustment: what a period that was billed '
+comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; fee: the flat fee of a tier; '
+  'commitment: what is missing to the minimum; credit and charge: the rest of a period on the plan that was left, given back, and on the one '
+  'that was taken; item: something of its own; adjustment: what a period that was billed '
   'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
-comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of an adjustment the difference of two such amounts, so that a period costs '
+comment on column public.invoice_lines.first_day is 'The first day that it is for, where that is not the invoice''s.';
+comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of packages, by started ones; of a part of a period, its part; of an adjustment the difference of two such amounts, so that a period costs '
   'the same however late its usage comes.';
 
 create table public.invoice_taxes (
@@ -7827,6 +8089,115 @@ comment on column private.usage_adjustments.period_start is 'The period that the
 comment on column private.usage_adjustments.settled_at is 'When the difference was settled; null while an invoice has still to.';
 comment on column private.usage_adjustments.invoice_line_id is 'The line that billed it; null also where the difference cost nothing.';
 
+-- What waits for the next invoice -------------------------------------------------------------------------------------------------
+
+create table private.invoice_items (
+  id               uuid primary key default gen_random_uuid(),
+  organization_id  uuid not null,
+  subscription_id  uuid not null,
+  kind             text not null,
+  currency         text not null,
+  description      text not null,
+  quantity         bigint not null default 1,
+  unit             text not null,
+  unit_price_minor bigint not null,
+  price_units      bigint not null default 1,
+  amount_minor     bigint not null,
+  first_day        date,
+  last_day         date,
+  idempotency_key  text,
+  number           bigint generated always as identity,
+  created_at       timestamptz not null,
+  settled_at       timestamptz,
+  constraint invoice_items_subscription_fkey foreign key (organization_id, subscription_id)
+    references public.subscriptions (organization_id, id) on delete restrict,
+  constraint invoice_items_key unique (organization_id, idempotency_key),
+  constraint invoice_items_kind_known check (kind in ('base', 'credit', 'charge', 'item')),
+  constraint invoice_items_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint invoice_items_description_present check (btrim(description) <> ''),
+  constraint invoice_items_price_units_positive check (price_units > 0),
+  constraint invoice_items_days_ordered check (first_day <= last_day),
+  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end)
+);
+
+create index idx_invoice_items_open on private.invoice_items (organization_id, subscription_id) where settled_at is null;
+create index idx_invoice_items_subscription on private.invoice_items (organization_id, subscription_id);
+select private.close_table('private.invoice_items');
+
+comment on table private.invoice_items is
+  'What waits for the next invoice of a subscription and becomes a line of it, with the same id: the two sides of a plan that changed within '
+  'its period, and what an operator adds once. What an invoice would have to give back more than it charges waits for the next one.';
+comment on column private.invoice_items.number is 'Their order on the invoice.';
+comment on column private.invoice_items.idempotency_key is 'Whoever adds the same again under this key adds nothing.';
+comment on column private.invoice_items.settled_at is 'When an invoice took it; null while it waits.';
+
+create table private.billing_requests (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  key             text not null,
+  request         jsonb not null,
+  answer          jsonb not null,
+  created_at      timestamptz not null,
+  constraint billing_requests_pkey primary key (organization_id, key),
+  constraint billing_requests_key_length check (length(key) between 1 and 255)
+);
+select private.close_table('private.billing_requests');
+
+comment on table private.billing_requests is
+  'What users asked of their subscription under an Idempotency-Key, and what they were answered: for thirty days the same again is '
+  'answered the same and does nothing.';
+
+-- When somebody does not pay ------------------------------------------------------------------------------------------------------
+
+create table private.dunning_policy (
+  singleton                boolean primary key default true,
+  grace_days               integer not null default 0,
+  retry_days               integer[] not null default '{1,3,7}',
+  retry_time               time not null default '08:00',
+  mandate_limits           jsonb not null default '{"INR": 1500000}',
+  suspend_after_days       integer default 14,
+  uncollectible_after_days integer,
+  constraint dunning_policy_one_row check (singleton),
+  constraint dunning_policy_grace_range check (grace_days between 0 and 90),
+  constraint dunning_policy_retries_range check (
+    cardinality(retry_days) <= 3 and 1 <= all (retry_days) and 90 >= all (retry_days) and array_position(retry_days, null) is null
+  ),
+  constraint dunning_policy_retry_time_off_peak check (
+    retry_time < '10:00' or retry_time >= '13:00' and retry_time < '17:00' or retry_time >= '21:30'
+  ),
+  constraint dunning_policy_limits_object check (jsonb_typeof(mandate_limits) = 'object'),
+  constraint dunning_policy_suspend_range check (suspend_after_days between 0 and 365),
+  constraint dunning_policy_uncollectible_range check (uncollectible_after_days between 1 and 3650)
+);
+select private.close_table('private.dunning_policy');
+insert into private.dunning_policy (singleton) values (true) on conflict do nothing;
+
+comment on table private.dunning_policy is 'What happens to an invoice that is not paid, and when: one row, the operator''s to change.';
+comment on column private.dunning_policy.grace_days is 'Days after the due date before an invoice counts as overdue.';
+comment on column private.dunning_policy.retry_days is
+  'On which days after that another payment is asked for: three at most, as a mandate allows, and a day''s notice before the first.';
+comment on column private.dunning_policy.retry_time is
+  'At which time of the issuer''s day; outside the hours in which UPI takes no automatic payments (10:00 to 13:00, 17:00 to 21:30).';
+comment on column private.dunning_policy.mandate_limits is
+  'By currency, up to which amount in the minor unit a mandate pays without its holder; above it, and without a mandate, a payment link is sent.';
+comment on column private.dunning_policy.suspend_after_days is 'After how many overdue days the subscription is suspended; null is never.';
+comment on column private.dunning_policy.uncollectible_after_days is 'After how many overdue days the invoice is given up; null is never.';
+
+create table private.payment_retries (
+  organization_id uuid not null,
+  invoice_id      uuid not null,
+  number          integer not null,
+  due_at          timestamptz not null,
+  told_at         timestamptz,
+  constraint payment_retries_pkey primary key (organization_id, invoice_id, number),
+  constraint payment_retries_invoice_fkey foreign key (organization_id, invoice_id)
+    references public.invoices (organization_id, id) on delete restrict
+);
+create index idx_payment_retries_due on private.payment_retries (due_at) where told_at is null;
+select private.close_table('private.payment_retries');
+
+comment on table private.payment_retries is 'When an overdue invoice asks for another payment, and whether it did.';
+comment on column private.payment_retries.told_at is 'When `invoice.payment_due` said so to whoever collects; also set once nothing is due any more.';
+
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
 create function private.invoice_number(month text, number integer) returns text
@@ -7880,7 +8251,7 @@ language plpgsql set search_path = ''
 as $$
 declare
   payment constant text[] := array[
-    'status', 'amount_paid_minor', 'credited_minor', 'paid_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
+    'status', 'amount_paid_minor', 'credited_minor', 'paid_at', 'past_due_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
   ];
 begin
   if tg_op = 'DELETE' then
@@ -8673,6 +9044,50 @@ from public;
 
 -- webhook_events ------------------------------------------------------------------------------------------------------------------
 
+create function private.person_keys(variadic texts text[]) returns text[]
+language plpgsql immutable parallel safe cost 1000 set search_path = '' set jit = off as $$
+declare
+  written constant text := lower(array_to_string(texts, E'\n'));
+  numbers constant text[] := array(
+    select distinct run.match[1] from regexp_matches(written, '[0-9](?:[ ().-]{0,2}[0-9]){6,}', 'g') as run (match)
+  );
+  number  text;
+  keys    text[] := '{}'::text[];
+begin
+  foreach number in array numbers loop
+    if number !~ '[ ().-]' then
+      keys := keys || right(number, 10);
+    elsif length(number) > 1000 then
+      -- No person writes so; whoever looks for one looks here too.
+      keys := keys || '*'::text;
+    else
+      -- A number may begin and end with any of the pieces, and what has more than ten digits is known by the last ten.
+      keys := keys || array(
+        select distinct right(joined.text, 10)
+        from (
+          select array_agg(piece.text) over (order by piece.place rows between 9 preceding and current row) as latest
+          from regexp_split_to_table(number, '[ ().-]+') with ordinality as piece (text, place)
+        ) as pieces
+        cross join generate_subscripts(pieces.latest, 1) as beginning
+        cross join array_to_string(pieces.latest[beginning:], '') as joined (text)
+        where length(joined.text) >= 7
+      );
+    end if;
+  end loop;
+  if written ~ '@|%40' then
+    keys := keys || array(
+      select distinct address.match[1] || '@' || rtrim(address.match[2], '.-')
+      from regexp_matches(written, '([a-z0-9._+-]*)(?:@|%40)([a-z0-9.-]*)', 'g') as address (match)
+    );
+  end if;
+  return keys;
+end
+$$;
+comment on function private.person_keys(text[]) is
+  'What may be a phone number or an address in texts: the last ten digits of whatever reads as a number, and addresses in lower case. Of a number or an '
+  'address itself it gives the key by which every text that private.phone_pattern() or private.email_pattern() would find is found by an index; * is in texts that are too odd to say.';
+revoke execute on function private.person_keys(text[]) from public;
+
 create table private.webhook_events (
   id              uuid not null default private.uuid_v7(),
   received_at     timestamptz not null,
@@ -8698,6 +9113,9 @@ create index idx_webhook_events_failed on private.webhook_events (next_try_at) w
 create index idx_webhook_events_agent_orphans on private.webhook_events (source_id, (payload ->> 'agent_call_id'))
   where status = 'orphan' and payload_type = 'agent';
 create index idx_webhook_events_late_orphans on private.webhook_events (received_at) where status = 'orphan' and payload_type = 'agent';
+-- Nothing is in it that the row does not say itself: who is erased from the row is gone from here.
+create index idx_webhook_events_people on private.webhook_events
+  using gin (private.person_keys(body, payload::text, headers::text, error)) with (fastupdate = off);
 select private.close_table('private.webhook_events');
 comment on table private.webhook_events is
   'Every verified event from outside as it came, and what became of it. By month of received_at, so that old months can be dropped.';
@@ -8795,14 +9213,16 @@ create table private.outbox (
   last_error      text,
   object          text,
   sequence        bigint check (sequence > 0),
-  unique (topic, key)
+  unique (organization_id, topic, key)
 );
 create index idx_outbox_organization_id on private.outbox (organization_id, id) where dispatched_at is null;
 create index idx_outbox_waiting on private.outbox (organization_id, id) where dispatched_at is null and sequence is not null;
 create index idx_outbox_told on private.outbox (organization_id, created_at, id) where sequence is not null;
+create index idx_outbox_created_at on private.outbox (created_at);
 select private.close_table('private.outbox');
 comment on table private.outbox is
-  'What happened and is to be told, written in the transaction in which it happened; one row a topic and key, so that nothing is told twice.';
+  'What happened and is to be told, written in the transaction in which it happened; one row an organization, topic and key, so that nothing is told twice.';
+comment on column private.outbox.payload is 'Empty once retention has taken it; the row stays on as the key of what was told.';
 comment on column private.outbox.created_at is 'Business time.';
 comment on column private.outbox.dispatched_at is 'When it was handed to the organization''s endpoints, one delivery each; at once where there were none.';
 comment on column private.outbox.object is 'What it is about, as call:<id>; null for what is told to nobody outside.';
@@ -8837,7 +9257,8 @@ values
   ('call.started', 'The carrier has taken a call, or one came in.'),
   ('call.answered', 'Somebody, or a machine, picked up.'),
   ('call.ended', 'A call is over, and how.'),
-  ('call.analyzed', 'What the voice agent made of a call is there.'),
+  ('call.updated', 'What call.ended said of a call was corrected.'),
+  ('call.analyzed', 'What the voice agent made of a call is there, or is better than before.'),
   ('lead.created', 'There is a new lead.'),
   ('lead.opted_out', 'A lead is not to be called any more.'),
   ('campaign.started', 'A campaign begins to call.'),
@@ -8884,6 +9305,7 @@ create table public.webhook_endpoints (
   created_by      uuid,
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
+  is_slow         boolean not null default false,
   unique (organization_id, id),
   foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by),
   check (enabled = (disabled_reason is null) and enabled = (disabled_at is null))
@@ -8903,6 +9325,7 @@ comment on table public.webhook_endpoints is 'Where an organization''s own syste
 comment on column public.webhook_endpoints.events is 'What it listens to: topics, or a family as call.*; everything when empty.';
 comment on column public.webhook_endpoints.disabled_reason is 'user: switched off by hand; gone: it answered 410; failing: nothing reached it for days.';
 comment on column public.webhook_endpoints.failing_since is 'Since when nothing has reached it; null once something has.';
+comment on column public.webhook_endpoints.is_slow is 'It kept somebody waiting lately, so that it is delivered to from a queue of its own kind, and holds up nobody else.';
 
 create table private.webhook_endpoint_secrets (
   endpoint_id     uuid primary key,
@@ -8943,6 +9366,7 @@ create table public.event_deliveries (
 ) with (fillfactor = 80);
 create index idx_event_deliveries_log on public.event_deliveries (organization_id, endpoint_id, id desc);
 create index idx_event_deliveries_due on public.event_deliveries (endpoint_id, next_attempt_at, id) where status in ('pending', 'failed');
+create index idx_event_deliveries_created_at on public.event_deliveries (created_at);
 create index idx_event_deliveries_leased on public.event_deliveries (endpoint_id, lease_until) where lease_until is not null;
 
 revoke all on public.event_deliveries from anon, authenticated, service_role;
@@ -9710,6 +10134,19 @@ select private.close_table('private.erased_numbers');
 comment on table private.erased_numbers is
   'Numbers of erased persons, as a salted hash: suppressed for ever, and not known. Beside suppressions, which say the number itself.';
 
+create table private.erased_persons (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  key_hash        bytea not null check (length(key_hash) = 32),
+  erased_at       timestamptz not null,
+  primary key (organization_id, key_hash)
+);
+create index idx_erased_persons_erased_at on private.erased_persons (erased_at);
+select private.close_table('private.erased_persons');
+comment on table private.erased_persons is
+  'By what an erased person was known, as salted hashes: an event that waited on a queue meanwhile brings nobody back. Rows go after 90 days, when no queue '
+  'holds anything older.';
+comment on column private.erased_persons.key_hash is 'Of a key of private.person_keys(), or of a shop''s name for a customer.';
+
 create table private.personal_data (
   table_name  text not null,
   column_name text not null,
@@ -9750,12 +10187,17 @@ create table private.retention_rules (
 );
 select private.close_table('private.retention_rules');
 comment on table private.retention_rules is
-  'How long the rows of a table that is split by month are kept; the operator''s setting. Without a row, or with nulls, for ever.';
+  'How long the rows of a table are kept, of those that apply_retention() knows; the operator''s setting. Without a row, or with nulls, for ever.';
 comment on column private.retention_rules.strip_after is 'Age in business time at which strip_columns are emptied; rows that wait for a person keep them.';
 comment on column private.retention_rules.stripped_until is 'How far that has come; rows before it are not looked at again.';
-comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped.';
+comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped, or its rows are deleted.';
 insert into private.retention_rules (table_name, strip_after, strip_columns, keep_months)
-values ('private.webhook_events', '30 days', '{headers,body,payload}', 13);
+values
+  ('private.webhook_events', '30 days', '{headers,body,payload}', 13),
+  ('private.usage_events', null, '{}', 96),
+  -- Longer than the longest period of a plan: its events have keys of which there is one a period.
+  ('private.outbox', '90 days', '{payload}', 13),
+  ('public.event_deliveries', null, '{}', 3);
 -- 10_functions_webhook_intake.sql
 
 -- What webhook-intake calls: one event from outside is one function, one transaction, one round trip.
@@ -10279,6 +10721,7 @@ comment on function private.apply_payload(private.webhook_events, timestamptz) i
 create function private.store_event(request jsonb, told jsonb, at timestamptz) returns private.webhook_events
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
+  arrived constant timestamptz := private.to_business((request ->> 'received_at')::timestamptz);
   event   private.webhook_events;
   applied record;
 begin
@@ -10302,6 +10745,9 @@ begin
     else 'nothing'
   end;
 
+  if event.payload_type = 'agent' and event.payload #>> '{recording,path}' is not null then
+    perform private.hold_object(event.payload #>> '{recording,path}', at);
+  end if;
   -- The key decides, in the transaction of the effect: the second of two at once waits here for the first.
   insert into private.webhook_event_keys (source, source_id, dedupe_key, event_id, received_at)
   values (event.source, event.source_id, event.dedupe_key, event.id, at)
@@ -10322,7 +10768,19 @@ begin
     event.status := applied.result;
     event.error := coalesce(applied.error, case when applied.result = 'ignored' then told ->> 'note' end);
     event.organization_id := applied.organization_id;
-  exception when others then
+    if arrived is not null and private.was_erased(event, arrived) then
+      raise exception using errcode = 'ERASE';
+    end if;
+  exception when sqlstate 'ERASE' then
+    -- Whatever it did is undone: it waited on a queue while its person was erased, and says nothing any more.
+    event.status := 'ignored';
+    event.error := 'erased';
+    event.headers := null;
+    event.body := null;
+    event.payload := null;
+    insert into private.webhook_events select event.*;
+    return event;
+  when others then
     event.status := 'failed';
     event.error := sqlstate || ' ' || sqlerrm;
     event.next_try_at := now() + interval '1 minute';
@@ -10390,7 +10848,7 @@ $$;
 comment on function public.apply_event(jsonb) is
   '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
   '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several}. '
-  'A single event may stand at the top, a call as "call":{…}.';
+  'A single event may stand at the top, a call as "call":{…}. What waited on a queue says when it had come, "received_at".';
 
 
 -- sweep_events --------------------------------------------------------------------------------------------------------------------
@@ -10419,13 +10877,13 @@ begin
   ) as candidate;
 
   perform private.lock_attempts(
-    array(select distinct waiting.attempt_id from private.webhook_events as waiting where waiting.id = any (due) and waiting.status = 'failed')
+    array(select distinct waiting.attempt_id from private.webhook_events as waiting where waiting.id = any (due))
   );
   -- In the order in which they came, so that a ring is applied before the hang-up that followed it.
   for event in
     select waiting.*
     from private.webhook_events as waiting
-    where waiting.id = any (due) and waiting.status = 'failed'
+    where waiting.id = any (due)
     order by waiting.received_at, waiting.id
   loop
     begin
@@ -10909,16 +11367,15 @@ begin
     end if;
   end if;
 
+  if campaign.id is null and attempt.campaign_id is not null then
+    -- What the call costs is written on it, and it is locked before counters and wallets.
+    perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+  end if;
   perform private.meter_call(attempt, at);
   if attempt.dialled or attempt.direction = 'inbound' then
     perform private.emit(
       attempt.organization_id, 'call.ended', attempt.id::text,
-      jsonb_build_object(
-        'call_id', attempt.id, 'campaign_id', attempt.campaign_id, 'lead_id', attempt.lead_id, 'attempt_no', attempt.attempt_no,
-        'outcome', outcome, 'answered_at', attempt.answered_at, 'ended_at', attempt.ended_at, 'duration_seconds', attempt.duration,
-        'billed_seconds', attempt.bill_duration_seconds, 'lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at
-      ),
-      at
+      private.end_event(attempt) || jsonb_build_object('lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at), at
     );
   end if;
   -- A slot is free: whoever waits for it need not wait for the next minute.
@@ -10941,7 +11398,14 @@ create function private.campaign_completed(organization uuid, campaign_id uuid, 
 language plpgsql volatile security definer set search_path = '' as $$
 begin
   perform private.emit(
-    organization, 'campaign.completed', campaign_id::text, jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
+    organization, 'campaign.completed',
+    -- One that was restored completes once more.
+    case
+      when exists (select from private.outbox as told where told.topic = 'campaign.completed' and told.key = campaign_completed.campaign_id::text)
+      then private.key_at(campaign_id, at)
+      else campaign_id::text
+    end,
+    jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
   );
   perform private.audit(organization, 'campaign.completed', 'campaign', campaign_id, '{}', at);
 end
@@ -11058,7 +11522,26 @@ begin
     end if;
   end if;
   if amended.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+    if campaign.id is null and attempt.campaign_id is not null then
+      perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+    end if;
     perform private.meter_call(amended, at);
+  end if;
+  -- Of a call that was never made nothing was told. It was made after all.
+  if amended.dialled and not attempt.dialled and attempt.direction <> 'inbound' then
+    perform private.emit(
+      amended.organization_id, 'call.ended', amended.id::text,
+      private.end_event(amended) || (
+        select jsonb_build_object(
+          'lead_status', max(enrolled.status::text), 'next_attempt_at', max(waiting.next_retry_at) filter (where waiting.status = 'queued')
+        )
+        from public.campaign_leads as enrolled
+        left join public.call_queue as waiting on waiting.organization_id = amended.organization_id and waiting.id = amended.queue_id
+        where enrolled.organization_id = amended.organization_id and enrolled.campaign_id = amended.campaign_id
+          and enrolled.lead_id = amended.lead_id
+      ),
+      at
+    );
   end if;
   return true;
 end
@@ -11254,6 +11737,7 @@ begin
       and campaign.dialling_enabled
       and not private.is_broken(campaign.id, at)
       and private.dispatch_obstacle(campaign.organization_id, at) is null
+      and (campaign.credit_cap is null or private.campaign_credit_left(campaign) > 0)
       and campaign.max_concurrent_calls
         > coalesce((select sum(calls.number) from calls where calls.campaign_id = campaign.id), 0)
       and organization.max_concurrent_calls
@@ -11459,6 +11943,37 @@ end
 $$;
 comment on function private.judge_candidates(timestamptz, integer, uuid[], uuid) is
   'Locks due rows of campaigns that may dial, or of a sole one of them, about a budget of them and as many of each campaign, and judges each by every gate in order.';
+
+create function private.campaign_credit_left(campaign public.campaigns) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  if campaign.credit_cap is null then
+    return null;
+  end if;
+  return campaign.credit_cap - campaign.credit_spent - (
+    select coalesce(sum(hold.credit_minor), 0)
+    from public.call_logs as log
+    join private.call_holds as hold on hold.attempt_id = log.id
+    where log.status <> 'ended' and log.organization_id = campaign.organization_id and log.campaign_id = campaign.id
+  );
+end
+$$;
+comment on function private.campaign_credit_left(public.campaigns) is
+  'What a campaign''s next calls may cost in prepaid credit, beside what is spent and what calls under way may still cost; null is without limit.';
+
+create function private.campaign_obstacle(campaign public.campaigns, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return case
+    when not campaign.dialling_enabled then 'campaign_disabled'
+    when private.is_broken(campaign.id, at) then 'circuit_open'
+    when private.campaign_credit_left(campaign) <= 0 then 'credit_cap'
+    else private.dispatch_obstacle(campaign.organization_id, at)
+  end;
+end
+$$;
+comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
+  'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
 
 create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
@@ -11809,12 +12324,15 @@ declare
   holding    record;
   waiting    uuid[];
   made       uuid[];
+  capped     uuid[];
+  kept       integer[];
   room       integer;
   moved      integer := 0;
   given      integer;
   tenant     record;
 begin
   perform private.lock_releases();
+  perform private.start_scheduled(at);
   perform private.check_breakers(at);
 
   -- An attempt whose message was lost is offered again, the same one.
@@ -11882,6 +12400,32 @@ begin
     limits := limits || holding.limits;
     holds := holds || holding.holds;
   end loop;
+
+  -- What the calls of a campaign may cost at most has to fit under its own cap, one after the other.
+  capped := array(
+    select summed.queue_id
+    from (
+      select
+        candidate.queue_id, candidate.campaign_id,
+        sum((holds[place]).credit_minor) over (partition by candidate.campaign_id order by place) as credit_minor
+      from generate_subscripts(granted, 1) as place
+      join unnest(able) as candidate on candidate.queue_id = granted[place]
+    ) as summed
+    join public.campaigns as campaign on campaign.id = summed.campaign_id and campaign.credit_cap is not null
+    where summed.credit_minor > private.campaign_credit_left(campaign)
+  );
+  if cardinality(capped) > 0 then
+    perform private.give_back_holds(
+      array(select holds[place] from generate_subscripts(granted, 1) as place where granted[place] = any (capped)), at
+    );
+    update public.call_queue as queue
+    set next_retry_at = private.whole_minute(at + interval '15 minutes'), wait_reason = 'credit_cap'
+    where queue.id = any (capped);
+    kept := array(select place from generate_subscripts(granted, 1) as place where granted[place] <> all (capped) order by place);
+    limits := array(select limits[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    holds := array(select holds[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    granted := array(select granted[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+  end if;
 
   with attempt as (
     insert into public.call_logs (
@@ -11997,7 +12541,8 @@ begin
         when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
         when not campaign.dialling_enabled then 'campaign_disabled'
-        when campaign.status <> 'running' then 'campaign_' || campaign.status
+        -- A single call is made whether its campaign runs or not.
+        when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
         when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
@@ -12301,9 +12846,7 @@ begin
   select described.* into campaign from public.campaigns as described where described.id = campaign_json.campaign_id;
   obstacle := case
     when campaign.status <> 'running' then 'campaign_' || campaign.status
-    when not campaign.dialling_enabled then 'campaign_disabled'
-    when private.is_broken(campaign.id, at) then 'circuit_open'
-    else private.dispatch_obstacle(campaign.organization_id, at)
+    else private.campaign_obstacle(campaign, at)
   end;
   select held.held_until into hold
   from private.dispatch_holds as held
@@ -12313,7 +12856,8 @@ begin
     'project_id', campaign.project_id, 'agent_id', campaign.agent_id, 'timezone', campaign.timezone,
     'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
     'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
-    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete,
+    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete, 'purpose', campaign.purpose,
+    'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
     'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
@@ -12441,6 +12985,8 @@ begin
     campaign.record_calls := coalesce((settings ->> field)::boolean, false);
     field := 'auto_complete';
     campaign.auto_complete := coalesce((settings ->> field)::boolean, true);
+    field := 'credit_cap';
+    campaign.credit_cap := (settings ->> field)::bigint;
   exception when data_exception then
     perform private.raise_error(422, 'invalid_setting', format('%L is not a value of %s', settings ->> field, field), field);
   end;
@@ -12453,15 +12999,28 @@ begin
   if campaign.start_date > campaign.end_date then
     perform private.raise_error(422, 'invalid_setting', 'end_date is not before start_date', 'end_date');
   end if;
+  campaign.purpose := coalesce(settings ->> 'purpose', 'service');
+  if campaign.purpose not in ('service', 'promotional') then
+    perform private.raise_error(422, 'invalid_setting', 'purpose is service or promotional', 'purpose');
+  end if;
+  -- What they may be, the table's own trigger says.
+  campaign.retry_rules := coalesce(nullif(settings -> 'retry_rules', 'null'), '{}');
+  if jsonb_typeof(campaign.retry_rules) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'retry_rules is an object', 'retry_rules');
+  end if;
+  if campaign.credit_cap <= 0 then
+    perform private.raise_error(422, 'invalid_setting', 'credit_cap is above 0', 'credit_cap');
+  end if;
 
   insert into public.campaigns (
     organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
-    max_attempts, agent_id, record_calls, auto_complete, created_by, created_at, updated_at
+    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, created_by, created_at, updated_at
   )
   values (
     organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
     campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
-    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, me, at, at
+    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, campaign.purpose, campaign.retry_rules,
+    campaign.credit_cap, me, at, at
   )
   returning * into campaign;
   enrolled := private.enrol_leads(campaign, me, at);
@@ -12501,21 +13060,13 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.create_campaign(text, uuid, jsonb) is
   'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
-  'agent_id, auto_complete, description. Needs campaign.edit; returns the campaign as get_campaign() does.';
+  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap. Needs campaign.edit; returns the campaign as get_campaign() does.';
 
-create function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+create function private.check_startable(campaign public.campaigns, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
 declare
-  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
-  obstacle text;
-  queued   integer;
+  obstacle constant text := private.dispatch_obstacle(campaign.organization_id, at);
 begin
-  if campaign.status not in ('draft', 'scheduled') then
-    perform private.raise_error(
-      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
-    );
-  end if;
-  obstacle := private.dispatch_obstacle(campaign.organization_id, at);
   if obstacle = 'subscription_inactive' then
     perform private.raise_error(402, obstacle, 'The organization has no active subscription');
   elsif obstacle in ('no_caller_number', 'account_disabled') then
@@ -12530,30 +13081,118 @@ begin
       422, 'window_never_opens', 'Nothing is left of the calling window between 09:00 and 21:00 and the campaign''s dates', 'time_start'
     );
   end if;
+end
+$$;
+comment on function private.check_startable(public.campaigns, timestamptz) is
+  'Refuses a campaign that could call nobody whatever its leads are.';
+
+create function private.queue_campaign(campaign public.campaigns, at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queued integer;
+begin
   if campaign.total_enrolled = 0 then
     perform private.enrol_leads(campaign, private.acting_user_id(), at);
   end if;
-
   insert into public.call_queue (organization_id, campaign_id, lead_id, next_retry_at, max_attempts, created_at, updated_at)
   select member.organization_id, member.campaign_id, member.lead_id, at, campaign.max_attempts, at, at
   from public.campaign_leads as member
   where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled'
   on conflict do nothing;
-  get diagnostics queued = row_count;
-  if queued = 0 then
-    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
-  end if;
   update public.campaign_leads as member
   set status = 'queued'
   where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled';
+  -- With those that a restored campaign had left, or that it queued when it was scheduled.
+  select count(*) into queued
+  from public.call_queue as queue
+  where queue.organization_id = campaign.organization_id and queue.campaign_id = campaign.id and queue.status = 'queued';
+  if queued = 0 then
+    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
+  end if;
+  return queued;
+end
+$$;
+comment on function private.queue_campaign(public.campaigns, timestamptz) is
+  'Queues every enrolled lead of a locked campaign; returns how many wait, and refuses when nobody does.';
+
+create function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status not in ('draft', 'scheduled') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
+    );
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
   update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
-  perform private.audit(
-    campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at
-  );
+  perform private.audit(campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at);
   return private.campaign_json(campaign.id, at);
 end
 $$;
 comment on function private.start_campaign(uuid, timestamptz) is 'Queues every enrolled lead and lets the campaign run.';
+
+create function private.schedule_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status <> 'draft' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be scheduled', campaign.status), 'status'
+    );
+  end if;
+  if campaign.start_date is null or campaign.start_date <= (at at time zone campaign.timezone)::date then
+    perform private.raise_error(422, 'invalid_setting', 'A campaign is scheduled for a start_date that is to come', 'start_date');
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
+  update public.campaigns as mine set status = 'scheduled' where mine.id = campaign.id;
+  perform private.audit(
+    campaign.organization_id, 'campaign.scheduled', 'campaign', campaign.id,
+    jsonb_build_object('queued', queued, 'start_date', campaign.start_date), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.schedule_campaign(uuid, timestamptz) is
+  'Queues every enrolled lead now, so that the campaign need only be let run on its start date.';
+
+create function public.schedule_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.schedule_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.schedule_campaign(uuid) is
+  'Lets a draft start by itself on its start_date, in its own time zone; 409 when it is no draft, else refused as start_campaign() is. Needs campaign.run.';
+
+create function private.start_scheduled(at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns;
+  started  integer := 0;
+begin
+  for campaign in
+    select due.*
+    from public.campaigns as due
+    where due.status = 'scheduled' and due.start_date <= (at at time zone due.timezone)::date
+    order by due.id
+    for no key update skip locked
+  loop
+    update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('start_date', campaign.start_date), at
+    );
+    started := started + 1;
+  end loop;
+  return started;
+end
+$$;
+comment on function private.start_scheduled(timestamptz) is
+  'Lets scheduled campaigns run whose start date has come; what stands in their way is told as of any that runs. Part of every release.';
 
 create function public.start_campaign(campaign_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -12738,19 +13377,59 @@ comment on function public.archive_campaign(uuid) is 'Archives a campaign that i
 create function private.restore_campaign(campaign_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
-  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  reopened     integer;
 begin
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = organization and queue.campaign_id = restore_campaign.campaign_id and queue.status = 'failed'
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = restore_campaign.campaign_id and member.status = 'skipped'
+  order by member.id
+  for no key update;
+  campaign := private.claim_campaign(campaign_id, 'campaign.run');
   if campaign.status <> 'archived' then
     perform private.raise_error(
       409, 'invalid_transition', format('A campaign that is %s cannot be restored', campaign.status), 'status'
     );
   end if;
-  update public.campaigns as mine set status = 'draft', archived_at = null where mine.id = campaign.id;
-  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, '{}', at);
+  -- Whom nothing but the campaign's end took out is open again; who was called, failed or must not be called stays so.
+  update public.call_queue as queue
+  set status = 'queued', next_retry_at = at, last_error = null
+  from public.campaign_leads as member
+  where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'failed'
+    and member.organization_id = organization and member.campaign_id = campaign.id and member.lead_id = queue.lead_id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  update public.campaign_leads as member
+  set
+    skip_reason = null,
+    status = case
+      when exists (
+        select
+        from public.call_queue as queue
+        where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.lead_id = member.lead_id
+      )
+      then 'queued'
+      else 'enrolled'
+    end::public.campaign_lead_status
+  where member.organization_id = organization and member.campaign_id = campaign.id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  get diagnostics reopened = row_count;
+  update public.campaigns as mine
+  set
+    status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
+    open_leads = mine.open_leads + reopened
+  where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
   return private.campaign_json(campaign.id, at);
 end
 $$;
-comment on function private.restore_campaign(uuid, timestamptz) is 'Makes an archived campaign a draft again; who was called stays called.';
+comment on function private.restore_campaign(uuid, timestamptz) is
+  'Makes an archived campaign a draft again: who was still waiting when it ended is open again, who was called stays called.';
 
 create function public.restore_campaign(campaign_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -12772,11 +13451,7 @@ begin
     -- It is started, judged and held for as start does and a release after it, and then none of it has been.
     perform private.start_campaign(campaign_id, at);
     select mine.* into campaign from public.campaigns as mine where mine.id = preview_campaign.campaign_id;
-    obstacle := case
-      when not campaign.dialling_enabled then 'campaign_disabled'
-      when private.is_broken(campaign.id, at) then 'circuit_open'
-      else private.dispatch_obstacle(campaign.organization_id, at)
-    end;
+    obstacle := private.campaign_obstacle(campaign, at);
     for round in 1..5 loop
       candidates := private.judge_candidates(
         at, 2000, array(select candidate.queue_id from unnest(judged) as candidate), campaign.id
@@ -12852,6 +13527,219 @@ comment on function public.preview_campaign(uuid) is
 
 -- What a user does with a call ----------------------------------------------------------------------------------------------------
 
+create function private.refuse_call(reason text, due timestamptz) returns void
+language plpgsql stable set search_path = '' as $$
+begin
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'call_refused',
+      'message', format('The call may not be made: %s', replace(reason, '_', ' ')),
+      'details', json_build_object('field', 'lead_id', 'reason', reason, 'next_at', due)::text,
+      'hint', null
+    )::text,
+    detail = json_build_object('status', 422, 'headers', json_build_object())::text;
+end
+$$;
+comment on function private.refuse_call(text, timestamptz) is
+  'Ends the request with 422 call_refused: details name the gate as the reason, and when it opens if it does.';
+
+create function private.judge_lead(campaign_id uuid, lead_id uuid, at timestamptz) returns private.candidate
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  row_id    uuid;
+  candidate private.candidate;
+begin
+  begin
+    -- The lead is put in front of the campaign's queue, judged as any of it, and then none of that has been.
+    insert into public.call_queue as queue (organization_id, campaign_id, lead_id, next_retry_at, dial_class, priority, created_at, updated_at)
+    select campaign.organization_id, campaign.id, judge_lead.lead_id, '-infinity', 2, 9, at, at
+    from public.campaigns as campaign
+    where campaign.id = judge_lead.campaign_id
+    on conflict on constraint call_queue_organization_id_campaign_id_lead_id_key do update
+    set status = 'queued', next_retry_at = '-infinity', dial_class = 2, priority = 9
+    where queue.status <> 'processing'
+    returning queue.id into row_id;
+    update public.campaigns as campaign set status = 'running' where campaign.id = judge_lead.campaign_id and campaign.status <> 'running';
+    select judged.* into candidate
+    from unnest(private.judge_candidates(at, 1, array[]::uuid[], campaign_id)) as judged
+    where judged.queue_id = row_id;
+    raise exception using errcode = 'TL001';
+  exception when sqlstate 'TL001' then
+    null;
+  end;
+  return candidate;
+end
+$$;
+comment on function private.judge_lead(uuid, uuid, timestamptz) is
+  'A lead as a release would judge it now for a campaign that runs, whether it is enrolled or not; null when it is being called, or when its '
+  'campaign or organization has no place for another call. Writes nothing.';
+
+create function private.place_call(campaign_id uuid, lead_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  candidate    private.candidate;
+  chosen       private.candidate[];
+  obstacle     text;
+  holding      record;
+  attempt      public.call_logs;
+begin
+  perform private.lock_releases();
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = place_call.campaign_id;
+  if campaign.id is null then
+    perform private.raise_error(404, 'campaign_not_found', 'There is no such campaign', 'campaign_id');
+  end if;
+  if not exists (select from public.leads as mine where mine.organization_id = organization and mine.id = place_call.lead_id) then
+    perform private.raise_error(404, 'lead_not_found', 'There is no such lead', 'lead_id');
+  end if;
+  if campaign.status not in ('draft', 'scheduled', 'running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'campaign_id'
+    );
+  end if;
+  perform private.check_breakers(at);
+  obstacle := private.campaign_obstacle(campaign, at);
+  if obstacle = 'subscription_inactive' then
+    perform private.raise_error(402, obstacle, 'The organization has no active subscription');
+  elsif obstacle is not null then
+    perform private.refuse_call(obstacle, null);
+  end if;
+
+  candidate := private.judge_lead(campaign.id, lead_id, at);
+  if candidate.queue_id is null then
+    perform private.refuse_call('capacity', null);
+  elsif candidate.verdict is not null then
+    perform private.refuse_call(candidate.verdict, candidate.due);
+  end if;
+  chosen := private.choose_candidates(array[candidate], 1, at);
+  if cardinality(chosen) = 0 then
+    perform private.refuse_call('capacity', null);
+  end if;
+  holding := private.hold_calls(organization, array[candidate.max_call_seconds], at);
+  if cardinality(holding.limits) = 0 then
+    perform private.refuse_call(holding.reason, null);
+  end if;
+  if (holding.holds[1]).credit_minor > private.campaign_credit_left(campaign) then
+    perform private.refuse_call('credit_cap', null);
+  end if;
+
+  -- Of no queue: how it ends is nothing to the campaign's leads and counters.
+  insert into public.call_logs (
+    organization_id, campaign_id, lead_id, project_id, carrier_account_id, caller_number, callee_number, agent_id, record_call,
+    ring_timeout_seconds, time_limit_seconds, caller_id, created_at, lease_until, not_after
+  )
+  values (
+    organization, campaign.id, lead_id, candidate.project_id, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number,
+    candidate.agent_id, candidate.record_call, candidate.ring_timeout_seconds, holding.limits[1], private.acting_user_id(), at,
+    now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
+  )
+  on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
+  returning * into attempt;
+  if attempt.id is null then
+    perform private.refuse_call('number_in_call', null);
+  end if;
+  insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+  select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+  from unnest(holding.holds) as hold;
+  perform private.take_turns(array[attempt.id]);
+  perform private.write_evidence(array[attempt.id], at);
+  perform private.audit(
+    organization, 'call.placed', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', lead_id), at
+  );
+  return jsonb_build_object(
+    'attempt_id', attempt.id, 'organization_id', organization, 'campaign_id', campaign.id, 'lead_id', lead_id, 'status', attempt.status,
+    'from', attempt.caller_number, 'not_after', attempt.not_after
+  );
+end
+$$;
+comment on function private.place_call(uuid, uuid, timestamptz) is
+  'Makes one attempt at a lead as a campaign would, whether it runs or not, through every gate of a release; a refusal says which one.';
+
+create function public.place_call(campaign_id uuid, lead_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.place_call(campaign_id, lead_id, private.clock_now())
+$$;
+comment on function public.place_call(uuid, uuid) is
+  'One call to a lead with a campaign''s settings, to try it out: {"attempt_id","organization_id","campaign_id","lead_id","status","from","not_after"}. '
+  '422 call_refused names the gate; 402 without a subscription. Needs campaign.run.';
+
+create function private.retry_call(call_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  attempt      public.call_logs;
+  queue        public.call_queue;
+  campaign     public.campaigns;
+begin
+  select log.* into attempt from public.call_logs as log where log.organization_id = organization and log.id = retry_call.call_id;
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'call_id');
+  end if;
+  select waiting.* into queue
+  from public.call_queue as waiting
+  where waiting.organization_id = organization and waiting.id = attempt.queue_id
+  for no key update;
+  if queue.id is null or queue.status not in ('queued', 'failed') then
+    perform private.raise_error(
+      409, 'invalid_transition',
+      case queue.status
+        when 'completed' then 'The lead has been reached' when 'processing' then 'The lead is being called' else 'The call is of no campaign''s queue'
+      end,
+      'call_id'
+    );
+  end if;
+  if private.is_suppressed(organization, attempt.callee_number) or exists (
+    select
+    from public.leads as lead
+    where lead.organization_id = organization and lead.id = queue.lead_id and lead.do_not_call
+  ) then
+    perform private.refuse_call('opted_out', null);
+  end if;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id
+  for no key update;
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = queue.campaign_id
+  for no key update;
+  if campaign.status not in ('running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'status'
+    );
+  end if;
+  update public.call_queue as waiting
+  set
+    status = 'queued', next_retry_at = at, wait_reason = null, last_error = null, dial_class = greatest(waiting.dial_class, 1),
+    max_attempts = greatest(waiting.max_attempts, waiting.attempt_count + 1)
+  where waiting.id = queue.id;
+  update public.campaign_leads as member
+  set status = 'queued', skip_reason = null
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id;
+  update public.campaigns as mine
+  set open_leads = mine.open_leads + (queue.status = 'failed')::integer
+  where mine.id = campaign.id;
+  perform private.audit(
+    organization, 'call.retried', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', queue.lead_id), at
+  );
+  perform private.nudge('call-dispatch');
+  return jsonb_build_object('call_id', attempt.id, 'campaign_id', campaign.id, 'lead_id', queue.lead_id, 'status', 'queued', 'due_at', at);
+end
+$$;
+comment on function private.retry_call(uuid, timestamptz) is
+  'Puts the lead of a failed call back into its campaign''s queue for one more attempt, due now: gap, caps and window are the release''s to judge.';
+
+create function public.retry_call(call_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.retry_call(call_id, private.clock_now())
+$$;
+comment on function public.retry_call(uuid) is
+  'Calls the lead of a failed call again: {"call_id","campaign_id","lead_id","status","due_at"}; 409 when it was reached, is being called, or its '
+  'campaign is over. Needs campaign.run.';
+
 create function private.hang_up_call(call_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -12918,7 +13806,7 @@ revoke execute on function
   public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
-  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 from public, anon, authenticated, service_role;
 grant execute on function
   private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
@@ -12929,15 +13817,20 @@ grant execute on function
   private.get_campaign(uuid, timestamptz), private.create_campaign(text, uuid, jsonb, timestamptz),
   private.start_campaign(uuid, timestamptz), private.pause_campaign(uuid, timestamptz), private.resume_campaign(uuid, timestamptz),
   private.cancel_campaign(uuid, timestamptz), private.complete_campaign(uuid, timestamptz), private.archive_campaign(uuid, timestamptz),
-  private.restore_campaign(uuid, timestamptz), private.preview_campaign(uuid, timestamptz), private.get_dial_evidence(text, timestamptz),
+  private.restore_campaign(uuid, timestamptz), private.preview_campaign(uuid, timestamptz), private.schedule_campaign(uuid, timestamptz), private.get_dial_evidence(text, timestamptz),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
-  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 to authenticated;
 
-revoke execute on function public.hang_up_call(uuid), public.open_hangup(jsonb) from public, anon, authenticated, service_role;
+revoke execute on function
+  public.hang_up_call(uuid), public.open_hangup(jsonb), public.place_call(uuid, uuid), public.retry_call(uuid)
+from public, anon, authenticated, service_role;
 grant execute on function private.open_hangup(jsonb), public.open_hangup(jsonb) to service_role;
-grant execute on function private.hang_up_call(uuid, timestamptz), public.hang_up_call(uuid) to authenticated;
+grant execute on function
+  private.hang_up_call(uuid, timestamptz), public.hang_up_call(uuid), private.place_call(uuid, uuid, timestamptz), public.place_call(uuid, uuid),
+  private.retry_call(uuid, timestamptz), public.retry_call(uuid)
+to authenticated;
 -- 12_functions_usage_metering.sql
 
 -- Counting: quotas that are taken and given back, usage that is recorded once, and what an organization has used.
@@ -12950,10 +13843,22 @@ grant execute on function private.hang_up_call(uuid, timestamptz), public.hang_u
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
-create function private.period_boundary(anchor_on date, cycle public.billing_cycle, period_no integer) returns date
-language sql immutable set search_path = ''
+create function private.cycle_months(cycle public.billing_cycle) returns integer
+language plpgsql immutable set search_path = ''
 as $$
-  select (anchor_on + make_interval(months => period_no * case cycle when 'yearly' then 12 else 1 end))::date
+begin
+  return case cycle when 'yearly' then 12 when 'quarterly' then 3 else 1 end;
+end
+$$;
+revoke all on function private.cycle_months(public.billing_cycle) from public;
+comment on function private.cycle_months(public.billing_cycle) is 'How many months a billing period has.';
+
+create function private.period_boundary(anchor_on date, cycle public.billing_cycle, period_no integer) returns date
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (anchor_on + make_interval(months => period_no * private.cycle_months(cycle)))::date;
+end
 $$;
 revoke all on function private.period_boundary(date, public.billing_cycle, integer) from public;
 comment on function private.period_boundary(date, public.billing_cycle, integer) is
@@ -13044,6 +13949,23 @@ revoke all on function private.meter_cap(public.plan_price_meters) from public;
 comment on function private.meter_cap(public.plan_price_meters) is
   'The units after which new use is refused; null when it never is: no limit, -1, a soft limit, or a price for what is beyond.';
 
+create function private.agreed_term(term public.plan_price_meters, subscription public.subscriptions) returns public.plan_price_meters
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  agreed jsonb := subscription.metadata #> array['custom_limits', term.meter_key];
+begin
+  if jsonb_typeof(agreed) = 'number' then
+    term.limit_units := greatest(floor(agreed::numeric), -1)::bigint;
+  end if;
+  return term;
+end
+$$;
+revoke all on function private.agreed_term(public.plan_price_meters, public.subscriptions) from public;
+comment on function private.agreed_term(public.plan_price_meters, public.subscriptions) is
+  'What a price says about a meter, with the limit that was agreed with one customer: subscriptions.metadata.custom_limits, by meter; -1 is '
+  'none.';
+
 create function private.reserve_usage(organization_id uuid, meter text, quantity bigint, at timestamptz) returns boolean
 language plpgsql security definer set search_path = ''
 as $$
@@ -13073,12 +13995,12 @@ begin
         and term.meter_key = 'call_seconds'
         and log.organization_id = reserve_usage.organization_id
         and log.period_start = period.period_start
-        and log.usage_count + log.reserved >= private.meter_cap(term)
+        and log.usage_count + log.reserved >= private.meter_cap(private.agreed_term(term, subscription))
     ) then
       return false;
     end if;
 
-    select private.meter_cap(term)
+    select private.meter_cap(private.agreed_term(term, subscription))
     into cap
     from public.plan_price_meters as term
     where term.plan_price_id = subscription.plan_price_id and term.meter_key = meter;
@@ -13163,9 +14085,196 @@ comment on function private.release_usage(uuid, text, bigint, timestamptz) is
 
 -- Counting ------------------------------------------------------------------------------------------------------------------------
 
+create function private.whole_pulses(quantity bigint, pulse bigint) returns bigint
+language sql immutable set search_path = ''
+as $$
+  select case when pulse > 1 then (quantity + pulse - 1) / pulse * pulse else quantity end
+$$;
+revoke all on function private.whole_pulses(bigint, bigint) from public;
+comment on function private.whole_pulses(bigint, bigint) is 'A quantity up to started pulses: 61 seconds are 120 in minutes. Not for less than nothing.';
+
+create function private.period_usage(organization_id uuid, meter text, from_day date, to_day date) returns bigint
+language plpgsql stable set search_path = ''
+as $$
+begin
+  case (select known.aggregation from public.meters as known where known.key = meter)
+    when 'max' then
+      return coalesce((
+        select max(total.quantity)
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id and total.meter_key = meter and total.day >= from_day and total.day < to_day
+      ), 0);
+    when 'latest' then
+      return coalesce((
+        select total.quantity
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id
+          and total.meter_key = meter
+          and total.day >= from_day and total.day < to_day
+          and total.events > 0
+        order by total.day desc
+        limit 1
+      ), 0);
+    when 'unique' then
+      return (
+        select count(distinct reading.value_hash)
+        from private.usage_readings as reading
+        where reading.organization_id = period_usage.organization_id
+          and reading.meter_key = meter
+          and reading.day >= from_day and reading.day < to_day
+          and reading.value_hash is not null
+          and reading.quantity > 0
+      );
+    else
+      return coalesce((
+        select sum(total.quantity)
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id and total.meter_key = meter and total.day >= from_day and total.day < to_day
+      ), 0)::bigint;
+  end case;
+end
+$$;
+revoke all on function private.period_usage(uuid, text, date, date) from public;
+comment on function private.period_usage(uuid, text, date, date) is
+  'What a meter comes to from a day on until another, by its aggregation and from its days.';
+
+create function private.take_readings(
+  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], corrected text[],
+  value_hashes bytea[], days date[], starts date[], ends date[]
+) returns table (meter text, day date, period_start date, on_day bigint, in_period bigint)
+language plpgsql set search_path = ''
+as $$
+#variable_conflict use_variable
+declare
+  place integer;
+  reading private.usage_readings;
+  was_on_day boolean;
+  was_in_period boolean;
+begin
+  for place in
+    select event.position
+    from unnest(meters) with ordinality as event (meter, position)
+    join public.meters as known on known.key = event.meter and known.aggregation in ('max', 'unique', 'latest')
+    order by event.position
+  loop
+    if corrected[place] is null then
+      reading := row(
+        organization_id, meters[place], sources[place], keys[place], days[place], occurred[place], quantities[place], value_hashes[place]
+      )::private.usage_readings;
+    else
+      select own.*
+      into strict reading
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id and own.source = sources[place] and own.key = corrected[place];
+    end if;
+    if reading.value_hash is not null then
+      select coalesce(bool_or(own.day = reading.day), false), count(*) > 0
+      into was_on_day, was_in_period
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id
+        and own.meter_key = reading.meter_key
+        and own.value_hash = reading.value_hash
+        and own.day >= starts[place] and own.day < ends[place]
+        and own.quantity > 0;
+    end if;
+
+    if corrected[place] is null then
+      insert into private.usage_readings select (reading).*;
+    else
+      update private.usage_readings as own
+      set quantity = own.quantity + quantities[place]
+      where own.organization_id = take_readings.organization_id and own.source = reading.source and own.key = reading.key;
+    end if;
+
+    -- Of different values it is known at once what one more or less changes: whether the value is there otherwise.
+    if reading.value_hash is not null then
+      select
+        coalesce(bool_or(own.day = reading.day), false)::integer - was_on_day::integer, (count(*) > 0)::integer - was_in_period::integer
+      into on_day, in_period
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id
+        and own.meter_key = reading.meter_key
+        and own.value_hash = reading.value_hash
+        and own.day >= starts[place] and own.day < ends[place]
+        and own.quantity > 0;
+      meter := reading.meter_key;
+      day := reading.day;
+      period_start := starts[place];
+      return next;
+    end if;
+  end loop;
+
+  -- The largest and the latest are looked up once a day that was touched, and once its period.
+  return query
+    with touched as materialized (
+      select
+        event.meter, event.day, event.period_start, event.period_end, known.aggregation,
+        case known.aggregation
+          when 'max' then (
+            select own.quantity
+            from private.usage_readings as own
+            where own.organization_id = take_readings.organization_id and own.meter_key = event.meter and own.day = event.day and own.value_hash is null
+            order by own.quantity desc
+            limit 1
+          )
+          else (
+            select own.quantity
+            from private.usage_readings as own
+            where own.organization_id = take_readings.organization_id and own.meter_key = event.meter and own.day = event.day and own.value_hash is null
+            order by own.occurred_at desc, own.source desc, own.key desc
+            limit 1
+          )
+        end as quantity
+      from (
+        select distinct given.meter, given.day, given.period_start, given.period_end
+        from unnest(meters, days, starts, ends) as given (meter, day, period_start, period_end)
+      ) as event
+      join public.meters as known on known.key = event.meter and known.aggregation in ('max', 'latest')
+    ),
+    touched_period as (
+      select distinct touched.meter, touched.period_start, touched.period_end, touched.aggregation from touched
+    ),
+    whole as (
+      select known.meter, known.period_start, known.aggregation, total.day, total.quantity
+      from touched_period as known
+      join public.usage_days as total
+        on total.organization_id = take_readings.organization_id
+        and total.meter_key = known.meter
+        and total.day >= known.period_start and total.day < known.period_end
+        and total.events > 0
+      where not exists (
+        select from touched where touched.meter = total.meter_key and touched.day = total.day
+      )
+      union all
+      select touched.meter, touched.period_start, touched.aggregation, touched.day, touched.quantity from touched
+    )
+    select touched.meter, touched.day, touched.period_start, touched.quantity - coalesce(total.quantity, 0), 0::bigint
+    from touched
+    left join public.usage_days as total
+      on total.organization_id = take_readings.organization_id and total.meter_key = touched.meter and total.day = touched.day
+    union all
+    select
+      period.meter, null::date, period.period_start, 0::bigint,
+      case period.aggregation when 'max' then max(period.quantity) else (array_agg(period.quantity order by period.day desc))[1] end
+        - max(log.usage_count)
+    from whole as period
+    join public.usage_logs as log
+      on log.organization_id = take_readings.organization_id
+      and log.feature_key = period.meter
+      and log.period_start = period.period_start
+    group by period.meter, period.period_start, period.aggregation;
+end
+$$;
+revoke all on function
+  private.take_readings(uuid, text[], text[], text[], bigint[], timestamptz[], text[], bytea[], date[], date[], date[])
+from public;
+comment on function private.take_readings(uuid, text[], text[], text[], bigint[], timestamptz[], text[], bytea[], date[], date[], date[]) is
+  'Takes in the events of meters that are not sums and tells by how much each of their days and periods changes; other events are passed '
+  'by. The caller holds the counters'' locks.';
+
 create function private.count_usage(
   organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz,
-  corrected text[] default null, known_days date[] default null
+  corrected text[] default null, known_days date[] default null, value_hashes bytea[] default null
 ) returns void
 language plpgsql set search_path = ''
 as $$
@@ -13176,8 +14285,15 @@ declare
   days date[];
   starts date[];
   ends date[];
+  summed bigint[] := quantities;
+  changed_meters text[];
+  changed_days date[];
+  changed_starts date[];
+  changes_on_day bigint[];
+  changes_in_period bigint[];
   is_open boolean := false;
   is_late boolean;
+  batch_id text;
 begin
   for try in 1..5 loop
     subscription := private.live_subscription(organization_id);
@@ -13196,22 +14312,31 @@ begin
       select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
       from unnest(occurred) with ordinality as given (occurred_at, position)
     ),
-    placed as (
+    -- Kept, so that a period is looked for once a day and not once an event.
+    placed as materialized (
       select distinct_day.day, period.*
       from (select distinct event.day from event) as distinct_day,
         lateral private.usage_period(subscription, count_usage.organization_id, zone, distinct_day.day, at) as period
+    ),
+    -- Sorted once: an aggregate that is told to sort does it for itself.
+    ordered as (
+      select placed.counted_on, placed.period_start, placed.period_end
+      from event
+      join placed using (day)
+      order by event.position
     )
-    select array_agg(placed.counted_on order by event.position), array_agg(placed.period_start order by event.position),
-      array_agg(placed.period_end order by event.position)
+    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
     into days, starts, ends
-    from event
-    join placed using (day);
+    from ordered;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
-    select distinct
+    select
       count_usage.organization_id, event.meter, event.period_start, event.period_end,
       case when event.period_start < first_day then at end
-    from unnest(meters, starts, ends) as event (meter, period_start, period_end)
+    from (
+      select distinct given.meter, given.period_start, given.period_end
+      from unnest(meters, starts, ends) as given (meter, period_start, period_end)
+    ) as event
     where not exists (
       select
       from public.usage_logs as log
@@ -13227,7 +14352,7 @@ begin
       from public.usage_logs as log
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
-          select event.meter, event.period_start
+          select distinct event.meter, event.period_start
           from unnest(meters, starts) as event (meter, period_start)
         )
       order by log.feature_key, log.period_start
@@ -13236,8 +14361,8 @@ begin
     select
       -- A period before the current one is closed, and takes what comes late.
       count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
-        select count(distinct (event.meter, event.period_start))
-        from unnest(meters, starts) as event (meter, period_start)
+        select count(*)
+        from (select distinct event.meter, event.period_start from unnest(meters, starts) as event (meter, period_start)) as wanted
       ),
       coalesce(bool_or(counter.closed_at is not null), false)
     into is_open, is_late
@@ -13249,9 +14374,34 @@ begin
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
+  -- What is not summed changes its day and period by something else than its quantity.
+  if exists (
+    select from public.meters as known where known.key = any (meters) and known.aggregation in ('max', 'unique', 'latest')
+  ) then
+    select
+      array_agg(reading.meter), array_agg(reading.day), array_agg(reading.period_start), array_agg(reading.on_day),
+      array_agg(reading.in_period)
+    into changed_meters, changed_days, changed_starts, changes_on_day, changes_in_period
+    from private.take_readings(
+      organization_id, sources, keys, meters, quantities, occurred, corrected, value_hashes, days, starts, ends
+    ) as reading;
+    summed := array(
+      select case when known.aggregation in ('max', 'unique', 'latest') then 0 else event.quantity end
+      from unnest(meters, quantities) with ordinality as event (meter, quantity, position)
+      left join public.meters as known on known.key = event.meter
+      order by event.position
+    );
+  end if;
+
   with added as (
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
-    from unnest(meters, starts, quantities) as event (meter, period_start, quantity)
+    from (
+      select given.meter, given.period_start, given.quantity
+      from unnest(meters, starts, summed) as given (meter, period_start, quantity)
+      union all
+      select change.meter, change.period_start, change.quantity
+      from unnest(changed_meters, changed_starts, changes_in_period) as change (meter, period_start, quantity)
+    ) as event
     group by event.meter, event.period_start
   ),
   counted as (
@@ -13273,7 +14423,8 @@ begin
     ),
     at
   from counted
-  join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = counted.feature_key
+  join public.plan_price_meters as own on own.plan_price_id = subscription.plan_price_id and own.meter_key = counted.feature_key
+  cross join lateral private.agreed_term(own, subscription) as term
   cross join lateral (
     select case when term.limit_units >= 0 then term.limit_units when term.included_units >= 0 then term.included_units end as units
   ) as allowed
@@ -13286,48 +14437,68 @@ begin
   on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
-  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, count(*)
-  from unnest(meters, days, quantities) as event (meter, day, quantity)
+  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)
+  from (
+    select given.meter, given.day, given.quantity, 1 as events
+    from unnest(meters, days, summed) as given (meter, day, quantity)
+    union all
+    select change.meter, change.day, change.quantity, 0
+    from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
+    where change.day is not null
+  ) as event
   group by event.meter, event.day
   having sum(event.quantity) >= 0
   order by event.meter, event.day
   on conflict on constraint usage_days_pkey
   do update set quantity = total.quantity + excluded.quantity, events = total.events + excluded.events;
   -- What is corrected to less is on its day already; a new row of it could not be negative.
-  if corrected is not null then
+  if corrected is not null or changed_meters is not null then
     update public.usage_days as total
     set quantity = total.quantity + less.quantity, events = total.events + less.events
     from (
-      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
-      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events) as events
+      from (
+        select given.meter, given.day, given.quantity, 1 as events
+        from unnest(meters, days, summed) as given (meter, day, quantity)
+        union all
+        select change.meter, change.day, change.quantity, 0
+        from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
+        where change.day is not null
+      ) as event
       group by event.meter, event.day
       having sum(event.quantity) < 0
     ) as less
     where total.organization_id = count_usage.organization_id and total.meter_key = less.meter and total.day = less.day;
   end if;
 
-  with written as (
-    insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects)
-    select
-      count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at, event.corrects
-    from unnest(sources, keys, meters, quantities, occurred, days, corrected)
-      as event (source, key, meter, quantity, occurred_at, day, corrects)
-    returning id, meter_key, day, occurred_at, quantity
+  -- The ids of a batch are one UUIDv7 and the next ones: its random end is counted on.
+  batch_id := left(private.uuid_v7()::text, 28);
+  insert into private.usage_events (
+    id, organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects, value_hash
   )
-  insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
-  select written.id, count_usage.organization_id, written.meter_key, log.period_start, written.occurred_at, written.quantity, at
-  from written
-  join public.usage_logs as log
-    on log.organization_id = count_usage.organization_id
-    and log.feature_key = written.meter_key
-    and log.period_start <= written.day and written.day < log.period_end
-  where is_late and log.plan_price_id is not null;
+  select
+    (batch_id || lpad(to_hex(event.position), 8, '0'))::uuid, count_usage.organization_id, event.meter, event.source, event.key,
+    event.quantity, event.occurred_at, event.day, at, event.corrects, event.value_hash
+  from unnest(sources, keys, meters, quantities, occurred, days, corrected, value_hashes) with ordinality
+    as event (source, key, meter, quantity, occurred_at, day, corrects, value_hash, position);
+  if is_late then
+    insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
+    select
+      (batch_id || lpad(to_hex(event.position), 8, '0'))::uuid, count_usage.organization_id, event.meter, log.period_start,
+      event.occurred_at, event.quantity, at
+    from unnest(meters, quantities, occurred, starts) with ordinality as event (meter, quantity, occurred_at, period_start, position)
+    join public.usage_logs as log
+      on log.organization_id = count_usage.organization_id
+      and log.feature_key = event.meter
+      and log.period_start = event.period_start
+    where log.plan_price_id is not null;
+  end if;
 end
 $$;
 revoke all on function
-  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[])
+  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[], bytea[])
 from public;
-comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[]) is
+comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[], bytea[]) is
   'Adds events of one organization to its periods, days and event log, and tells of 50, 80 and 100 % of a limit. The caller has made sure '
   'of their keys; nothing is refused here, also not what is over a limit or late.';
 
@@ -13338,6 +14509,35 @@ as $$
 $$;
 revoke all on function private.usage_hash(text) from public;
 comment on function private.usage_hash(text) is 'What is kept of an event''s body to tell a repetition from a contradiction.';
+
+create function private.day_of_key(known private.usage_keys) returns date
+language plpgsql stable set search_path = ''
+as $$
+begin
+  return coalesce(
+    (
+      select event.day
+      from private.usage_events as event
+      where event.occurred_at = known.occurred_at
+        and event.organization_id = known.organization_id
+        and event.meter_key = known.meter_key
+        and event.source = known.source
+        and event.key = known.key
+        and event.corrects is null
+    ),
+    -- Its month was past its retention: the day as its organization's calendar has it.
+    (
+      select (known.occurred_at at time zone coalesce(subscription.timezone, tenant.timezone))::date
+      from public.organizations as tenant
+      left join public.subscriptions as subscription
+        on subscription.organization_id = tenant.id and subscription.status not in ('cancelled', 'inactive')
+      where tenant.id = known.organization_id
+    )
+  );
+end
+$$;
+revoke all on function private.day_of_key(private.usage_keys) from public;
+comment on function private.day_of_key(private.usage_keys) is 'The local day on which the event of a key counts.';
 
 create function private.meter_call(attempt public.call_logs, at timestamptz) returns void
 language plpgsql security definer set search_path = ''
@@ -13353,6 +14553,10 @@ begin
   if attempt.ended_at is null then
     return;
   end if;
+  select case meter.rounding when 'event' then private.whole_pulses(billed, meter.pulse) else billed end
+  into strict billed
+  from public.meters as meter
+  where meter.key = 'call_seconds';
 
   insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
   values (
@@ -13529,6 +14733,8 @@ begin
     select own.* into talk
     from public.plan_price_meters as own
     where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+    calls := private.agreed_term(calls, subscription);
+    talk := private.agreed_term(talk, subscription);
     is_metered := coalesce(talk.included_units >= 0, false) or private.meter_cap(talk) is not null;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
@@ -13853,15 +15059,7 @@ begin
   where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text;
   insert into private.usage_keys (organization_id, source, key, body_hash)
   values (attempt.organization_id, 'call', correction, private.usage_hash(concat_ws(e'\x1f', attempt.id, known.quantity, billed)));
-  select event.day
-  into strict counted_on
-  from private.usage_events as event
-  where event.occurred_at = known.occurred_at
-    and event.organization_id = attempt.organization_id
-    and event.meter_key = 'call_seconds'
-    and event.source = 'call'
-    and event.key = attempt.id::text
-    and event.corrects is null;
+  counted_on := private.day_of_key(known);
   perform
   from public.usage_logs as log
   where log.organization_id = attempt.organization_id
@@ -13957,6 +15155,27 @@ comment on function private.correct_call(public.call_logs, bigint, timestamptz) 
   'names the one it corrects, and in credit where the call was charged.';
 
 
+create function private.spend_campaign_credit() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update public.campaigns as campaign
+  set credit_spent = campaign.credit_spent + new.charged_minor
+  from public.call_logs as log
+  where log.organization_id = new.organization_id and log.id = new.call_log_id
+    and campaign.organization_id = log.organization_id and campaign.id = log.campaign_id;
+  return null;
+end
+$$;
+revoke all on function private.spend_campaign_credit() from public;
+comment on function private.spend_campaign_credit() is
+  'Trigger: what a call took of prepaid credit, or a correction gave back, is what its campaign has spent; a charge is there once, and so is this.';
+create trigger spend_campaign_credit after insert on public.call_charges
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+create trigger spend_campaign_credit after insert on private.call_corrections
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+
+
 create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
 language sql stable security definer set search_path = ''
 as $$
@@ -14033,6 +15252,28 @@ $$;
 revoke all on function private.parse_instant(text) from public;
 comment on function private.parse_instant(text) is 'An RFC 3339 date and time; null if the text is not one.';
 
+create function private.parse_instants(given text[]) returns timestamptz[]
+language plpgsql stable set search_path = ''
+as $$
+begin
+  -- All at once; one by one only where one of them names a day that the calendar does not have.
+  return array(
+    select case
+      when text.said ~ '^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})$' then text.said::timestamptz
+    end
+    from unnest(given) with ordinality as text (said, position)
+    order by text.position
+  );
+exception
+  when datetime_field_overflow or invalid_datetime_format then
+    return array(
+      select private.parse_instant(text.said) from unnest(given) with ordinality as text (said, position) order by text.position
+    );
+end
+$$;
+revoke all on function private.parse_instants(text[]) from public;
+comment on function private.parse_instants(text[]) is 'RFC 3339 dates and times, each null where the text is none.';
+
 create function private.record_usage(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
@@ -14043,15 +15284,21 @@ declare
   sources text[];
   meters text[];
   quantities bigint[];
+  counts bigint[];
   occurred timestamptz[];
   hashes bytea[];
+  value_hashes bytea[];
   statuses text[];
   codes text[];
   stored integer[];
   corrected text[];
   days date[];
+  instants timestamptz[];
   place integer;
   original private.usage_keys;
+  meter public.meters;
+  said_in_all bigint;
+  has_corrections boolean;
 begin
   if request ? 'organization_id' and not request ? 'api_key' then
     -- From the platform's own queue.
@@ -14082,170 +15329,235 @@ begin
   if jsonb_array_length(given) > 1000 then
     perform private.raise_error(413, 'too_many_events', 'At most 1000 events are taken at once', 'events');
   end if;
+  instants := private.parse_instants(array(
+    select item.value ->> 'time' from jsonb_array_elements(given) with ordinality as item (value, position) order by item.position
+  ));
 
-  -- What is wrong with an event concerns that event alone.
-  with event as (
+  -- What is wrong with an event concerns that event alone. A count and a value that is counted need no quantity: it is one. Each step is
+  -- kept, so that what it reads is read once and not wherever a later one names it.
+  with event as materialized (
     select
       item.position,
       coalesce(item.value ->> 'specversion', '1.0') as specversion,
       item.value ->> 'id' as id,
       item.value ->> 'source' as source,
-      item.value ->> 'type' as meter,
+      item.value ->> 'type' as type,
       case
         when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
         then (item.value ->> 'quantity')::bigint
       end as quantity,
+      coalesce(jsonb_typeof(item.value -> 'quantity'), 'null') = 'null' as is_unsaid,
+      case when jsonb_typeof(item.value -> 'value') = 'string' then item.value ->> 'value' end as value,
       coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
       item.value -> 'corrects' as correction,
       item.value ->> 'corrects' as corrects,
       coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
-      private.parse_instant(item.value ->> 'time') as instant
+      instants[item.position] as instant
     from jsonb_array_elements(given) with ordinality as item (value, position)
   ),
-  judged as (
+  said as materialized (
     select
-      event.*,
+      event.position, event.specversion, event.id, event.source, event.type, event.is_correction, event.correction, event.corrects,
+      event.is_timed, event.instant, event.value,
       case
-        when event.specversion <> '1.0' then 'invalid_specversion'
-        when coalesce(event.id, '') = '' or length(event.id) > 255 then 'invalid_id'
-        when coalesce(event.source, '') = '' or length(event.source) > 255 then 'invalid_source'
-        when event.source = 'call' then 'reserved_source'
-        when meter.key is null or not meter.is_active then 'unknown_type'
-        when meter.is_reserved then 'reserved_type'
-        when event.quantity is null or event.quantity = 0 or event.quantity < 0 and not event.is_correction then 'invalid_quantity'
-        when event.is_correction and (jsonb_typeof(event.correction) <> 'string' or event.corrects in ('', event.id)) then 'invalid_corrects'
-        when event.is_timed and (event.instant is null or event.instant < '2000-01-01') then 'invalid_time'
-        when event.instant > at + interval '5 minutes' then 'time_in_future'
-      end as code
+        when event.is_unsaid and not event.is_correction and known.aggregation in ('count', 'unique') then 1
+        else event.quantity
+      end as quantity,
+      known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
     from event
-    left join public.meters as meter on meter.key = event.meter
+    left join public.meters as known on known.key = event.type
+  ),
+  judged as materialized (
+    select
+      said.*,
+      case
+        when said.specversion <> '1.0' then 'invalid_specversion'
+        when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
+        when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
+        when said.source = 'call' then 'reserved_source'
+        when not said.is_known then 'unknown_type'
+        when said.is_reserved then 'reserved_type'
+        when said.quantity is null
+          or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
+          or said.quantity < 0 and not said.is_correction
+          or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
+          then 'invalid_quantity'
+        when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
+          then 'invalid_value'
+        when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
+        when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
+        when said.instant > at + interval '5 minutes' then 'time_in_future'
+      end as code
+    from said
+  ),
+  -- Sorted once: an aggregate that is told to sort does it for itself.
+  ordered as (
+    select
+      judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
+      coalesce(judged.instant, at) as occurred_at,
+      case when judged.rounding = 'event' and not judged.is_correction then private.whole_pulses(judged.quantity, judged.pulse) else judged.quantity end
+        as counted,
+      case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end as value,
+      substring(sha256(convert_to(
+        concat_ws(
+          e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
+          case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end
+        ), 'UTF8'
+      )) for 16) as body_hash
+    from judged
+    order by judged.position
   )
   select
-    array_agg(coalesce(id, '') order by position), array_agg(coalesce(source, '') order by position),
-    array_agg(meter order by position), array_agg(quantity order by position),
-    array_agg(coalesce(instant, at) order by position),
-    array_agg(
-      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'), corrects)) order by position),
-    array_agg(corrects order by position), array_fill(null::date, array[count(*)::integer]), array_agg(code order by position),
-    array_agg(case when code is not null then 'rejected' end order by position)
-  into ids, sources, meters, quantities, occurred, hashes, corrected, days, codes, statuses
-  from judged;
+    array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
+    array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
+    array_agg(case when ordered.value is not null then substring(sha256(convert_to(ordered.value, 'UTF8')) for 16) end),
+    array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
+    array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null)
+  into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections
+  from ordered;
 
   -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
-  with fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
-    select
-      api_key.organization_id, first.source, first.id, first.hash, case when corrected[first.position] is null then meters[first.position] end,
-      case when corrected[first.position] is null then occurred[first.position] end,
-      case when corrected[first.position] is null then quantities[first.position] end
+  with first as materialized (
+    select distinct on (event.source, event.id) event.*
     from (
-      select distinct on (event.source, event.id) event.source, event.id, event.hash, event.position
-      from unnest(sources, ids, hashes, codes) with ordinality as event (source, id, hash, code, position)
-      where event.code is null
-      order by event.source, event.id, event.position
-    ) as first
+      select
+        given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
+        given.quantity, given.corrects, given.position
+      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
+        as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
+      where given.code is null
+    ) as event
+    order by event.source, event.id, event.position
+  ),
+  fresh as (
+    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+    select
+      api_key.organization_id, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
+      case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
+      case when first.corrects is null then nullif(first.quantity, first.counted) end
+    from first
     order by first.source, first.id
     on conflict on constraint usage_keys_pkey do nothing
     returning known.source, known.key
+  ),
+  placed as (
+    -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
+    select first.position::integer as position
+    from first
+    where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
+    order by first.position
   )
-  select array_agg(first.position order by first.position)
+  select array_agg(placed.position)
   into stored
-  from fresh
-  cross join lateral (
-    select min(event.position)::integer as position
-    from unnest(sources, ids, codes) with ordinality as event (source, id, code, position)
-    where event.source = fresh.source and event.id = fresh.key and event.code is null
-  ) as first;
+  from placed;
 
   -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
-  for place in
-    select item.position
-    from unnest(stored) as item (position)
-    where corrected[item.position] is not null
-    order by sources[item.position], corrected[item.position], item.position
-  loop
-    select known.*
-    into original
-    from private.usage_keys as known
-    where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
-    for no key update;
-    codes[place] := case
-      when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
-      when original.quantity + quantities[place] < 0 then 'correction_too_large'
-    end;
-    if codes[place] is null then
-      update private.usage_keys as known
-      set quantity = known.quantity + quantities[place]
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
-      occurred[place] := original.occurred_at;
-      days[place] := (
-        select event.day
-        from private.usage_events as event
-        where event.occurred_at = original.occurred_at
-          and event.organization_id = api_key.organization_id
-          and event.source = original.source
-          and event.key = original.key
-          and event.corrects is null
-      );
-    else
-      -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
-      delete from private.usage_keys as known
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
-      statuses[place] := 'rejected';
-      stored := array_remove(stored, place);
-    end if;
-  end loop;
+  if has_corrections then
+    for place in
+      select item.position
+      from unnest(stored) as item (position)
+      where corrected[item.position] is not null
+      order by sources[item.position] collate "C", corrected[item.position] collate "C", item.position
+    loop
+      select known.*
+      into original
+      from private.usage_keys as known
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+      for no key update;
+      select known.* into meter from public.meters as known where known.key = meters[place];
+      said_in_all := coalesce(original.reported, original.quantity) + quantities[place];
+      codes[place] := case
+        when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
+        when said_in_all < 0 or said_in_all > 1 and meter.aggregation in ('count', 'unique') then 'correction_too_large'
+      end;
+      if codes[place] is null then
+        counts[place] := case meter.rounding when 'event' then private.whole_pulses(said_in_all, meter.pulse) else said_in_all end - original.quantity;
+        update private.usage_keys as known
+        set quantity = original.quantity + counts[place], reported = nullif(said_in_all, original.quantity + counts[place])
+        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+        occurred[place] := original.occurred_at;
+        days[place] := private.day_of_key(original);
+      else
+        -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
+        delete from private.usage_keys as known
+        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+        statuses[place] := 'rejected';
+        stored := array_remove(stored, place);
+      end if;
+    end loop;
+  end if;
 
-  with event as (
-    select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
-    from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
-  )
-  select array_agg(
-    case
-      when event.status is not null then event.status
-      when event.is_stored then 'stored'
-      when known.body_hash = event.hash then 'duplicate'
-      when known.key is null then 'rejected'
-      else 'conflict'
-    end order by event.position)
-  into statuses
-  from event
-  left join private.usage_keys as known
-    on known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id;
+  if cardinality(stored) = cardinality(ids) then
+    statuses := array_fill('stored'::text, array[cardinality(ids)]);
+  else
+    with event as (
+      select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
+      from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
+    ),
+    ordered as (
+      select
+        case
+          when event.status is not null then event.status
+          when event.is_stored then 'stored'
+          when known.body_hash = event.hash then 'duplicate'
+          when known.key is null then 'rejected'
+          else 'conflict'
+        end as status
+      from event
+      left join private.usage_keys as known
+        on event.status is null and not event.is_stored
+        and known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id
+      order by event.position
+    )
+    select array_agg(ordered.status)
+    into statuses
+    from ordered;
+  end if;
 
-  if cardinality(stored) > 0 then
+  if cardinality(stored) = cardinality(ids) then
+    perform private.count_usage(
+      api_key.organization_id, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
+      case when has_corrections then days end, value_hashes
+    );
+  elsif cardinality(stored) > 0 then
     perform private.count_usage(
       api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(quantities[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]))
+      array_agg(counts[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]),
+      array_agg(value_hashes[position]))
     from unnest(stored) as position;
   end if;
 
   return jsonb_build_object('results', (
     select jsonb_agg(
-      jsonb_strip_nulls(jsonb_build_object(
-        'id', result.id,
-        'status', result.status,
-        'code', case when result.status = 'conflict' then 'idempotency_conflict' else result.code end,
-        'message', case
-          when result.status = 'conflict' then 'An event with this source and id, but another body, was stored before'
-          else case result.code
-            when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
-            when 'invalid_id' then 'id must be a text of 1 to 255 characters'
-            when 'invalid_source' then 'source must be a text of 1 to 255 characters'
-            when 'reserved_source' then 'The source "call" belongs to the platform'
-            when 'unknown_type' then 'type is not the key of an active meter'
-            when 'reserved_type' then 'Calls are counted by the platform, not by events'
-            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction'
-            when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
-            when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
-            when 'correction_too_large' then 'The event that it corrects would count less than nothing'
-            when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
-            when 'time_in_future' then 'time lies more than five minutes ahead'
+      case
+        when result.status in ('stored', 'duplicate') then jsonb_build_object('id', result.id, 'status', result.status)
+        else jsonb_strip_nulls(jsonb_build_object(
+          'id', result.id,
+          'status', result.status,
+          'code', case when result.status = 'conflict' then 'idempotency_conflict' else result.code end,
+          'message', case
+            when result.status = 'conflict' then 'An event with this source and id, but another body, was stored before'
+            else case result.code
+              when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
+              when 'invalid_id' then 'id must be a text of 1 to 255 characters'
+              when 'invalid_source' then 'source must be a text of 1 to 255 characters'
+              when 'reserved_source' then 'The source "call" belongs to the platform'
+              when 'unknown_type' then 'type is not the key of an active meter'
+              when 'reserved_type' then 'The platform counts this itself, not by events'
+              when 'invalid_quantity' then
+                'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction; 1 or nothing where events or '
+                'values are counted, and 0 too where the largest or the latest counts'
+              when 'invalid_value' then 'data.value must be a text of 1 to 255 characters: different values are counted'
+              when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
+              when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
+              when 'correction_too_large' then 'The event that it corrects would count less than nothing, or twice'
+              when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
+              when 'time_in_future' then 'time lies more than five minutes ahead'
+            end
           end
-        end
-      ))
-      order by result.position)
-    from unnest(ids, statuses, codes) with ordinality as result (id, status, code, position)
+        ))
+      end)
+    from unnest(ids, statuses, codes) as result (id, status, code)
   ));
 end
 $$;
@@ -14262,7 +15574,7 @@ $$;
 revoke all on function public.record_usage(jsonb) from public, anon, authenticated;
 grant execute on function public.record_usage(jsonb) to service_role;
 comment on function public.record_usage(jsonb) is
-  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity","corrects"?}]} gives '
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity"?,"value"?,"corrects"?}]} gives '
   '{"results":[{"id","status","code"?,"message"?}]}.';
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
@@ -14297,6 +15609,7 @@ begin
           'meter', meter.key,
           'name', meter.name,
           'unit', meter.unit,
+          'aggregation', meter.aggregation,
           'used', coalesce(log.usage_count, 0),
           'reserved', coalesce(log.reserved, 0),
           'included', nullif(term.included_units, -1),
@@ -14304,15 +15617,17 @@ begin
           'overage', case
             when term.included_units >= 0 then greatest(coalesce(log.usage_count - log.prepaid, 0) - term.included_units, 0)
             else 0
-          end
+          end,
+          'over_cap', coalesce(log.usage_count > private.meter_cap(term), false)
         )
         order by meter.position, meter.key)
       from public.meters as meter
-      left join public.plan_price_meters as term
-        on term.meter_key = meter.key and term.plan_price_id = subscription.plan_price_id
+      left join public.plan_price_meters as own
+        on own.meter_key = meter.key and own.plan_price_id = subscription.plan_price_id
+      left join lateral private.agreed_term(own, subscription) as term on own.meter_key is not null
       left join public.usage_logs as log
         on log.feature_key = meter.key and log.organization_id = organization and log.period_start = period.period_start
-      where term.meter_key is not null or log.id is not null
+      where meter.source <> 'rows' and (own.meter_key is not null or log.id is not null)
     ), '[]')
   );
 end
@@ -14330,6 +15645,42 @@ $$;
 revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
+
+create function private.get_usage_overview(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('usage.view');
+begin
+  return private.get_usage(at) || jsonb_build_object('standing', (
+    select jsonb_agg(
+      jsonb_build_object(
+        -- A glance counts no further than this.
+        'meter', meter.key, 'name', meter.name, 'unit', meter.unit, 'used', private.count_standing(organization, meter.key, 100000),
+        'limit', private.plan_limit(organization, 'max_' || meter.key)
+      )
+      order by meter.position, meter.key)
+    from public.meters as meter
+    where meter.source = 'rows' and meter.is_active
+  ));
+end
+$$;
+revoke all on function private.get_usage_overview(timestamptz) from public;
+grant execute on function private.get_usage_overview(timestamptz) to authenticated;
+comment on function private.get_usage_overview(timestamptz) is
+  'As get_usage(), with what the caller''s organization has now of what its plan has room for: users, projects, campaigns, leads, stores; null '
+  'in limit is unlimited.';
+
+create function public.get_usage_overview() returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_usage_overview(private.clock_now())
+$$;
+revoke all on function public.get_usage_overview() from public, anon;
+grant execute on function public.get_usage_overview() to authenticated;
+comment on function public.get_usage_overview() is
+  'As get_usage(), with the rows of the caller''s organization against its plan: "standing": [{"meter","name","unit","used","limit"}], counted '
+  'up to 100,000. Needs usage.view.';
 
 create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -14398,9 +15749,34 @@ as $$
     from private.usage_events as own
     where own.organization_id = $1 or $1 is null
     group by own.organization_id, own.meter_key, own.day
+    union all
+    -- What the events of dropped months came to.
+    select own.organization_id, own.meter_key, own.day, own.quantity, own.events
+    from private.usage_seals as own
+    where own.organization_id = $1 or $1 is null
+  ),
+  by_day as (
+    select event.organization_id, event.meter_key, event.day, sum(event.quantity) as quantity, sum(event.events) as events
+    from event
+    group by event.organization_id, event.meter_key, event.day
   ),
   day as (
     select own.* from public.usage_days as own where own.organization_id = $1 or $1 is null
+  ),
+  -- What is not summed is looked up again: the largest, the latest, the different ones.
+  looked_up as (
+    select
+      reading.organization_id, reading.meter_key, reading.day,
+      case known.aggregation
+        when 'max' then max(reading.quantity)
+        when 'unique' then count(distinct reading.value_hash) filter (where reading.quantity > 0)
+        else (array_agg(reading.quantity order by reading.occurred_at desc, reading.source desc, reading.key desc))[1]
+      end as quantity,
+      sum(reading.quantity) as added
+    from private.usage_readings as reading
+    join public.meters as known on known.key = reading.meter_key
+    where reading.organization_id = $1 or $1 is null
+    group by reading.organization_id, reading.meter_key, reading.day, known.aggregation
   ),
   known as (
     -- A call is one key of two meters.
@@ -14417,22 +15793,32 @@ as $$
     select own.* from public.usage_logs as own where own.organization_id = $1 or $1 is null
   )
   select
-    coalesce(event.organization_id, day.organization_id), coalesce(event.meter_key, day.meter_key),
+    coalesce(by_day.organization_id, day.organization_id), coalesce(by_day.meter_key, day.meter_key),
     format(
-      'on %s: %s in %s events, %s in %s by day', coalesce(event.day, day.day), coalesce(event.quantity, 0), coalesce(event.events, 0),
-      coalesce(day.quantity, 0), coalesce(day.events, 0)
+      'on %s: %s in %s events, %s in %s by day', coalesce(by_day.day, day.day), coalesce(looked_up.quantity, by_day.quantity, 0),
+      coalesce(by_day.events, 0), coalesce(day.quantity, 0), coalesce(day.events, 0)
     )
-  from event
-  full join day on day.organization_id = event.organization_id and day.meter_key = event.meter_key and day.day = event.day
-  where (coalesce(event.quantity, 0), coalesce(event.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  from by_day
+  full join day on day.organization_id = by_day.organization_id and day.meter_key = by_day.meter_key and day.day = by_day.day
+  left join looked_up
+    on looked_up.organization_id = coalesce(by_day.organization_id, day.organization_id)
+    and looked_up.meter_key = coalesce(by_day.meter_key, day.meter_key)
+    and looked_up.day = coalesce(by_day.day, day.day)
+  where (coalesce(looked_up.quantity, by_day.quantity, 0), coalesce(by_day.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  union all
+  select looked_up.organization_id, looked_up.meter_key, format('on %s: %s in events, %s in readings', looked_up.day, coalesce(by_day.quantity, 0), looked_up.added)
+  from looked_up
+  left join by_day
+    on by_day.organization_id = looked_up.organization_id and by_day.meter_key = looked_up.meter_key and by_day.day = looked_up.day
+  where looked_up.added <> coalesce(by_day.quantity, 0)
   union all
   select
     coalesce(total.organization_id, known.organization_id), coalesce(total.meter_key, known.meter_key),
     format('in all: %s by events, %s by keys', coalesce(total.quantity, 0), coalesce(known.quantity, 0))
   from (
-    select event.organization_id, event.meter_key, sum(event.quantity) as quantity
-    from event
-    group by event.organization_id, event.meter_key
+    select by_day.organization_id, by_day.meter_key, sum(by_day.quantity) as quantity
+    from by_day
+    group by by_day.organization_id, by_day.meter_key
   ) as total
   full join known on known.organization_id = total.organization_id and known.meter_key = total.meter_key
   where coalesce(total.quantity, 0) <> coalesce(known.quantity, 0)
@@ -14441,15 +15827,25 @@ as $$
     counter.organization_id, counter.feature_key,
     format(
       'from %s to %s: %s counted, %s prepaid, by day %s and %s', counter.period_start, counter.period_end - 1, counter.usage_count,
-      counter.prepaid, coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0)
+      counter.prepaid, counter.by_day, coalesce(counter.prepaid_by_day, 0)
     )
-  from counter
-  left join day
-    on day.organization_id = counter.organization_id
-    and day.meter_key = counter.feature_key
-    and day.day >= counter.period_start and day.day < counter.period_end
-  group by counter.organization_id, counter.id, counter.feature_key, counter.period_start, counter.period_end, counter.usage_count, counter.prepaid
-  having (counter.usage_count, counter.prepaid) <> (coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0))
+  from (
+    select
+      own.organization_id, own.feature_key, own.period_start, own.period_end, own.usage_count, own.prepaid, sum(day.prepaid) as prepaid_by_day,
+      case
+        when known_meter.aggregation in ('sum', 'count') then coalesce(sum(day.quantity), 0)
+        else private.period_usage(own.organization_id, own.feature_key, own.period_start, own.period_end)
+      end as by_day
+    from counter as own
+    join public.meters as known_meter on known_meter.key = own.feature_key
+    left join day
+      on day.organization_id = own.organization_id
+      and day.meter_key = own.feature_key
+      and day.day >= own.period_start and day.day < own.period_end
+    group by
+      own.organization_id, own.id, own.feature_key, own.period_start, own.period_end, own.usage_count, own.prepaid, known_meter.aggregation
+  ) as counter
+  where (counter.usage_count, counter.prepaid) <> (counter.by_day, coalesce(counter.prepaid_by_day, 0))
   union all
   select day.organization_id, day.meter_key, format('%s belongs to no period', day.day)
   from day
@@ -14569,15 +15965,17 @@ begin
     if log.period_start = from_day then
       update public.usage_logs as counter set period_end = cut_usage_periods.period_end where counter.id = log.id;
     elsif log.period_start < from_day then
-      select coalesce(sum(total.quantity), 0)::bigint, coalesce(sum(total.prepaid), 0)::bigint
-      into moved, moved_prepaid
+      select coalesce(sum(total.prepaid), 0)::bigint
+      into moved_prepaid
       from public.usage_days as total
       where total.organization_id = cut_usage_periods.organization_id
         and total.meter_key = log.feature_key
         and total.day >= from_day and total.day < log.period_end;
+      moved := private.period_usage(log.organization_id, log.feature_key, from_day, log.period_end);
       update public.usage_logs as counter
       set
-        period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved,
+        period_end = least(counter.period_end, from_day),
+        usage_count = private.period_usage(log.organization_id, log.feature_key, log.period_start, least(log.period_end, from_day)),
         prepaid = counter.prepaid - moved_prepaid, closed_at = at
       where counter.id = log.id;
       if moved > 0 then
@@ -14591,6 +15989,20 @@ $$;
 revoke all on function private.cut_usage_periods(uuid, date, date, timestamptz) from public;
 comment on function private.cut_usage_periods(uuid, date, date, timestamptz) is
   'Ends the open usage periods of an organization at a local day, closes them, and moves what was used since that day to the new period.';
+
+create function private.price_charges(price_id uuid) returns boolean
+language sql stable set search_path = ''
+as $$
+  select exists (
+    select from public.plan_prices as price where price.id = $1 and (price.base_minor > 0 or price.minimum_minor > 0)
+  ) or exists (
+    select
+    from public.plan_price_meters as term
+    where term.plan_price_id = $1 and (term.overage_price_minor > 0 or term.tiers is not null)
+  )
+$$;
+revoke all on function private.price_charges(uuid) from public;
+comment on function private.price_charges(uuid) is 'Whether an invoice may come of a price.';
 
 create function private.subscribe_organization(
   organization_id uuid, plan_slug text, status public.subscription_status, at timestamptz,
@@ -14619,7 +16031,7 @@ begin
   end if;
 
   -- The newest price on sale, in the organization's own currency where the plan has one.
-  select offer.id, offer.plan_id, offer.billing_cycle, offer.base_minor, plan.trial_days
+  select offer.id, offer.plan_id, offer.billing_cycle, offer.base_minor, offer.billed_in, plan.trial_days
   into price
   from public.plan_prices as offer
   join public.subscription_plans as plan on plan.id = offer.plan_id
@@ -14642,7 +16054,7 @@ begin
 
   if live.plan_price_id = price.id then
     update public.subscriptions as subscription
-    set status = subscribe_organization.status, next_plan_price_id = null,
+    set status = subscribe_organization.status, next_plan_price_id = null, paused_at = null,
       trial_ends_at = case
         when subscribe_organization.status = 'trialing'
         then coalesce(subscription.trial_ends_at, at + make_interval(days => price.trial_days))
@@ -14652,14 +16064,7 @@ begin
     return live.id;
   end if;
 
-  if live.id is not null and (
-    exists (select from public.plan_prices as old where old.id = live.plan_price_id and old.base_minor > 0)
-    or exists (
-      select
-      from public.plan_price_meters as term
-      where term.plan_price_id = live.plan_price_id and term.overage_price_minor > 0
-    )
-  ) then
+  if live.id is not null and private.price_charges(live.plan_price_id) then
     -- A period that costs something is billed as it was sold; the new price takes over when it has ended.
     if live.billing_cycle <> cycle then
       perform private.raise_error(409, 'billing_cycle_differs', 'The billing cycle changes with a new subscription only', 'cycle');
@@ -14670,11 +16075,22 @@ begin
     return live.id;
   end if;
 
-  -- Never into days that are billed already.
-  select greatest((at at time zone organization.timezone)::date, max(log.period_end))
-  into today
-  from public.usage_logs as log
-  where log.organization_id = subscribe_organization.organization_id and log.closed_at is not null;
+  -- Never into days that are billed already, or that the last subscription still bills.
+  select greatest(
+    (at at time zone organization.timezone)::date,
+    (
+      select max(log.period_end)
+      from public.usage_logs as log
+      where log.organization_id = subscribe_organization.organization_id and log.closed_at is not null
+    ),
+    (
+      select max((ended.current_period_end at time zone ended.timezone)::date)
+      from public.subscriptions as ended
+      where ended.organization_id = subscribe_organization.organization_id
+        and ended.status = 'cancelled' and ended.next_invoice_at is not null
+    )
+  )
+  into today;
   if subscribe_organization.status = 'trialing' then
     trial_end := at + make_interval(days => price.trial_days);
   end if;
@@ -14691,7 +16107,7 @@ begin
 
   if live.id is not null then
     update public.subscriptions as subscription
-    set status = 'cancelled', cancelled_at = at, next_invoice_at = null
+    set status = 'cancelled', cancelled_at = at, next_invoice_at = null, paused_at = null
     where subscription.id = live.id;
   end if;
   perform private.cut_usage_periods(organization_id, starts, ends, at);
@@ -14704,9 +16120,13 @@ begin
     subscribe_organization.organization_id, price.plan_id, price.id, subscribe_organization.status, cycle, organization.timezone,
     anchor, case when starts < anchor then -1 else 0 end,
     private.local_midnight(starts, organization.timezone), private.local_midnight(ends, organization.timezone),
-    trial_end, private.local_midnight(ends, organization.timezone)
+    trial_end,
+    -- What is billed in advance is billed when it begins; a trial has no base price.
+    private.local_midnight(
+      case when price.billed_in = 'advance' and price.base_minor > 0 and starts = anchor then starts else ends end, organization.timezone)
   )
   returning id into subscription_id;
+  perform private.grant_monthly_credit(array[subscription_id], at);
   return subscription_id;
 end
 $$;
@@ -15140,6 +16560,75 @@ $$;
 comment on function private.expire_credit(jsonb, timestamptz) is
   'Takes out of the wallets what has expired. A wallet that somebody else has locked does it itself, or the next run does.';
 
+create function private.grant_monthly_credit(subscription_ids uuid[], at timestamptz) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  due record;
+  granted integer := 0;
+begin
+  -- The month that `at` is in, from the anchor, also within a year. A month that nobody looked at is over: what it would have granted has
+  -- expired. Wallets are locked in one order.
+  for due in
+    select
+      subscription.id, subscription.organization_id, price.currency, price.monthly_credit_minor as amount_minor,
+      private.local_midnight(month.starts_on, subscription.timezone) as starts_at,
+      private.local_midnight(month.ends_on, subscription.timezone) as ends_at,
+      'monthly ' || subscription.id || ' ' || month.starts_on as key
+    from public.subscriptions as subscription
+    join public.plan_prices as price on price.id = subscription.plan_price_id and price.monthly_credit_minor > 0
+    cross join lateral (
+      select
+        private.period_boundary(subscription.anchor_on, 'monthly', number.month) as starts_on,
+        private.period_boundary(subscription.anchor_on, 'monthly', number.month + 1) as ends_on
+      from generate_series(
+        greatest((at::date - subscription.anchor_on) / 31 - 1, 0), greatest((at::date - subscription.anchor_on) / 28 + 1, 0)
+      ) as number (month)
+    ) as month
+    where (subscription.id = any (subscription_ids) or subscription_ids is null)
+      and subscription.status in ('active', 'past_due')
+      and private.local_midnight(month.starts_on, subscription.timezone) <= at
+      and private.local_midnight(month.ends_on, subscription.timezone) > at
+      and not exists (
+        select
+        from public.credit_transactions as written
+        where written.organization_id = subscription.organization_id
+          and written.idempotency_key = 'monthly ' || subscription.id || ' ' || month.starts_on
+      )
+    order by subscription.organization_id
+  loop
+    perform private.post_credit(
+      due.organization_id, 'monthly_grant', due.currency, due.amount_minor, due.key, at, due.ends_at, 'subscription', due.id,
+      'Included in the plan'
+    );
+    granted := granted + 1;
+  end loop;
+  return granted;
+end
+$$;
+comment on function private.grant_monthly_credit(uuid[], timestamptz) is
+  'Grants the credit that the prices of these subscriptions, of all where none are named, include in the month of `at`, once a month. It '
+  'expires when the next month begins. A trial has none.';
+
+create function private.renew_credit(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  expired jsonb := private.expire_credit(request, at);
+begin
+  return expired || jsonb_build_object('granted', private.grant_monthly_credit(null, at));
+end
+$$;
+comment on function private.renew_credit(jsonb, timestamptz) is
+  'Takes out what has expired and grants what the month brings: for the months of a yearly price, and for whom a month began while nothing ran.';
+
+create function public.renew_credit(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.renew_credit($1, private.clock_now())
+$$;
+comment on function public.renew_credit(jsonb) is 'For usage-metering, by schedule. {"v":1,"limit":500} gives {"granted":n,"expired":n,"more":bool}.';
+
 create function public.expire_credit(jsonb) returns jsonb
 language sql set search_path = ''
 as $$
@@ -15201,9 +16690,12 @@ revoke all on function
   private.post_credit(uuid, public.credit_transaction_type, text, bigint, text, timestamptz, timestamptz, text, uuid, text),
   private.debit_credit(uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text),
   private.refund_credit(uuid, uuid, bigint, text, timestamptz, text), private.expire_credit(jsonb, timestamptz),
-  private.check_credit(uuid), public.expire_credit(jsonb)
+  private.check_credit(uuid), public.expire_credit(jsonb), private.grant_monthly_credit(uuid[], timestamptz),
+  private.renew_credit(jsonb, timestamptz), public.renew_credit(jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb) to service_role;
+grant execute on function
+  private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb), private.renew_credit(jsonb, timestamptz), public.renew_credit(jsonb)
+to service_role;
 
 
 -- What a plan allows --------------------------------------------------------------------------------------------------------------
@@ -15273,6 +16765,13 @@ begin
       'id', subscription.id, 'status', subscription.status, 'billing_cycle', subscription.billing_cycle,
       'current_period_start', subscription.current_period_start, 'current_period_end', subscription.current_period_end,
       'trial_ends_at', subscription.trial_ends_at, 'cancel_at_period_end', subscription.cancel_at_period_end,
+      'paused_at', subscription.paused_at, 'past_due_since', subscription.past_due_since,
+      'next_plan', (
+        select following.slug
+        from public.plan_prices as taking_over
+        join public.subscription_plans as following on following.id = taking_over.plan_id
+        where taking_over.id = subscription.next_plan_price_id
+      ),
       'plan', jsonb_build_object(
         'id', plan.id, 'slug', plan.slug, 'name', plan.name,
         'features', plan.features || coalesce(nullif(subscription.metadata -> 'custom_limits', 'null'), '{}')
@@ -15321,9 +16820,35 @@ as $$
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
+create function private.billable_units(quantity bigint, meter public.meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return case when meter.rounding = 'period' then private.whole_pulses(quantity, meter.pulse) else quantity end;
+end
+$$;
+comment on function private.billable_units(bigint, public.meters) is
+  'What a period''s quantity is on its bill: up to started pulses where its meter says so, else as it is.';
+
+create function private.cycle_unit(cycle public.billing_cycle) returns text
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return case cycle when 'yearly' then 'year' when 'quarterly' then 'quarter' else 'month' end;
+end
+$$;
+comment on function private.cycle_unit(public.billing_cycle) is 'What a billing period is called on an invoice.';
+
+create function private.describe_part(days integer, period_from timestamptz, period_to timestamptz, timezone text) returns text
+language sql stable set search_path = ''
+as $$
+  select days || ' of ' || (period_to at time zone timezone)::date - (period_from at time zone timezone)::date || ' days'
+$$;
+comment on function private.describe_part(integer, timestamptz, timestamptz, text) is 'How much of a billing period is billed, as a line says it.';
+
 create type private.priced_line as (
   position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
-  amount_minor bigint, line_id uuid
+  amount_minor bigint, line_id uuid, first_day date, last_day date
 );
 comment on type private.priced_line is 'A line of an invoice that may be made.';
 
@@ -15334,9 +16859,30 @@ create type private.priced_adjustment as (meter_key text, period_start date, lin
 comment on type private.priced_adjustment is
   'A period billed before that an invoice which may be made settles, with the line that says so; without one it comes to nothing.';
 
-create function private.price_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz)
+create function private.following_period(
+  subscription public.subscriptions, cycle public.billing_cycle, out anchor_on date, out period_no integer, out period_end date
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if cycle = subscription.billing_cycle then
+    anchor_on := subscription.anchor_on;
+    period_no := subscription.period_no + 1;
+  else
+    anchor_on := (subscription.current_period_end at time zone subscription.timezone)::date;
+    period_no := 0;
+  end if;
+  period_end := private.period_boundary(anchor_on, cycle, period_no + 1);
+end
+$$;
+comment on function private.following_period(public.subscriptions, public.billing_cycle) is
+  'The period after the current one: the next from the anchor, or, where the cycle changes, the first from a new one.';
+
+create function private.price_periods(
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
+)
 returns table (
-  organization_id uuid, subscription_id uuid, currency text, period_start timestamptz, period_end timestamptz, timezone text,
+  organization_id uuid, subscription_id uuid, kind text, currency text, period_start timestamptz, period_end timestamptz, timezone text,
   first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
   lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
 )
@@ -15360,6 +16906,22 @@ begin
       plan.name as plan_name,
       price.currency,
       price.base_minor,
+      price.minimum_minor,
+      case
+        when items_only then 'change'
+        when subscription.next_invoice_at < subscription.current_period_end then 'advance'
+        else 'period'
+      end as mode,
+      whole.period_from, whole.period_to,
+      -- What the base price comes to in the period as it is: cut short, or begun late.
+      case
+        when subscription.period_no < 0 then 0
+        when (subscription.current_period_start, subscription.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
+        else private.prorate(
+          price.base_minor, extract(epoch from subscription.current_period_end - subscription.current_period_start),
+          extract(epoch from whole.period_to - whole.period_from)
+        )
+      end as base_amount,
       (subscription.current_period_start at time zone subscription.timezone)::date as first_day,
       (subscription.current_period_end at time zone subscription.timezone)::date as next_day,
       jsonb_strip_nulls(jsonb_build_object(
@@ -15386,6 +16948,15 @@ begin
     from public.subscriptions as subscription
     join public.subscription_plans as plan on plan.id = subscription.plan_id
     join public.plan_prices as price on price.id = subscription.plan_price_id
+    cross join lateral (
+      select
+        private.local_midnight(
+          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no), subscription.timezone
+        ) as period_from,
+        private.local_midnight(
+          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 1), subscription.timezone
+        ) as period_to
+    ) as whole
     join public.organizations as organization on organization.id = subscription.organization_id
     left join private.gst_states as place
       on organization.country_code = 'IN'
@@ -15398,32 +16969,61 @@ begin
   used as materialized (
     -- From the days, which are the evidence, and not from the counter that quotas were judged by.
     select
-      ended.invoice_id, term.*, meter.name, meter.unit, meter.position,
+      ended.invoice_id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
+      meter.position,
       nullif(term.included_units, -1) as allowance,
       -- What prepaid credit paid is settled: it is neither included nor billed again.
-      coalesce((
-        select sum(total.quantity - total.prepaid)
-        from public.usage_days as total
-        where total.organization_id = ended.organization_id
-          and total.meter_key = term.meter_key
-          and total.day >= ended.first_day and total.day < ended.next_day
-      ), 0)::bigint as quantity
+      private.billable_units(
+        case
+          when meter.aggregation in ('sum', 'count') then coalesce((
+            select sum(total.quantity - total.prepaid)
+            from public.usage_days as total
+            where total.organization_id = ended.organization_id
+              and total.meter_key = term.meter_key
+              and total.day >= ended.first_day and total.day < ended.next_day
+          ), 0)::bigint
+          else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
+        end,
+        meter
+      ) as quantity
     from ended
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
+    where ended.mode = 'period'
+  ),
+  beyond as materialized (
+    select
+      used.invoice_id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
+      used.overage_price_minor as unit_price_minor, used.overage_unit as price_units,
+      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit) as amount_minor, used.unit,
+      used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit) as description
+    from used
+    where used.quantity > used.allowance and used.overage_price_minor is not null and used.pricing_model = 'per_unit'
+    union all
+    select
+      used.invoice_id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
+      rated.amount_minor, case rated.kind when 'fee' then 'fee' else used.unit end,
+      case
+        when rated.kind = 'fee' then used.name || ', fee of tier ' || rated.tier
+        else used.name || ' beyond the plan' || coalesce(', tier ' || rated.tier, '') || ': ' || private.describe_quantity(rated.units, used.unit)
+      end
+        || case used.pricing_model
+          when 'package' then ' in ' || private.started_units(rated.units, rated.price_units) || ' × ' || rated.price_units
+          else ''
+        end
+    from used
+    cross join lateral private.rate_term(used.term, used.quantity) as rated
+    where used.pricing_model <> 'per_unit'
   ),
   late as materialized (
     -- Periods that were billed before and have changed since, each at its own price.
     select
       ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
       term.overage_price_minor, term.overage_unit,
-      greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)
-        - greatest(log.billed_count - nullif(term.included_units, -1), 0) as quantity,
-      private.divide_half_away(
-        greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
-        - private.divide_half_away(
-          greatest(log.billed_count - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
-        as amount_minor,
+      greatest(private.billable_units(log.usage_count - log.prepaid, meter) - nullif(term.included_units, -1), 0)
+        - greatest(private.billable_units(log.billed_count, meter) - nullif(term.included_units, -1), 0) as quantity,
+      private.rate_term_total(term, private.billable_units(log.usage_count - log.prepaid, meter))
+        - private.rate_term_total(term, private.billable_units(log.billed_count, meter)) as amount_minor,
       log.period_end
     from ended
     join lateral (
@@ -15438,57 +17038,110 @@ begin
     join public.plan_prices as price on price.id = log.plan_price_id and price.currency = ended.currency
     join public.meters as meter on meter.key = log.feature_key
     left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
+    where ended.mode = 'period'
+  ),
+  waiting as materialized (
+    select ended.invoice_id, item.*
+    from ended
+    join private.invoice_items as item
+      on item.organization_id = ended.organization_id
+      and item.subscription_id = ended.id
+      and item.currency = ended.currency
+      and item.settled_at is null
   ),
   current_item as materialized (
     select
-      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
-      ended.plan_name || ' plan, ' || ended.billing_cycle || case when ended.period_no < 0 then ' (trial)' else '' end as description,
-      1::bigint as quantity, case ended.billing_cycle when 'yearly' then 'year' else 'month' end as unit,
+      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind, null::text as meter_key,
+      ended.plan_name || ' plan, ' || ended.billing_cycle || case
+        when ended.period_no < 0 then ' (trial)'
+        when (ended.current_period_start, ended.current_period_end) <> (ended.period_from, ended.period_to) then ', ' || private.describe_part(
+          ended.next_day - ended.first_day, ended.period_from, ended.period_to, ended.timezone)
+        else ''
+      end as description,
+      1::bigint as quantity, private.cycle_unit(ended.billing_cycle) as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
-      case when ended.period_no < 0 then 0 else ended.base_minor end as amount_minor
+      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day
     from ended
+    where ended.mode <> 'change' and ended.base_billed_from is null
+    union all
+    -- The next period's base price, where it is billed in advance and there will be one.
+    select
+      ended.invoice_id, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
+      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1
+    from ended
+    join public.subscriptions as own on own.id = ended.id
+    join public.plan_prices as next_price on next_price.id = coalesce(ended.next_plan_price_id, ended.plan_price_id)
+    join public.subscription_plans as taking_over on taking_over.id = next_price.plan_id
+    cross join lateral private.following_period(own, next_price.billing_cycle) as following
+    where ended.mode = 'period' and not ended.cancel_at_period_end and ended.status <> 'paused'
+      and next_price.billed_in = 'advance' and next_price.base_minor > 0 and next_price.currency = ended.currency
     union all
     select
-      used.invoice_id, null, 1, used.position, 'included', used.meter_key,
+      used.invoice_id, null, 1, used.position, 1, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
-      least(used.quantity, used.allowance), used.unit, 0, 1, 0
+      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null
     from used
     where used.allowance is null or used.allowance > 0
     union all
     select
-      used.invoice_id, null, 2, used.position, 'overage', used.meter_key,
-      used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit),
-      used.quantity - used.allowance, used.unit, used.overage_price_minor, used.overage_unit,
-      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit)
-    from used
-    where used.quantity > used.allowance and used.overage_price_minor is not null
+      beyond.invoice_id, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
+      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null
+    from beyond
+    union all
+    -- What is missing to the minimum, of the time in which its price held.
+    select
+      committed.invoice_id, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
+      committed.missing, null, null
+    from (
+      select
+        ended.invoice_id,
+        private.prorate(
+          ended.minimum_minor, extract(epoch from ended.current_period_end - coalesce(ended.base_billed_from, ended.current_period_start)),
+          extract(epoch from ended.period_to - ended.period_from)
+        ) - coalesce(ended.base_billed_minor, ended.base_amount)
+          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.invoice_id = ended.invoice_id), 0)::bigint as missing
+      from ended
+      where ended.mode = 'period' and ended.minimum_minor is not null and ended.period_no >= 0
+    ) as committed
+    where committed.missing > 0
+  ),
+  outcome as materialized (
+    select whole.invoice_id, sum(whole.amount_minor) as amount_minor
+    from (
+      select current_item.invoice_id, current_item.amount_minor from current_item
+      union all
+      select late.invoice_id, late.amount_minor from late
+      union all
+      select waiting.invoice_id, waiting.amount_minor from waiting
+    ) as whole
+    group by whole.invoice_id
   ),
   adjustable as materialized (
     -- What an invoice would have to give back more than it charges waits for the next one.
     select late.*
     from late
-    join (
-      select whole.invoice_id, sum(whole.amount_minor) as amount_minor
-      from (
-        select current_item.invoice_id, current_item.amount_minor from current_item
-        union all
-        select late.invoice_id, coalesce(late.amount_minor, 0) from late
-      ) as whole
-      group by whole.invoice_id
-    ) as outcome using (invoice_id)
-    where outcome.amount_minor > 0 or coalesce(late.amount_minor, 0) = 0
+    join outcome using (invoice_id)
+    where outcome.amount_minor > 0 or late.amount_minor = 0
   ),
   item as materialized (
     select current_item.* from current_item
     union all
     select
-      adjustable.invoice_id, adjustable.line_id, 3, adjustable.position, 'adjustment', adjustable.feature_key,
+      adjustable.invoice_id, adjustable.line_id, 5, adjustable.position, 1, 'adjustment', adjustable.feature_key,
       adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
         || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
-      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor
+      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor, null, null
     from adjustable
     where adjustable.amount_minor <> 0
+    union all
+    select
+      waiting.invoice_id, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0, 1 + waiting.number, waiting.kind, null,
+      waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor, waiting.price_units, waiting.amount_minor,
+      waiting.first_day, waiting.last_day
+    from waiting
+    join outcome using (invoice_id)
+    where outcome.amount_minor > 0
   ),
   subtotal as materialized (
     select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
@@ -15513,13 +17166,13 @@ begin
       array_agg(
         (
           item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
-          item.amount_minor, item.line_id
+          item.amount_minor, item.line_id, item.first_day, item.last_day
         )::private.priced_line
         order by item.number) as lines
     from (
       select
         item.*,
-        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.description))::integer as number
+        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
       from item
     ) as item
     group by item.invoice_id
@@ -15535,12 +17188,21 @@ begin
     group by tax.invoice_id
   )
   select
-    ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end, ended.timezone,
-    ended.first_day, ended.next_day - 1, subtotal.amount_minor, coalesce(row_tax.amount_minor, 0),
+    ended.organization_id, ended.id, ended.mode, ended.currency,
+    case ended.mode
+      when 'change' then greatest(at, (
+        select max(changed.period_start) + interval '1 microsecond'
+        from public.invoices as changed
+        where changed.organization_id = ended.organization_id and changed.subscription_id = ended.id and changed.kind = 'change'
+      ))
+      else ended.current_period_start
+    end,
+    ended.current_period_end, ended.timezone,
+    case ended.mode when 'change' then (at at time zone ended.timezone)::date else ended.first_day end, ended.next_day - 1, coalesce(subtotal.amount_minor, 0), coalesce(row_tax.amount_minor, 0),
     jsonb_strip_nulls(
       to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
     ),
-    ended.customer, row_line.lines, coalesce(row_tax.taxes, '{}'),
+    ended.customer, coalesce(row_line.lines, '{}'), coalesce(row_tax.taxes, '{}'),
     array(
       select
         (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
@@ -15548,23 +17210,27 @@ begin
       where adjustable.invoice_id = ended.invoice_id
     )
   from ended
-  join subtotal using (invoice_id)
-  join row_line using (invoice_id)
+  left join subtotal using (invoice_id)
+  left join row_line using (invoice_id)
   left join row_tax using (invoice_id);
 end
 $$;
-comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz) is
-  'What the current period of each subscription costs, from its price and its days: the one place where an invoice is priced, for the '
-  'run and for who asks beforehand. In arrears, base included; a trial period has no base price; what came late to earlier periods adjusts it.';
+comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
+  'What the next invoice of each subscription says: the one place where an invoice is priced, for the run and for who asks beforehand. The '
+  'current period''s base price, where it is not billed yet, what was used, the minimum, what came late to earlier periods, what waits, and '
+  'the next period''s base price where it is billed in advance. The first base price in advance comes alone, and so does, if that is asked '
+  'for, what waits. A trial period has no base price.';
 
-create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
+create function private.bill_periods(
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
+) returns uuid[]
 language plpgsql set search_path = ''
 as $$
 declare
   drafts uuid[];
 begin
   with period as materialized (
-    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at) as priced
+    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at, items_only) as priced
   ),
   priced as materialized (
     -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
@@ -15572,11 +17238,11 @@ begin
   ),
   draft as (
     insert into public.invoices (
-      id, organization_id, subscription_id, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
+      id, organization_id, subscription_id, kind, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
       tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
-      priced.id, priced.organization_id, priced.subscription_id, priced.currency, priced.period_start, priced.period_end,
+      priced.id, priced.organization_id, priced.subscription_id, priced.kind, priced.currency, priced.period_start, priced.period_end,
       priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
       priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
     from priced
@@ -15584,13 +17250,21 @@ begin
   ),
   line as (
     insert into public.invoice_lines (
-      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
+      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor,
+      first_day, last_day
     )
     select
       coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
-      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day
     from priced
     cross join lateral unnest(priced.lines) as item
+  ),
+  taken as (
+    update private.invoice_items as waiting
+    set settled_at = at
+    from priced
+    cross join lateral unnest(priced.lines) as item
+    where waiting.organization_id = priced.organization_id and waiting.id = item.line_id and waiting.settled_at is null
   ),
   levied as (
     insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
@@ -15622,9 +17296,60 @@ begin
   return coalesce(drafts, '{}');
 end
 $$;
-comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz) is
-  'Drafts one invoice for the current period of each subscription; none for a period that costs nothing. What came late to periods that '
+comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
+  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that costs nothing. What came late to periods that '
   'were billed before is adjusted.';
+
+create function private.open_invoices(drafts uuid[], issuer private.billing_issuer, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  month text;
+  invoices jsonb;
+begin
+  month := private.series_month(at, issuer.timezone);
+  with block as materialized (
+    select private.take_invoice_numbers(month, cardinality(drafts)) as first
+  ),
+  numbered as (
+    select draft.id, block.first + (row_number() over (order by draft.period_start, draft.id))::integer - 1 as number
+    from public.invoices as draft, block
+    where draft.id = any (drafts)
+  ),
+  opened as (
+    update public.invoices as invoice
+    set
+      status = 'open',
+      invoice_number = private.invoice_number(month, numbered.number),
+      finalized_at = at,
+      invoice_date = (at at time zone issuer.timezone)::date,
+      due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
+    from numbered
+    where invoice.id = numbered.id
+    returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
+  ),
+  announced as (
+    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    select
+      opened.organization_id, 'invoice.finalized', opened.id::text,
+      jsonb_build_object(
+        'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
+        'currency', opened.currency
+      ),
+      at
+    from opened
+  )
+  select jsonb_agg(
+    jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
+    order by opened.invoice_number)
+  into invoices
+  from opened;
+  return coalesce(invoices, '[]');
+end
+$$;
+comment on function private.open_invoices(uuid[], private.billing_issuer, timestamptz) is
+  'Drafts become invoices, with consecutive numbers of the issuer''s month, and are told of. The series is locked from here to the end of '
+  'the transaction: to be called last.';
 
 create function private.close_periods(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
@@ -15638,7 +17363,8 @@ declare
   drafts uuid[] := '{}';
   closed integer := 0;
   patience text := current_setting('lock_timeout');
-  month text;
+  opening uuid[];
+  alone uuid := private.read_uuid(request, 'subscription_id');
   invoices jsonb := '[]';
 begin
   select * into issuer from private.billing_issuer;
@@ -15657,10 +17383,15 @@ begin
     for no key update skip locked
   );
 
+  if alone is null then
+    perform private.dun_invoices(issuer, batch, at);
+  end if;
+
   claimed := array(
     select subscription.id
     from public.subscriptions as subscription
     where subscription.next_invoice_at <= at and subscription.billing_hold is null
+      and (alone is null or subscription.id = alone)
     order by subscription.next_invoice_at, subscription.id
     limit batch
     for no key update skip locked
@@ -15674,6 +17405,23 @@ begin
       where subscription.id = any (claimed) and subscription.next_invoice_at <= at and subscription.billing_hold is null
     );
     exit when cardinality(due) = 0 or closed >= 4 * batch;
+
+    -- What is billed in advance is billed once when it begins; from then on with the period before it.
+    opening := array(
+      select subscription.id
+      from public.subscriptions as subscription
+      where subscription.id = any (due) and subscription.next_invoice_at < subscription.current_period_end
+    );
+    if cardinality(opening) > 0 then
+      drafts := drafts || private.bill_periods(opening, issuer, at);
+      update public.subscriptions as subscription
+      set
+        next_invoice_at = subscription.current_period_end,
+        base_billed_from = coalesce(subscription.base_billed_from, subscription.current_period_start),
+        base_billed_minor = coalesce(subscription.base_billed_minor, private.period_base(subscription))
+      where subscription.id = any (opening);
+      due := array(select ended.id from unnest(due) as ended (id) where ended.id <> all (opening));
+    end if;
 
     -- The counters are the gate. Whoever still writes into the period holds one of them and is waited for; whoever comes after
     -- finds it closed. So each has to exist.
@@ -15721,14 +17469,18 @@ begin
       join public.usage_logs as log
         on log.organization_id = subscription.organization_id
         and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+      join public.meters as meter on meter.key = log.feature_key
       where subscription.id = any (due)
-        and (log.usage_count, log.prepaid) <> (
-          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
-          from public.usage_days as total
-          where total.organization_id = log.organization_id
-            and total.meter_key = log.feature_key
-            and total.day >= log.period_start and total.day < log.period_end
-        )
+        and case
+          when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
+            select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
+            from public.usage_days as total
+            where total.organization_id = log.organization_id
+              and total.meter_key = log.feature_key
+              and total.day >= log.period_start and total.day < log.period_end
+          )
+          else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
+        end
     );
     if cardinality(held) > 0 then
       update public.subscriptions as subscription
@@ -15756,15 +17508,19 @@ begin
 
     with following as (
       select
-        subscription.id,
-        coalesce(price.id, subscription.plan_price_id) as plan_price_id,
-        coalesce(price.plan_id, subscription.plan_id) as plan_id,
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 2),
-          subscription.timezone
-        ) as period_end
+        subscription.id, price.id as plan_price_id, price.plan_id, price.billing_cycle, next_period.anchor_on, next_period.period_no,
+        private.local_midnight(next_period.period_end, subscription.timezone) as period_end,
+        case
+          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
+          when price.billed_in <> 'advance' or price.base_minor = 0 or subscription.status = 'paused' then 'later'
+          when price.currency = old.currency then 'billed'
+          else 'now'
+        end as base,
+        price.base_minor
       from public.subscriptions as subscription
-      left join public.plan_prices as price on price.id = subscription.next_plan_price_id
+      join public.plan_prices as old on old.id = subscription.plan_price_id
+      join public.plan_prices as price on price.id = coalesce(subscription.next_plan_price_id, subscription.plan_price_id)
+      cross join lateral private.following_period(subscription, price.billing_cycle) as next_period
       where subscription.id = any (due)
     )
     update public.subscriptions as subscription
@@ -15772,19 +17528,32 @@ begin
       plan_price_id = following.plan_price_id,
       plan_id = following.plan_id,
       next_plan_price_id = null,
-      period_no = subscription.period_no + 1,
+      billing_cycle = following.billing_cycle,
+      anchor_on = following.anchor_on,
+      period_no = following.period_no,
       current_period_start = subscription.current_period_end,
       current_period_end = following.period_end,
-      next_invoice_at = following.period_end
+      base_billed_from = case following.base when 'billed' then subscription.current_period_end end,
+      base_billed_minor = case following.base when 'billed' then following.base_minor end,
+      -- A paused one waits for whoever resumes it.
+      next_invoice_at = case
+        when subscription.status = 'paused' then null
+        when following.base = 'now' then subscription.current_period_end
+        else following.period_end
+      end
     from following
     where subscription.id = following.id and not subscription.cancel_at_period_end;
 
     -- What was cancelled stops in its last period.
     update public.subscriptions as subscription
-    set status = 'cancelled', cancelled_at = subscription.current_period_end, next_invoice_at = null
+    set
+      status = 'cancelled', cancelled_at = coalesce(subscription.cancelled_at, subscription.current_period_end), next_invoice_at = null,
+      paused_at = null
     where subscription.id = any (due) and subscription.cancel_at_period_end;
     closed := closed + cardinality(due);
   end loop;
+
+  perform private.grant_monthly_credit(claimed, at);
 
   -- Next months' partitions, before they are needed. If somebody is in the way or makes them too, the next run looks again.
   begin
@@ -15797,43 +17566,7 @@ begin
 
   -- Numbers come last: the series is locked from here to the end of the transaction and not a moment longer.
   if cardinality(drafts) > 0 then
-    month := private.series_month(at, issuer.timezone);
-    with block as materialized (
-      select private.take_invoice_numbers(month, cardinality(drafts)) as first
-    ),
-    numbered as (
-      select draft.id, block.first + (row_number() over (order by draft.period_start, draft.id))::integer - 1 as number
-      from public.invoices as draft, block
-      where draft.id = any (drafts)
-    ),
-    opened as (
-      update public.invoices as invoice
-      set
-        status = 'open',
-        invoice_number = private.invoice_number(month, numbered.number),
-        finalized_at = at,
-        invoice_date = (at at time zone issuer.timezone)::date,
-        due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
-      from numbered
-      where invoice.id = numbered.id
-      returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
-    ),
-    announced as (
-      insert into private.outbox (organization_id, topic, key, payload, created_at)
-      select
-        opened.organization_id, 'invoice.finalized', opened.id::text,
-        jsonb_build_object(
-          'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
-          'currency', opened.currency
-        ),
-        at
-      from opened
-    )
-    select jsonb_agg(
-      jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
-      order by opened.invoice_number)
-    into invoices
-    from opened;
+    invoices := private.open_invoices(drafts, issuer, at);
   end if;
 
   return jsonb_build_object(
@@ -15854,9 +17587,12 @@ comment on function public.close_periods(jsonb) is
   'For invoice-generation. {"v":1,"limit":500} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
 
 revoke all on function
-  private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text),
-  private.price_periods(uuid[], private.billing_issuer, timestamptz), private.bill_periods(uuid[], private.billing_issuer, timestamptz),
-  private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
+  private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text), private.billable_units(bigint, public.meters),
+  private.cycle_unit(public.billing_cycle), private.describe_part(integer, timestamptz, timestamptz, text),
+  private.following_period(public.subscriptions, public.billing_cycle),
+  private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean),
+  private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean),
+  private.open_invoices(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
 
@@ -16999,6 +18735,11 @@ begin
   then
     updated.recording_url := told ->> 'recording_url';
     ranks := ranks || jsonb_build_object('recording_url', rank);
+  end if;
+  if told #>> '{recording,path}' is not null and private.take_object(attempt, told -> 'recording', at) then
+    updated.recording_url := told #>> '{recording,path}';
+    -- No link of any later event takes its place.
+    ranks := ranks || jsonb_build_object('recording_url', 9);
   end if;
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
@@ -18418,7 +20159,8 @@ $$;
 comment on function public.apply_event(jsonb) is
   '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
   '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several,'
-  '"recordings"?:[{"organization_id","id"}] to copy}. A single event may stand at the top, a call as "call":{…}.';
+  '"recordings"?:[{"organization_id","id"}] to copy}. A single event may stand at the top, a call as "call":{…}. What waited on a queue says '
+  'when it had come, "received_at".';
 
 -- Replaces the one before: the sweep also finds recordings that nobody copied, and objects that are to be gone.
 create or replace function public.sweep_events(jsonb) returns jsonb
@@ -18522,6 +20264,11 @@ begin
     continue when copy.state <> 'pending' or copy.lease_token is distinct from token;
     settled := settled + 1;
     if outcome ->> 'result' = 'copied' then
+      -- An agent's object, or one of another kind, that lay there before.
+      insert into private.storage_deletions (path, requested_at)
+      select copy.path, at
+      where copy.path <> outcome ->> 'path'
+      on conflict (path) do nothing;
       update private.recordings as waiting
       set
         state = 'copied', reason = null, path = outcome ->> 'path', bytes = (outcome ->> 'bytes')::bigint,
@@ -18558,6 +20305,58 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.record_recordings(jsonb) is
   '{"v":1,"lease_token":uuid,"results":[{"id":attempt,"result":"copied|refused|failed","reason"?,"path"?,"bytes"?,"content_type"?}]} -> {"settled":n}.';
+
+create function private.hold_object(object_path text, at timestamptz) returns void
+language sql volatile security definer set search_path = '' as $$
+  insert into private.storage_deletions (path, requested_at, next_try_at)
+  select object_path, at, now() + interval '7 days'
+  where not exists (select from private.recordings as taken where taken.path = object_path)
+  on conflict (path) do nothing
+$$;
+comment on function private.hold_object(text, timestamptz) is
+  'An object that came with an event is to go in a week, unless a call takes it as its recording: what is about no call of ours, or never applied, is '
+  'not kept for ever.';
+
+create function private.take_object(attempt public.call_logs, object jsonb, at timestamptz) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  object_path constant text := object ->> 'path';
+  known       private.recordings;
+begin
+  select waiting.* into known from private.recordings as waiting where waiting.attempt_id = attempt.id for update;
+  -- One that a worker is about to delete is as good as gone.
+  perform from private.storage_deletions as held where held.path = object_path and held.tries = 0 for update;
+  if not found then
+    return false;
+  end if;
+  -- The carrier's own recording stays, as does the longer one of two of an agent's.
+  if attempt.erased_at is not null or not attempt.record_call or attempt.recording_id is not null
+    or known.state = 'copied' and known.bytes >= (object ->> 'bytes')::bigint
+  then
+    update private.storage_deletions as held set next_try_at = now() where held.path = object_path;
+    return false;
+  end if;
+  insert into private.storage_deletions (path, requested_at)
+  select known.path, at
+  where known.path is not null
+  on conflict (path) do nothing;
+  insert into private.recordings as mine (
+    organization_id, attempt_id, state, next_try_at, path, bytes, content_type, created_at, settled_at
+  )
+  values (
+    attempt.organization_id, attempt.id, 'copied', null, object_path, (object ->> 'bytes')::bigint, object ->> 'content_type', at, at
+  )
+  on conflict (attempt_id) do update
+  set
+    state = 'copied', url = null, reason = null, next_try_at = null, lease_token = null, path = excluded.path, bytes = excluded.bytes,
+    content_type = excluded.content_type, settled_at = at;
+  delete from private.storage_deletions as held where held.path = object_path;
+  return true;
+end
+$$;
+comment on function private.take_object(public.call_logs, jsonb, timestamptz) is
+  'The sound that an agent sent along, {"path","bytes","content_type"}, becomes the recording of its call, where consent was given and the carrier told of '
+  'none; else the object goes. The caller has locked the leg.';
 
 create function private.open_recording(call_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -18914,13 +20713,159 @@ comment on function public.count_events(jsonb) is '{"v":1,"organization_id"?,"si
 
 -- Retention -----------------------------------------------------------------------------------------------------------------------
 
+-- The statements that apply_retention() puts together, of private.retention_rules and the catalog alone: nobody calls these but it.
+create function private.drop_month(part regclass) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  execute format('drop table %s', part);
+end
+$$;
+comment on function private.drop_month(regclass) is 'Drops one month of a table that is split by month.';
+
+create function private.delete_before(part regclass, key_name name, oldest timestamptz) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  done bigint;
+begin
+  execute format('delete from %s where %I < $1', part, key_name) using oldest;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.delete_before(regclass, name, timestamptz) is 'Deletes what is too old and in no month''s partition: how many rows.';
+
+create function private.first_time(split regclass, key_name name) returns timestamptz
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  found_at timestamptz;
+begin
+  execute format('select min(%I) from %s', key_name, split) into found_at;
+  return found_at;
+end
+$$;
+comment on function private.first_time(regclass, name) is 'The time of the oldest row.';
+
+create function private.strip_between(split regclass, key_name name, columns text[], since timestamptz, until timestamptz) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  done bigint;
+begin
+  execute format(
+    'update %s set %s where %I >= $1 and %I < $2 and status not in (''failed'', ''dead'') and (%s)',
+    split,
+    (select string_agg(format('%I = null', stripping.name), ', ') from unnest(columns) as stripping (name)),
+    key_name, key_name,
+    (select string_agg(format('%I is not null', stripping.name), ' or ') from unnest(columns) as stripping (name))
+  )
+  using since, until;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.strip_between(regclass, name, text[], timestamptz, timestamptz) is
+  'Empties columns of the rows of a time, but for those that wait for a person: how many rows.';
+
+create function private.count_astray(part regclass) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  found_rows bigint;
+begin
+  execute format('select count(*) from (select from %s limit 1000) as astray', part) into found_rows;
+  return found_rows;
+end
+$$;
+comment on function private.count_astray(regclass) is 'Rows that no month''s partition took, a thousand at most.';
+
+create function private.seal_usage(part regclass, before timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  execute format(
+    'insert into private.usage_seals as seal (organization_id, meter_key, day, quantity, events)
+     select event.organization_id, event.meter_key, event.day, sum(event.quantity)::bigint, count(*)
+     from %s as event
+     where event.occurred_at < $1
+     group by event.organization_id, event.meter_key, event.day
+     on conflict on constraint usage_seals_pkey
+     do update set quantity = seal.quantity + excluded.quantity, events = seal.events + excluded.events',
+    part
+  ) using before;
+end
+$$;
+comment on function private.seal_usage(regclass, timestamptz) is
+  'Writes down what the usage events of a partition came to, before the same transaction takes them away.';
+
+create function private.forget_events(rule private.retention_rules, most integer, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set enable_seqscan = off as $$
+declare
+  oldest   constant timestamptz := (date_trunc('month', at at time zone 'UTC') - make_interval(months => rule.keep_months)) at time zone 'UTC';
+  cutoff   constant timestamptz := date_trunc('hour', at - rule.strip_after);
+  reached  timestamptz;
+  stripped bigint := 0;
+  deleted  bigint := 0;
+begin
+  if rule.strip_after is not null and cutoff > coalesce(rule.stripped_until, '-infinity') then
+    with old as (
+      select told.id, told.organization_id
+      from private.outbox as told
+      where told.created_at >= coalesce(rule.stripped_until, '-infinity') and told.created_at < cutoff and told.payload <> '{}'
+        -- What an endpoint still waits for keeps what it carries; one that is switched off waits no longer.
+        and not exists (
+          select
+          from public.webhook_endpoints as endpoint
+          join public.event_deliveries as delivery on delivery.endpoint_id = endpoint.id and delivery.event_id = told.id
+          where endpoint.organization_id = told.organization_id and endpoint.enabled and delivery.status in ('pending', 'failed')
+        )
+      order by told.created_at
+      limit most
+    ),
+    gone as (
+      delete from public.event_deliveries as delivery
+      using old, public.webhook_endpoints as endpoint
+      where endpoint.organization_id = old.organization_id and delivery.endpoint_id = endpoint.id and delivery.event_id = old.id
+        and delivery.status in ('pending', 'failed')
+    ),
+    emptied as (
+      update private.outbox as told
+      set payload = '{}', dispatched_at = case when told.sequence is not null then coalesce(told.dispatched_at, at) else told.dispatched_at end
+      from old
+      where told.id = old.id
+      returning told.created_at
+    )
+    select count(*), max(emptied.created_at) into stripped, reached from emptied;
+    update private.retention_rules as known
+    set stripped_until = case when stripped < most then cutoff else reached end
+    where known.table_name = rule.table_name;
+  end if;
+  if rule.keep_months is not null and rule.table_name = 'private.outbox' then
+    delete from private.outbox as told
+    where told.id in (select old.id from private.outbox as old where old.created_at < oldest order by old.created_at limit most);
+    get diagnostics deleted = row_count;
+  elsif rule.keep_months is not null then
+    delete from public.event_deliveries as delivery
+    where delivery.id in (
+      select old.id
+      from public.event_deliveries as old
+      join public.webhook_endpoints as endpoint on endpoint.id = old.endpoint_id
+      where old.created_at < oldest and (old.status in ('delivered', 'dead') or not endpoint.enabled)
+      order by old.created_at
+      limit most
+    );
+    get diagnostics deleted = row_count;
+  end if;
+  return jsonb_build_object('stripped', stripped, 'deleted', deleted, 'more', stripped = most or deleted = most);
+end
+$$;
+comment on function private.forget_events(private.retention_rules, integer, timestamptz) is
+  'Empties events out that are old enough and waited for by nobody, and deletes them, or the log of their deliveries, when their time is over; so many rows at most.';
+
 create function private.apply_retention(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
+  most     constant integer := least(greatest(coalesce((request ->> 'rows')::integer, 20000), 1), 100000);
   days     constant integer := least(greatest(coalesce((request ->> 'days')::integer, 7), 1), 366);
   rule     private.retention_rules;
   parent   text;
-  key_name text;
+  key_name name;
   part     record;
   oldest   timestamptz;
   cutoff   timestamptz;
@@ -18929,12 +20874,21 @@ declare
   deleted  bigint := 0;
   dropped  jsonb := '[]'::jsonb;
   unplaced jsonb := '{}'::jsonb;
+  told     jsonb;
+  more     boolean := false;
 begin
   -- Whoever reads or writes the table for long is not made to wait behind this: there is a next run.
   perform set_config('lock_timeout', '2s', true);
   for rule in
     select known.* from private.retention_rules as known where to_regclass(known.table_name) is not null order by known.table_name for update
   loop
+    if rule.table_name in ('private.outbox', 'public.event_deliveries') then
+      told := private.forget_events(rule, most, at);
+      stripped := stripped + (told ->> 'stripped')::bigint;
+      deleted := deleted + (told ->> 'deleted')::bigint;
+      more := more or (told ->> 'more')::boolean;
+      continue;
+    end if;
     select attribute.attname into key_name
     from pg_catalog.pg_partitioned_table as split
     join pg_catalog.pg_attribute as attribute on attribute.attrelid = split.partrelid and attribute.attnum = split.partattrs[0]
@@ -18954,33 +20908,29 @@ begin
         order by child.relname
       loop
         begin
-          execute format('drop table private.%I', part.name);
+          if rule.table_name = 'private.usage_events' then
+            perform private.seal_usage(to_regclass(format('private.%I', part.name)), oldest);
+          end if;
+          perform private.drop_month(to_regclass(format('private.%I', part.name)));
           dropped := dropped || to_jsonb('private.' || part.name);
         exception when lock_not_available then
           raise notice '% is in use; it is dropped at the next run', part.name;
         end;
       end loop;
-      execute format('delete from private.%I where %I < $1', parent || '_default', key_name) using oldest;
-      get diagnostics done = row_count;
-      deleted := deleted + done;
+      if rule.table_name = 'private.usage_events' then
+        perform private.seal_usage(to_regclass(format('private.%I', parent || '_default')), oldest);
+      end if;
+      deleted := deleted + private.delete_before(to_regclass(format('private.%I', parent || '_default')), key_name, oldest);
     end if;
 
     if rule.strip_after is not null and cardinality(rule.strip_columns) > 0 then
       if rule.stripped_until is null then
-        execute format('select min(%I) from %s', key_name, rule.table_name) into rule.stripped_until;
+        rule.stripped_until := private.first_time(rule.table_name::regclass, key_name);
       end if;
       cutoff := least(date_trunc('hour', at - rule.strip_after), rule.stripped_until + make_interval(days => days));
       if cutoff > rule.stripped_until then
-        execute format(
-          'update %s set %s where %I >= $1 and %I < $2 and status not in (''failed'', ''dead'') and (%s)',
-          rule.table_name,
-          (select string_agg(format('%I = null', stripping.name), ', ') from unnest(rule.strip_columns) as stripping (name)),
-          key_name, key_name,
-          (select string_agg(format('%I is not null', stripping.name), ' or ') from unnest(rule.strip_columns) as stripping (name))
-        )
-        using rule.stripped_until, cutoff;
-        get diagnostics done = row_count;
-        stripped := stripped + done;
+        stripped := stripped
+          + private.strip_between(rule.table_name::regclass, key_name, rule.strip_columns, rule.stripped_until, cutoff);
         update private.retention_rules as known set stripped_until = cutoff where known.table_name = rule.table_name;
       end if;
     end if;
@@ -18993,12 +20943,28 @@ begin
     where child.relnamespace = 'private'::regnamespace and pg_get_expr(child.relpartbound, child.oid) = 'DEFAULT'
     order by child.relname
   loop
-    execute format('select count(*) from (select from private.%I limit 1000) as astray', part.name) into done;
+    done := private.count_astray(to_regclass(format('private.%I', part.name)));
     if done > 0 then
       unplaced := unplaced || jsonb_build_object(part.parent, done);
     end if;
   end loop;
-  return jsonb_build_object('dropped', dropped, 'deleted', deleted, 'stripped', stripped, 'unplaced', unplaced);
+  -- No queue holds an event for so long.
+  delete from private.erased_persons as known where known.erased_at < at - interval '90 days';
+
+  -- Old usage may come at any time: its month is made for it, a few of them a run, and whoever is in the way has it done by the next.
+  for oldest in
+    select distinct date_trunc('month', event.occurred_at at time zone 'UTC') at time zone 'UTC' as month
+    from private.usage_events_default as event
+    order by month
+    limit 12
+  loop
+    begin
+      perform private.ensure_partitions('private.usage_events', oldest, 0);
+    exception when lock_not_available or deadlock_detected then
+      raise notice 'usage_events is in use; the month of % is made at the next run', oldest;
+    end;
+  end loop;
+  return jsonb_build_object('dropped', dropped, 'deleted', deleted, 'stripped', stripped, 'unplaced', unplaced, 'more', more);
 end
 $$;
 comment on function private.apply_retention(jsonb, timestamptz) is
@@ -19010,7 +20976,8 @@ language sql volatile security invoker set search_path = '' as $$
   select private.apply_retention($1, private.clock_now())
 $$;
 comment on function public.apply_retention(jsonb) is
-  '{"v":1,"days":7} -> {"dropped":[partition],"deleted":n,"stripped":n,"unplaced":{table: n}}. Empties at most so many days'' rows at once.';
+  '{"v":1,"days":7,"rows":20000} -> {"dropped":[partition],"deleted":n,"stripped":n,"unplaced":{table: n},"more"}. Empties at most so many days'' rows '
+  'of what comes in, and so many rows of what goes out, at once; more: call again.';
 
 
 -- Erasure -------------------------------------------------------------------------------------------------------------------------
@@ -19054,7 +21021,7 @@ from (
     ('public.orders', 'customer_email customer_phone customer_first_name customer_last_name customer_external_id shipping_address billing_address tracking_number tracking_url customer_notes internal_notes sync_hash', 'order', 'id', 'null', null),
     ('public.orders', 'platform_data', 'order', 'id', 'object', null),
     ('public.order_line_items', 'properties', 'order', 'order_id', 'object', null),
-    ('private.webhook_events', 'headers body payload', 'event', 'id', 'null', null),
+    ('private.webhook_events', 'headers body payload error', 'event', 'id', 'null', null),
     ('private.recordings', 'url reason', 'attempt', 'attempt_id', 'null', null),
     ('private.unmapped_values', 'value', 'content', null, 'delete', null),
     ('public.audit_logs', 'metadata', 'content', null, 'scrub', null),
@@ -19062,7 +21029,6 @@ from (
     ('public.usage_logs', 'metadata', 'content', null, 'scrub', null),
     ('public.call_logs', 'refusal_reason disconnect_reason transfer_department', 'content', null, 'scrub', null),
     ('private.outbox', 'payload last_error', 'content', null, 'scrub', null),
-    ('private.webhook_events', 'error', 'content', null, 'scrub', null),
     ('public.impersonation_sessions', 'reason', 'content', null, 'scrub', null),
     ('public.campaign_leads', 'skip_reason', 'content', null, 'scrub', null),
     ('public.call_queue', 'wait_reason', 'content', null, 'scrub', null),
@@ -19092,6 +21058,7 @@ from (
     ('private.recordings', 'path', 'none', null, 'kept', 'Organization and attempt; the object goes.'),
     ('private.storage_deletions', '*', 'none', null, 'kept', 'Objects that are about to go, by organization and attempt.'),
     ('private.erased_numbers', '*', 'none', null, 'kept', 'The salted hash by which an erased person is not called again.'),
+    ('private.erased_persons', '*', 'none', null, 'kept', 'Salted hashes, for as long as a queue may hold an event of before.'),
     ('public.audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the organization''s own people did what.'),
     ('public.platform_audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the operator''s own people did what.'),
     ('public.usage_logs', 'feature_key', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
@@ -19115,6 +21082,8 @@ from (
     ('public.subscriptions', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
     ('private.usage_events', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
     ('private.usage_keys', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('private.usage_readings', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('private.usage_seals', '*', 'none', null, 'kept', 'What was counted, for the bill: sums by day.'),
     ('public.usage_days', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
     ('public.organizations', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
     ('public.profiles', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
@@ -19166,6 +21135,9 @@ from (
     ('public.call_charges', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('public.privacy_requests', '*', 'none', null, 'kept', 'Evidence that somebody asked, by the platform''s ids.'),
     ('private.usage_adjustments', '*', 'none', null, 'kept', 'What was counted, for the bill: ids and amounts.'),
+    ('private.invoice_items', '*', 'none', null, 'kept', 'A fiscal row: what a line of the organization''s own bill will say.'),
+    ('private.dunning_policy', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.billing_requests', '*', 'none', null, 'kept', 'What an organization asked of its own subscription, for thirty days.'),
     ('private.call_corrections', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('private.call_holds', '*', 'none', null, 'kept', 'Amounts.'),
     ('private.lead_requests', '*', 'none', null, 'kept', 'Ids, codes and hashes.'),
@@ -19326,6 +21298,110 @@ comment on function private.keep_activity_erased() is 'Trigger: what happens wit
 create trigger keep_erased before insert on public.lead_activities
   for each row execute function private.keep_activity_erased();
 
+create function private.customer_key(store uuid, external_id text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select case when external_id not like 'erased:%' then 'customer|' || store || '|' || external_id end
+$$;
+comment on function private.customer_key(uuid, text) is 'What a shop''s name for a customer is called in private.erased_persons.';
+
+create function private.was_erased(event private.webhook_events, since timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  shop uuid;
+begin
+  if not exists (
+    select
+    from private.erased_persons as known
+    where (known.organization_id = event.organization_id or event.organization_id is null) and known.erased_at >= since
+  ) then
+    return false;
+  end if;
+  shop := (select source.store_id from public.webhook_sources as source where source.id = private.to_uuid(event.source_id));
+  return exists (
+    select
+    from (
+      select unnest(private.person_keys(event.body, event.payload::text)) as key
+      union all select private.customer_key(shop, event.payload #>> '{customer,external_id}')
+      union all select private.customer_key(shop, event.payload #>> '{order,customer_external_id}')
+    ) as named
+    join private.erased_persons as known
+      on known.key_hash = private.hash_number(named.key) and known.erased_at >= since
+      and (known.organization_id = event.organization_id or event.organization_id is null)
+  );
+end
+$$;
+comment on function private.was_erased(private.webhook_events, timestamptz) is
+  'Whether an event names somebody whom its organization, or any where it is nobody''s, has erased since it came.';
+
+-- The statements that erase() puts together, of private.personal_data alone, which migrations write: nobody calls these two but it.
+create function private.empty_listed(
+  table_name text, found_by text, via text, assignments text, organization uuid, ids uuid[], phones text[]
+) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  statement text;
+  done      bigint;
+begin
+  if assignments is null then
+    statement := format('delete from %s where organization_id = $1 and %I ', table_name::regclass, via);
+  else
+    statement := format('update %s set %s where organization_id = $1 and %I ', table_name::regclass, assignments, via);
+  end if;
+  if found_by = 'event' then
+    statement := replace(statement, 'organization_id = $1', '(organization_id = $1 or organization_id is null)');
+  end if;
+  if found_by = 'phone' then
+    execute statement || '= any ($2)' using organization, phones;
+  else
+    execute statement || '= any ($2)' using organization, ids;
+  end if;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.empty_listed(text, text, text, text, uuid, uuid[], text[]) is
+  'Empties the listed columns of a table in an organization''s rows of the person, or deletes the rows: how many.';
+
+create function private.scrub_listed(
+  table_name text, column_name text, treatment text, organization uuid, by_phone text, by_email text
+) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  type             text;
+  has_organization boolean;
+  scope            text;
+  done             bigint;
+begin
+  select
+    pg_catalog.format_type(attribute.atttypid, null),
+    exists (
+      select
+      from pg_catalog.pg_attribute as owner
+      where owner.attrelid = attribute.attrelid and owner.attname = 'organization_id' and not owner.attisdropped
+    )
+  into strict type, has_organization
+  from pg_catalog.pg_attribute as attribute
+  where attribute.attrelid = scrub_listed.table_name::regclass and attribute.attname = scrub_listed.column_name and not attribute.attisdropped;
+  scope := case when has_organization then '(organization_id = $1 or organization_id is null) and ' else '$1 is not null and ' end
+    || format('(%1$I::text ~ $2 or lower(%1$I::text) ~ $3)', scrub_listed.column_name);
+  if treatment = 'delete' then
+    execute format('delete from %s where %s', scrub_listed.table_name::regclass, scope) using organization, by_phone, by_email;
+  else
+    -- A number may stand in JSON without quotes, so a digit takes its place there.
+    execute format(
+      'update %1$s set %2$I = coalesce(regexp_replace(coalesce(regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text), $3, ''erased'', ''gi''), '
+      'regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text)::%4$s where %5$s',
+      scrub_listed.table_name::regclass, scrub_listed.column_name, case type when 'jsonb' then '0' else 'erased' end, type, scope
+    )
+    using organization, by_phone, by_email;
+  end if;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.scrub_listed(text, text, text, uuid, text, text) is
+  'Cuts a person''s numbers and addresses out of a listed column wherever an organization''s rows name them, or deletes the rows: how many.';
+
 create function private.erase(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -19346,9 +21422,8 @@ declare
   emails        text[];
   by_phone      text;
   by_email      text;
+  keys          text[];
   target        record;
-  statement     text;
-  scope         text;
   done          bigint;
   rows_of       jsonb := '{}'::jsonb;
 begin
@@ -19455,20 +21530,28 @@ begin
   if exists (select from public.call_logs as log where log.id = any (attempts) and log.status <> 'ended') then
     perform private.raise_error(409, 'call_in_progress', 'The person is being called now; once the call has ended they can be erased');
   end if;
+  keys := private.person_keys(variadic phones || emails);
+  -- Each by an index; the keys find all that the patterns would, and now and then an order's number.
   events := array(
     select event.id
     from private.webhook_events as event
-    where (event.organization_id = organization or event.organization_id is null)
+    where event.attempt_id = any (attempts) and (event.organization_id = organization or event.organization_id is null)
+    union
+    select event.id
+    from private.webhook_events as event
+    where private.person_keys(event.body, event.payload::text, event.headers::text, event.error) && array_append(keys, '*')
+      and (event.organization_id = organization or event.organization_id is null)
       and (
-        event.attempt_id = any (attempts)
-        or whole_store and event.source_id in (
-          select source.id::text from public.webhook_sources as source where source.organization_id = organization and source.store_id = store
-        )
-        or event.body ~ by_phone or lower(event.body) ~ by_email
+        event.body ~ by_phone or lower(event.body) ~ by_email
         or event.payload::text ~ by_phone or lower(event.payload::text) ~ by_email
         or event.headers::text ~ by_phone or lower(event.headers::text) ~ by_email
         or event.error ~ by_phone or lower(event.error) ~ by_email
       )
+    union
+    select key.event_id
+    from public.webhook_sources as source
+    join private.webhook_event_keys as key on key.source = source.provider and key.source_id = source.id::text
+    where whole_store and source.organization_id = organization and source.store_id = store
   );
 
   perform set_config('trunkline.erasing', 'on', true);
@@ -19485,11 +21568,27 @@ begin
     where suppression.organization_id = organization and suppression.phone_number = any (phones)
     on conflict do nothing;
   end if;
+  -- What waits on a queue, or comes again from there, brings nobody back.
+  insert into private.erased_persons as known (organization_id, key_hash, erased_at)
+  select distinct organization, private.hash_number(named.key), at
+  from (
+    select unnest(keys) as key
+    union all
+    select private.customer_key(customer.store_id, customer.external_id) from public.customers as customer where customer.id = any (customers)
+    union all
+    select private.customer_key(store, external) where external is not null
+  ) as named
+  where named.key not like 'erased:%'
+  on conflict (organization_id, key_hash) do update set erased_at = greatest(known.erased_at, excluded.erased_at);
   insert into private.storage_deletions (path, requested_at)
   select copy.path, at
   from private.recordings as copy
   where copy.organization_id = organization and copy.attempt_id = any (attempts) and copy.path is not null
-  on conflict do nothing;
+  on conflict (path) do update set next_try_at = now();
+  update private.storage_deletions as held
+  set next_try_at = now()
+  from private.webhook_events as event
+  where event.id = any (events) and held.path = event.payload #>> '{recording,path}';
   update private.recordings as copy
   set state = 'erased', url = null, reason = null, next_try_at = null, lease_token = null, settled_at = coalesce(copy.settled_at, at)
   where copy.organization_id = organization and copy.attempt_id = any (attempts);
@@ -19521,18 +21620,9 @@ begin
       ) nulls last,
       listed.table_name
   loop
-    if target.is_deleted then
-      statement := format('delete from %s where organization_id = $1 and %I ', target.table_name, target.via);
-    else
-      statement := format('update %s set %s where organization_id = $1 and %I ', target.table_name, target.assignments, target.via);
-    end if;
-    if target.found_by = 'event' then
-      statement := replace(statement, 'organization_id = $1', '(organization_id = $1 or organization_id is null)');
-    end if;
-    if target.found_by = 'phone' then
-      execute statement || '= any ($2)' using organization, phones;
-    else
-      execute statement || '= any ($2)' using organization, case target.found_by
+    done := private.empty_listed(
+      target.table_name, target.found_by, target.via, case when not target.is_deleted then target.assignments end, organization,
+      case target.found_by
         when 'lead' then leads
         when 'customer' then customers
         when 'order' then orders
@@ -19540,9 +21630,9 @@ begin
         when 'store_call' then calls
         when 'conversation' then conversations
         when 'event' then events
-      end;
-    end if;
-    get diagnostics done = row_count;
+      end,
+      phones
+    );
     if done > 0 then
       rows_of := rows_of || jsonb_build_object(target.table_name, done);
     end if;
@@ -19562,35 +21652,13 @@ begin
 
   if by_phone is not null or by_email is not null then
     for target in
-      select
-        listed.table_name, listed.column_name, listed.treatment,
-        pg_catalog.format_type(attribute.atttypid, null) as type,
-        exists (
-          select
-          from pg_catalog.pg_attribute as owner
-          where owner.attrelid = attribute.attrelid and owner.attname = 'organization_id' and not owner.attisdropped
-        ) as has_organization
+      select listed.table_name, listed.column_name, listed.treatment
       from private.personal_data as listed
-      join pg_catalog.pg_attribute as attribute
-        on attribute.attrelid = to_regclass(listed.table_name) and attribute.attname = listed.column_name and not attribute.attisdropped
-      where listed.found_by = 'content'
+      where listed.found_by = 'content' and to_regclass(listed.table_name) is not null
       -- The audit last: what is cut out elsewhere may leave a line that says what was there.
       order by listed.table_name like '%audit_logs', listed.table_name, listed.column_name
     loop
-      scope := case when target.has_organization then '(organization_id = $1 or organization_id is null) and ' else '$1 is not null and ' end
-        || format('(%1$I::text ~ $2 or lower(%1$I::text) ~ $3)', target.column_name);
-      if target.treatment = 'delete' then
-        statement := format('delete from %s where %s', target.table_name, scope);
-      else
-        -- A number may stand in JSON without quotes, so a digit takes its place there.
-        statement := format(
-          'update %1$s set %2$I = coalesce(regexp_replace(coalesce(regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text), $3, ''erased'', ''gi''), '
-          'regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text)::%4$s where %5$s',
-          target.table_name, target.column_name, case target.type when 'jsonb' then '0' else 'erased' end, target.type, scope
-        );
-      end if;
-      execute statement using organization, by_phone, by_email;
-      get diagnostics done = row_count;
+      done := private.scrub_listed(target.table_name, target.column_name, target.treatment, organization, by_phone, by_email);
       if done > 0 then
         rows_of := rows_of || jsonb_build_object(
           target.table_name, coalesce((rows_of ->> target.table_name)::bigint, 0) + done
@@ -19660,7 +21728,12 @@ revoke execute on function
   private.list_events(uuid, jsonb), private.get_event(uuid, uuid), private.redrive_events(uuid, uuid[], jsonb, timestamptz),
   private.count_events(uuid, jsonb, timestamptz), private.hash_number(text), private.is_suppressed(uuid, text), private.phone_pattern(text[]),
   private.email_pattern(text[]), private.keep_erased(), private.keep_event_erased(), private.keep_conversation_erased(),
-  private.keep_message_erased(), private.keep_activity_erased()
+  private.keep_message_erased(), private.keep_activity_erased(), private.hold_object(text, timestamptz),
+  private.take_object(public.call_logs, jsonb, timestamptz), private.customer_key(uuid, text),
+  private.was_erased(private.webhook_events, timestamptz),
+  private.drop_month(regclass), private.delete_before(regclass, name, timestamptz), private.first_time(regclass, name),
+  private.strip_between(regclass, name, text[], timestamptz, timestamptz), private.count_astray(regclass),
+  private.empty_listed(text, text, text, text, uuid, uuid[], text[]), private.scrub_listed(text, text, text, uuid, text, text)
 from public;
 revoke execute on function
   private.claim_recordings(jsonb, timestamptz), public.claim_recordings(jsonb),
@@ -19673,6 +21746,7 @@ revoke execute on function
   private.redrive_webhook_events(uuid[], jsonb, timestamptz), public.redrive_webhook_events(uuid[], jsonb),
   private.count_webhook_events(timestamptz, timestamptz), public.count_webhook_events(timestamptz),
   public.list_events(jsonb), public.get_event(jsonb), public.redrive_events(jsonb), public.count_events(jsonb),
+  private.seal_usage(regclass, timestamptz), private.forget_events(private.retention_rules, integer, timestamptz),
   private.apply_retention(jsonb, timestamptz), public.apply_retention(jsonb),
   private.erase(jsonb, timestamptz), public.erase(jsonb),
   private.erase_person(text, text, timestamptz), public.erase_person(text, text)
@@ -20161,7 +22235,9 @@ declare
   kind constant text := split_part(new.topic, '.', 1);
 begin
   if not exists (select from private.event_types as type where type.topic = new.topic)
-    or exists (select from private.outbox as told where told.topic = new.topic and told.key = new.key)
+    or exists (
+      select from private.outbox as told where told.organization_id = new.organization_id and told.topic = new.topic and told.key = new.key
+    )
   then
     return new;
   end if;
@@ -20227,11 +22303,15 @@ begin
       new.organization_id, 'call.answered', new.id::text, about || jsonb_build_object('answered_at', new.answered_at), at
     );
   end if;
-  if was.ai_analysis is null and new.ai_analysis is not null then
+  if new.ai_analysis is not null
+    and (was.ai_analysis, was.summary, was.sentiment_score, was.interest_level)
+      is distinct from (new.ai_analysis, new.summary, new.sentiment_score, new.interest_level)
+  then
     perform private.emit(
-      new.organization_id, 'call.analyzed', new.id::text,
+      new.organization_id, 'call.analyzed', case when was.ai_analysis is null then new.id::text else new.id || ' ' || gen_random_uuid() end,
       about || jsonb_build_object(
-        'summary', new.summary, 'sentiment_score', new.sentiment_score, 'interest_level', new.interest_level, 'analysis', new.ai_analysis
+        'summary', new.summary, 'sentiment_score', new.sentiment_score, 'interest_level', new.interest_level, 'analysis', new.ai_analysis,
+        'revised', was.ai_analysis is not null
       ),
       at
     );
@@ -20239,14 +22319,51 @@ begin
   return null;
 end
 $$;
-comment on function private.tell_call() is 'Trigger: a call started, was answered, was analysed. That it ended is told by end_attempt().';
+comment on function private.tell_call() is
+  'Trigger: a call started, was answered, was analysed, and analysed again where more became known. That it ended is told by end_attempt().';
 create trigger tell_new_call after insert on public.call_logs
   for each row when (new.status >= 'queued' or new.answered_at is not null) execute function private.tell_call();
-create trigger tell_call after update of status, answered_at, ai_analysis on public.call_logs
+create trigger tell_call after update of status, answered_at, ai_analysis, summary, sentiment_score, interest_level on public.call_logs
   for each row when (
     old.status < 'queued' and new.status >= 'queued' or old.answered_at is null and new.answered_at is not null
-    or old.ai_analysis is null and new.ai_analysis is not null
+    or new.ai_analysis is not null and (old.ai_analysis, old.summary, old.sentiment_score, old.interest_level)
+      is distinct from (new.ai_analysis, new.summary, new.sentiment_score, new.interest_level)
   ) execute function private.tell_call();
+
+create function private.end_event(attempt public.call_logs) returns jsonb
+language sql stable set search_path = '' as $$
+  select jsonb_build_object(
+    'call_id', attempt.id, 'campaign_id', attempt.campaign_id, 'lead_id', attempt.lead_id, 'attempt_no', attempt.attempt_no,
+    'outcome', attempt.call_status, 'answered_at', attempt.answered_at, 'ended_at', attempt.ended_at, 'duration_seconds', attempt.duration,
+    'billed_seconds', attempt.bill_duration_seconds
+  )
+$$;
+comment on function private.end_event(public.call_logs) is 'The end of a call as its events carry it.';
+
+create function private.tell_corrected() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at       constant timestamptz := private.clock_now();
+  previous constant jsonb := (
+    select jsonb_object_agg(said.key, said.value)
+    from jsonb_each(private.end_event(old)) as said
+    where said.value is distinct from private.end_event(new) -> said.key
+  );
+begin
+  perform private.emit(
+    new.organization_id, 'call.updated', new.id || ' ' || gen_random_uuid(),
+    private.end_event(new) || jsonb_build_object('previous', coalesce(previous, '{}')), at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_corrected() is 'Trigger: what was told of a call''s end was not the last word: the carrier knew better later.';
+create trigger tell_corrected after update of call_status, answered_at, ended_at, duration, bill_duration_seconds on public.call_logs
+  for each row when (
+    old.status = 'ended' and new.status = 'ended' and (old.dialled or old.direction = 'inbound')
+    and (old.call_status, old.answered_at, old.ended_at, old.duration, old.bill_duration_seconds)
+      is distinct from (new.call_status, new.answered_at, new.ended_at, new.duration, new.bill_duration_seconds)
+  ) execute function private.tell_corrected();
 
 create function private.lead_event(lead public.leads) returns jsonb
 language sql stable set search_path = '' as $$
@@ -20568,7 +22685,7 @@ begin
     -- An endpoint that nothing reaches is tried with a few at a time, so that its timeouts hold up little else.
     select
       endpoint.organization_id, endpoint.id,
-      case when endpoint.failing_since is null then 50 else 4 end - (
+      case when endpoint.failing_since is not null then 4 when endpoint.is_slow then 20 else 50 end - (
         select count(*) from public.event_deliveries as busy where busy.endpoint_id = endpoint.id and busy.lease_until > now()
       ) as room
     from public.webhook_endpoints as endpoint
@@ -20610,12 +22727,15 @@ begin
     set lease_until = now() + interval '3 minutes', lease_token = null
     from locked
     where delivery.id = locked.id
-    returning delivery.id, delivery.organization_id
+    returning delivery.id, delivery.organization_id, delivery.endpoint_id
   )
-  select jsonb_agg(jsonb_build_object('id', leased.id, 'organization_id', leased.organization_id) order by chosen.turn, leased.id)
+  select jsonb_agg(
+    jsonb_build_object('id', leased.id, 'organization_id', leased.organization_id, 'slow', endpoint.is_slow) order by chosen.turn, leased.id
+  )
   into claimed
   from leased
-  join chosen on chosen.id = leased.id;
+  join chosen on chosen.id = leased.id
+  join public.webhook_endpoints as endpoint on endpoint.id = leased.endpoint_id;
   claimed := coalesce(claimed, '[]');
   return jsonb_build_object('deliveries', claimed, 'more', jsonb_array_length(claimed) = wanted);
 end
@@ -20629,13 +22749,16 @@ language sql volatile security invoker set search_path = '' as $$
   select private.claim_deliveries($1, private.clock_now())
 $$;
 comment on function public.claim_deliveries(jsonb) is
-  '{"v":1,"limit":n} -> {"deliveries":[{"id","organization_id"}],"more"}. Each is to be put on the queue.';
+  '{"v":1,"limit":n} -> {"deliveries":[{"id","organization_id","slow"}],"more"}. Each is to be put on the queue: what is slow, on that of the slow.';
 
 create function private.begin_deliveries(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   token constant uuid := (request ->> 'lease_token')::uuid;
+  -- A handler of the fast queue; one that does not say which it is takes everything.
+  fast  constant boolean := coalesce(not (request ->> 'slow')::boolean, false);
   begun jsonb;
+  moved integer;
 begin
   if token is null then
     perform private.raise_error(400, 'invalid_request', 'A lease token is required', 'lease_token');
@@ -20654,9 +22777,18 @@ begin
     where delivery.id = locked.id and endpoint.id = delivery.endpoint_id and endpoint.enabled
       and delivery.status in ('pending', 'failed') and delivery.next_attempt_at <= at
       and (delivery.lease_token is null or delivery.lease_token = token or delivery.lease_until <= now())
+      and not (fast and endpoint.is_slow)
     returning delivery.id, delivery.organization_id, delivery.endpoint_id, delivery.event_id, endpoint.url
+  ),
+  given_back as (
+    update public.event_deliveries as delivery
+    set lease_until = null
+    from locked, public.webhook_endpoints as endpoint
+    where fast and endpoint.is_slow and delivery.id = locked.id and endpoint.id = delivery.endpoint_id
+      and delivery.status in ('pending', 'failed') and delivery.lease_token is null
+    returning delivery.id
   )
-  select jsonb_agg(
+  select (select count(*) from given_back), jsonb_agg(
     jsonb_build_object(
       'id', taken.id, 'organization_id', taken.organization_id, 'endpoint_id', taken.endpoint_id, 'event_id', taken.event_id,
       'url', taken.url, 'body', private.event_body(told),
@@ -20665,23 +22797,24 @@ begin
     )
     order by told.id
   )
-  into begun
+  into moved, begun
   from taken
-  join private.outbox as told on told.id = taken.event_id
+  join private.outbox as told on told.id = taken.event_id and told.payload <> '{}'
   join private.webhook_endpoint_secrets as secret on secret.organization_id = taken.organization_id and secret.endpoint_id = taken.endpoint_id;
-  return jsonb_build_object('deliveries', coalesce(begun, '[]'));
+  return jsonb_build_object('deliveries', coalesce(begun, '[]'), 'more', moved > 0);
 end
 $$;
 comment on function private.begin_deliveries(jsonb, timestamptz) is
-  'Gives a handler what it is to send. Another handler with the same message gets nothing while the first one''s lease lasts.';
+  'Gives a handler what it is to send. Another handler with the same message gets nothing while the first one''s lease lasts. What turned out to be '
+  'slow since it was put on the fast queue is given back, and due again at once.';
 
 create function public.begin_deliveries(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.begin_deliveries($1, private.clock_now())
 $$;
 comment on function public.begin_deliveries(jsonb) is
-  '{"v":1,"lease_token","deliveries":[id]} -> {"deliveries":[{"id","organization_id","endpoint_id","event_id","url","body","secret_sealed",'
-  '"previous_sealed"?}]}.';
+  '{"v":1,"lease_token","deliveries":[id],"slow"?} -> {"deliveries":[{"id","organization_id","endpoint_id","event_id","url","body","secret_sealed",'
+  '"previous_sealed"?}],"more"}. slow: whether they came from the queue of the slow. More: some were given back, and are due.';
 
 create function private.retry_delay(attempts integer) returns interval
 language sql volatile set search_path = '' as $$
@@ -20723,7 +22856,10 @@ declare
   token    constant uuid := (request ->> 'lease_token')::uuid;
   -- As long as the schedule of one event lasts, about.
   patience constant interval := interval '3 days';
+  -- Whoever takes longer holds up the batch that it is in.
+  quick_ms constant integer := 2000;
   recorded integer;
+  slow     uuid[];
   reached  uuid[];
   missed   uuid[];
   gone     uuid[];
@@ -20779,20 +22915,28 @@ begin
       delivered_at = case when judged.is_delivered then at end
     from judged
     where delivery.id = judged.id
-    returning judged.endpoint_id, judged.is_delivered, judged.is_gone
+    returning judged.endpoint_id, judged.is_delivered, judged.is_gone, judged.status is null or judged.duration_ms >= quick_ms as is_slow
   )
   select
     count(*),
     array_agg(distinct written.endpoint_id) filter (where written.is_delivered),
     array_agg(distinct written.endpoint_id) filter (where not written.is_delivered),
-    array_agg(distinct written.endpoint_id) filter (where written.is_gone)
-  into recorded, reached, missed, gone
+    array_agg(distinct written.endpoint_id) filter (where written.is_gone),
+    coalesce(array_agg(distinct written.endpoint_id) filter (where written.is_slow), '{}')
+  into recorded, reached, missed, gone, slow
   from written;
 
   update public.webhook_endpoints as endpoint
-  set failing_since = case when endpoint.id = any (reached) then null else at end
+  set
+    failing_since = case
+      when endpoint.id = any (reached) then null
+      when endpoint.failing_since is null then at
+      else endpoint.failing_since
+    end,
+    is_slow = endpoint.id = any (slow)
   where endpoint.id = any (reached) and endpoint.failing_since is not null
-    or endpoint.id = any (missed) and endpoint.id <> all (coalesce(reached, '{}')) and endpoint.failing_since is null;
+    or endpoint.id = any (missed) and endpoint.id <> all (coalesce(reached, '{}')) and endpoint.failing_since is null
+    or endpoint.id = any (reached || missed) and endpoint.is_slow <> (endpoint.id = any (slow));
   given_up := array(
     select endpoint.id
     from public.webhook_endpoints as endpoint
@@ -21132,6 +23276,9 @@ declare
   delivery public.event_deliveries := private.claim_delivery(delivery_id);
   endpoint public.webhook_endpoints := private.claim_live_endpoint(delivery.endpoint_id);
 begin
+  if not exists (select from private.outbox as told where told.id = delivery.event_id and told.payload <> '{}') then
+    perform private.raise_error(410, 'event_gone', 'The event is past its time and no longer kept', 'delivery_id');
+  end if;
   update public.event_deliveries as mine
   set status = 'pending', attempts = 0, next_attempt_at = at, delivered_at = null
   where mine.id = delivery.id
@@ -21149,7 +23296,7 @@ create function public.replay_delivery(delivery_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.replay_delivery(delivery_id, private.clock_now())
 $$;
-comment on function public.replay_delivery(uuid) is 'Sends an event to its endpoint again; 409 when that is switched off. Needs webhook.manage.';
+comment on function public.replay_delivery(uuid) is 'Sends an event to its endpoint again; 409 when that is switched off, 410 when the event is no longer kept. Needs webhook.manage.';
 
 create function private.replay_deliveries(endpoint_id uuid, since timestamptz, until timestamptz, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -21166,7 +23313,7 @@ begin
     from private.outbox as told
     where told.organization_id = endpoint.organization_id and told.sequence is not null
       and told.created_at >= since and told.created_at < until
-      and told.topic <> 'endpoint.test' and private.wants_event(endpoint.events, told.topic)
+      and told.topic <> 'endpoint.test' and told.payload <> '{}' and private.wants_event(endpoint.events, told.topic)
     order by told.created_at, told.id
     limit most + 1
   );
@@ -21203,6 +23350,7 @@ comment on function public.replay_deliveries(uuid, timestamptz, timestamptz) is
 
 revoke execute on function
   private.has_endpoint(uuid), private.number_event(), private.nudge_delivery(), private.key_at(uuid, timestamptz), private.tell_call(),
+  private.end_event(public.call_logs), private.tell_corrected(),
   private.lead_event(public.leads), private.tell_new_leads(), private.tell_opted_out(), private.tell_suppressed(), private.tell_campaign(),
   private.tell_subscription(), private.order_event(public.orders), private.tell_new_orders(), private.tell_order(), private.tell_escalated(),
   private.wants_event(text[], text), private.event_body(private.outbox), private.fan_out(integer, timestamptz),
@@ -21265,6 +23413,40 @@ as $$
   select translate(encode(logo.png, 'base64'), E'\n', '') from private.billing_logos as logo where logo.id = $1
 $$;
 comment on function private.billing_logo(text) is 'A logo in base64; null if there is none.';
+
+create function private.record_einvoice(number text, irn text, ack_no text, signed_qr text) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  known uuid;
+begin
+  if irn !~ '^[0-9a-f]{64}$' or length(signed_qr) > 2900 or signed_qr !~ '^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$'
+    or ack_no !~ '^[0-9]{1,20}$' or irn is null or ack_no is null or signed_qr is null then
+    perform private.raise_error(400, 'invalid_request', 'irn is a hash of 64 digits, ack_no a number, signed_qr what the portal signed', 'irn');
+  end if;
+  -- What the portal has said of a document does not change.
+  update public.invoices as invoice
+  set irn = record_einvoice.irn, ack_no = record_einvoice.ack_no, signed_qr = record_einvoice.signed_qr
+  where invoice.invoice_number = record_einvoice.number
+    and coalesce(invoice.irn, record_einvoice.irn) = record_einvoice.irn
+    and coalesce(invoice.signed_qr, record_einvoice.signed_qr) = record_einvoice.signed_qr
+  returning invoice.id into known;
+  if not found then
+    update public.credit_notes as note
+    set irn = record_einvoice.irn, ack_no = record_einvoice.ack_no, signed_qr = record_einvoice.signed_qr
+    where note.credit_note_number = record_einvoice.number
+      and coalesce(note.irn, record_einvoice.irn) = record_einvoice.irn
+      and coalesce(note.signed_qr, record_einvoice.signed_qr) = record_einvoice.signed_qr
+    returning note.id into known;
+  end if;
+  if known is null then
+    perform private.raise_error(404, 'invoice_not_found', 'There is no such document, or the portal said something else of it before', 'number');
+  end if;
+  return known;
+end
+$$;
+comment on function private.record_einvoice(text, text, text, text) is
+  'For the operator: what India''s portal answered for an invoice or a credit note, by its number. Printed on it from then on.';
 
 -- Whole documents -----------------------------------------------------------------------------------------------------------------
 
@@ -21372,12 +23554,11 @@ comment on function private.open_document(jsonb) is 'A document for whoever hold
 
 -- The next invoice ----------------------------------------------------------------------------------------------------------------
 
-create function private.preview_invoice(at timestamptz) returns jsonb
-language plpgsql stable security definer set search_path = ''
+create function private.preview_document(organization_id uuid, at timestamptz) returns jsonb
+language plpgsql stable set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('billing.view');
-  subscription public.subscriptions := private.live_subscription(organization);
+  subscription public.subscriptions := private.live_subscription(organization_id);
   issuer private.billing_issuer;
   bill record;
   dated date;
@@ -21390,13 +23571,13 @@ begin
     perform private.raise_error(409, 'billing_issuer_missing', 'Nothing is billed before private.billing_issuer says who bills');
   end if;
   select priced.* into bill from private.price_periods(array[subscription.id], issuer, at) as priced;
-  dated := (greatest(at, bill.period_end) at time zone issuer.timezone)::date;
+  dated := (greatest(at, case bill.kind when 'period' then bill.period_end end) at time zone issuer.timezone)::date;
   return jsonb_build_object(
     'document', 'preview',
     'logo', private.billing_logo(issuer.logo_id),
     'organization_id', bill.organization_id,
     'subscription_id', bill.subscription_id,
-    'kind', 'period',
+    'kind', bill.kind,
     'currency', bill.currency,
     'period_start', bill.period_start,
     'period_end', bill.period_end,
@@ -21413,14 +23594,22 @@ begin
     'is_billed', bill.subtotal_minor > 0,
     'issuer', bill.issuer_particulars,
     'customer', bill.customer,
-    'lines', (select jsonb_agg(to_jsonb(item) - 'line_id' order by item.position) from unnest(bill.lines) as item),
+    'lines', (select coalesce(jsonb_agg(to_jsonb(item) - 'line_id' order by item.position), '[]') from unnest(bill.lines) as item),
     'taxes', to_jsonb(bill.taxes)
   );
 end
 $$;
-comment on function private.preview_invoice(timestamptz) is
-  'The next invoice of the caller''s subscription, as the run would make it if its period ended now: priced by the same function. Writes '
-  'nothing. Needs billing.view.';
+comment on function private.preview_document(uuid, timestamptz) is
+  'The next invoice of an organization''s subscription, as the run would make it if its period ended now: priced by the same function.';
+
+create function private.preview_invoice(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.preview_document(private.require_org('billing.view'), at);
+end
+$$;
+comment on function private.preview_invoice(timestamptz) is 'preview_document for the caller''s organization. Writes nothing. Needs billing.view.';
 
 -- For an accountant ---------------------------------------------------------------------------------------------------------------
 
@@ -21810,7 +23999,8 @@ begin
   where own.organization_id = organization and own.id = invoice_id and own.status <> 'draft';
   select own.* into billed
   from public.invoice_lines as own
-  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null;
+  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null
+    and own.kind <> 'fee';
   if billed.id is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
   end if;
@@ -21820,6 +24010,7 @@ begin
   where earlier.organization_id = organization
     and earlier.invoice_id = bill.id
     and earlier.meter_key = billed.meter_key
+    and earlier.kind <> 'fee'
     and earlier.position < billed.position;
   return jsonb_build_object(
     'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
@@ -21935,9 +24126,9 @@ comment on function public.open_document(jsonb) is
   'For invoice-generation. {"v":1,"document":"invoice|credit_note","id"} gives the document, of whichever organization.';
 
 revoke all on function
-  private.set_billing_logo(bytea), private.billing_logo(text), private.invoice_document(uuid, uuid),
+  private.set_billing_logo(bytea), private.record_einvoice(text, text, text, text), private.billing_logo(text), private.invoice_document(uuid, uuid),
   private.credit_note_document(uuid, uuid), private.decimal_amount(bigint, text), private.check_export_days(date, date),
-  private.gstr1(uuid, date, date), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
+  private.gstr1(uuid, date, date), private.preview_document(uuid, timestamptz), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
   private.export_invoices(date, date), private.export_invoice_lines(date, date), private.export_payments(date, date),
   private.export_gstr1(date, date), private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid),
   public.preview_invoice(), public.export_invoices(date, date), public.export_invoice_lines(date, date),
@@ -22224,6 +24415,105 @@ $$;
 comment on function private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric) is
   'A period of one meter: the base price, what was used beyond the included units, and one tax on both.';
 
+-- What a plan's price says about a meter ------------------------------------------------------------------------------------------
+
+create function private.read_tiers(tiers jsonb) returns private.price_tier[]
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (
+    select array_agg(
+      (
+        (tier.step ->> 'up_to')::numeric, (tier.step ->> 'unit_minor')::numeric, coalesce((tier.step ->> 'flat_minor')::bigint, 0)
+      )::private.price_tier
+      order by tier.number)
+    from jsonb_array_elements(tiers) with ordinality as tier (step, number)
+  );
+end
+$$;
+comment on function private.read_tiers(jsonb) is 'The tiers of plan_price_meters as functions take them.';
+
+create function private.rate_term(term public.plan_price_meters, quantity bigint)
+returns table (number integer, kind text, units bigint, unit_price_minor bigint, price_units bigint, amount_minor bigint, tier integer)
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  beyond bigint := quantity - nullif(term.included_units, -1);
+  steps private.price_tier[];
+  part record;
+begin
+  if coalesce(beyond, 0) <= 0 or term.overage_price_minor is null then
+    return;
+  end if;
+  kind := 'overage';
+  units := beyond;
+  unit_price_minor := term.overage_price_minor;
+  price_units := term.overage_unit;
+  number := 1;
+  if term.pricing_model = 'per_unit' then
+    amount_minor := private.rate_units(beyond, term.overage_price_minor, term.overage_unit);
+    return next;
+    return;
+  elsif term.pricing_model = 'package' then
+    amount_minor := private.rate_package(beyond, 0, term.overage_unit, term.overage_price_minor);
+    return next;
+    return;
+  end if;
+
+  steps := private.read_tiers(term.tiers);
+  for part in
+    select reached.position, reached.tier_units
+    from (
+      select
+        bounded.position, bounded.up_to, bounded.lower_bound,
+        (least(coalesce(bounded.up_to, beyond), beyond) - bounded.lower_bound)::bigint as tier_units
+      from (
+        select given.position, given.up_to, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound
+        from unnest(steps) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as bounded
+    ) as reached
+    where case term.pricing_model
+      when 'volume' then reached.lower_bound < beyond and (reached.up_to is null or beyond <= reached.up_to)
+      else reached.tier_units > 0
+    end
+    order by reached.position
+  loop
+    kind := 'overage';
+    tier := part.position;
+    units := case term.pricing_model when 'volume' then beyond else part.tier_units end;
+    unit_price_minor := (steps[tier]).unit_price_minor;
+    price_units := term.overage_unit;
+    amount_minor := private.rate_units(units, unit_price_minor, price_units);
+    return next;
+    number := number + 1;
+    if (steps[tier]).flat_minor > 0 then
+      kind := 'fee';
+      units := 1;
+      unit_price_minor := (steps[tier]).flat_minor;
+      price_units := 1;
+      amount_minor := unit_price_minor;
+      return next;
+      number := number + 1;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.rate_term(public.plan_price_meters, bigint) is
+  'What a period''s quantity of a meter costs beyond what its price includes, line by line, each rounded alone: one of per unit, packages '
+  'and volume, one a tier of graduated prices, and the flat fees of tiers. Nothing where nothing is beyond, or where it is not sold.';
+
+create function private.rate_term_total(term public.plan_price_meters, quantity bigint) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if term.plan_price_id is null or term.overage_price_minor is null then
+    return 0;
+  end if;
+  return coalesce((select sum(line.amount_minor) from private.rate_term(term, quantity) as line), 0)::bigint;
+end
+$$;
+comment on function private.rate_term_total(public.plan_price_meters, bigint) is 'The sum of rate_term''s lines.';
+
 -- Time ----------------------------------------------------------------------------------------------------------------------------
 
 create function private.series_month(instant timestamptz, timezone text) returns text
@@ -22254,9 +24544,882 @@ revoke all on function
   private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),
   private.rate_volume(private.price_tier[], numeric, boolean, numeric), private.rate_package(numeric, numeric, numeric, bigint),
   private.started_units(numeric, numeric), private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric),
-  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.series_month(timestamptz, text),
+  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.read_tiers(jsonb),
+  private.rate_term(public.plan_price_meters, bigint), private.rate_term_total(public.plan_price_meters, bigint), private.series_month(timestamptz, text),
   private.hours_in_period(timestamptz, timestamptz)
 from public, anon, authenticated, service_role;
+-- 22_functions_subscriptions.sql
+
+-- What is done with a subscription: it is changed, cancelled, paused, taken up again; its prices are set; and what happens when it is
+-- not paid.
+--
+-- The base price of a period may be on an invoice already (in advance) or not (in arrears). Either way a change within the period makes
+-- two lines: what the rest of the period would have cost is given back from the very line that charged it, and the rest on the new price
+-- is charged. Both are shares by the second, and mirror each other when the change is undone. What is used in a period is priced by the
+-- price that holds when the period ends.
+
+
+-- What a price is -----------------------------------------------------------------------------------------------------------------
+
+create function private.period_base(subscription public.subscriptions) returns bigint
+language plpgsql stable set search_path = ''
+as $$
+declare
+  base bigint := (select price.base_minor from public.plan_prices as price where price.id = subscription.plan_price_id);
+  period_from timestamptz := private.local_midnight(
+    private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no), subscription.timezone);
+  period_to timestamptz := private.local_midnight(
+    private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 1), subscription.timezone);
+begin
+  return case
+    when subscription.period_no < 0 then 0
+    when (subscription.current_period_start, subscription.current_period_end) = (period_from, period_to) then base
+    else private.prorate(
+      base, extract(epoch from subscription.current_period_end - subscription.current_period_start), extract(epoch from period_to - period_from)
+    )
+  end;
+end
+$$;
+comment on function private.period_base(public.subscriptions) is
+  'What the base price comes to in the current period as it is: nothing in a trial, a share where it begins late or is cut short.';
+
+create function private.set_plan_price(
+  plan_slug text, cycle public.billing_cycle, currency text, terms jsonb, at timestamptz
+) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  plan uuid;
+  newest public.plan_prices;
+  price public.plan_prices;
+  meters jsonb;
+begin
+  -- Whoever sets another price of the plan at once waits.
+  select own.id into plan from public.subscription_plans as own where own.slug = plan_slug for no key update;
+  if not found then
+    perform private.raise_error(404, 'plan_not_found', 'There is no such plan', 'plan');
+  end if;
+  select coalesce(
+    jsonb_object_agg(
+      given.key,
+      jsonb_build_object(
+        'included_units', 0, 'overage_price_minor', null, 'overage_unit', 1, 'limit_units', null, 'hard', false, 'credit_price_minor', null,
+        'credit_unit', 60, 'credit_pulse', 1, 'pricing_model', 'per_unit', 'tiers', null
+      ) || given.value || jsonb_build_object('meter_key', given.key)
+    ), '{}')
+  into meters
+  from jsonb_each(coalesce(terms -> 'meters', '{}')) as given (key, value);
+
+  select own.* into newest
+  from public.plan_prices as own
+  where own.plan_id = plan and own.billing_cycle = cycle and own.currency = set_plan_price.currency
+  order by own.version desc
+  limit 1;
+  if newest.id is not null and newest.retired_at is null
+    and (newest.base_minor, newest.billed_in, newest.minimum_minor) is not distinct from (
+      coalesce((terms ->> 'base_minor')::bigint, 0), coalesce(terms ->> 'billed_in', 'arrears'), (terms ->> 'minimum_minor')::bigint
+    )
+    and meters = coalesce((
+      select jsonb_object_agg(term.meter_key, to_jsonb(term) - 'plan_price_id')
+      from public.plan_price_meters as term
+      where term.plan_price_id = newest.id
+    ), '{}') then
+    return newest.id;
+  end if;
+
+  insert into public.plan_prices (plan_id, version, billing_cycle, currency, base_minor, billed_in, minimum_minor, created_at)
+  values (
+    plan, coalesce(newest.version, 0) + 1, cycle, set_plan_price.currency, coalesce((terms ->> 'base_minor')::bigint, 0),
+    coalesce(terms ->> 'billed_in', 'arrears'), (terms ->> 'minimum_minor')::bigint, at
+  )
+  returning * into price;
+  insert into public.plan_price_meters
+  select term.*
+  from jsonb_each(meters) as given (key, value)
+  cross join lateral jsonb_populate_record(
+    null::public.plan_price_meters, given.value || jsonb_build_object('plan_price_id', price.id)
+  ) as term
+  order by given.key;
+  update public.plan_prices as own
+  set retired_at = at
+  where own.plan_id = plan and own.billing_cycle = cycle and own.currency = set_plan_price.currency
+    and own.id <> price.id and own.retired_at is null;
+  return price.id;
+end
+$$;
+comment on function private.set_plan_price(text, public.billing_cycle, text, jsonb, timestamptz) is
+  'For the operator: what a plan costs from now on. {"base_minor","billed_in","minimum_minor","meters":{"call_seconds":{"included_units",'
+  '"overage_price_minor","pricing_model","tiers",…}}} becomes the next version; who subscribed keeps theirs. The same again is no version.';
+
+create function private.add_invoice_item(
+  organization_id uuid, description text, quantity bigint, unit text, unit_price_minor bigint, idempotency_key text, at timestamptz
+) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions := private.live_subscription(organization_id);
+  money text := (select price.currency from public.plan_prices as price where price.id = subscription.plan_price_id);
+  item private.invoice_items;
+begin
+  if subscription.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription, so nothing will be billed');
+  end if;
+  if coalesce(length(idempotency_key), 0) not between 1 and 255 then
+    perform private.raise_error(400, 'invalid_request', 'idempotency_key must be a text of 1 to 255 characters', 'idempotency_key');
+  end if;
+  insert into private.invoice_items as known (
+    organization_id, subscription_id, kind, currency, description, quantity, unit, unit_price_minor, amount_minor, idempotency_key, created_at
+  )
+  values (
+    add_invoice_item.organization_id, subscription.id, 'item', money, add_invoice_item.description, add_invoice_item.quantity,
+    add_invoice_item.unit, add_invoice_item.unit_price_minor, add_invoice_item.quantity * add_invoice_item.unit_price_minor,
+    add_invoice_item.idempotency_key, at
+  )
+  on conflict on constraint invoice_items_key do nothing
+  returning known.* into item;
+  if item.id is null then
+    select known.* into item
+    from private.invoice_items as known
+    where known.organization_id = add_invoice_item.organization_id and known.idempotency_key = add_invoice_item.idempotency_key;
+    if (item.description, item.quantity, item.unit, item.unit_price_minor) <> (
+      add_invoice_item.description, add_invoice_item.quantity, add_invoice_item.unit, add_invoice_item.unit_price_minor
+    ) then
+      perform private.raise_error(409, 'idempotency_conflict', 'Another item was added under this key', 'idempotency_key');
+    end if;
+  end if;
+  return item.id;
+end
+$$;
+comment on function private.add_invoice_item(uuid, text, bigint, text, bigint, text, timestamptz) is
+  'For the operator: a line of its own on the subscription''s next invoice, once a key.';
+
+
+-- Changing ------------------------------------------------------------------------------------------------------------------------
+
+create function private.is_overdue(organization_id uuid) returns boolean
+language sql stable set search_path = ''
+as $$
+  select exists (
+    select
+    from public.invoices as invoice
+    where invoice.organization_id = $1 and invoice.status = 'open' and invoice.past_due_at is not null
+  )
+$$;
+comment on function private.is_overdue(uuid) is 'Whether an organization has an invoice that was not paid in time.';
+
+create function private.lock_subscription(organization_id uuid, at timestamptz) returns public.subscriptions
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions;
+begin
+  -- The organization first, as whoever subscribes does.
+  perform from public.organizations as tenant where tenant.id = lock_subscription.organization_id for no key update;
+  select own.* into live
+  from public.subscriptions as own
+  where own.organization_id = lock_subscription.organization_id and own.status not in ('cancelled', 'inactive')
+  for no key update;
+  if live.next_invoice_at <= at and live.billing_hold is null then
+    -- What is over is billed before anything else is said of it.
+    perform private.close_periods(jsonb_build_object('subscription_id', live.id), at);
+    select own.* into live from public.subscriptions as own where own.id = live.id;
+    if live.status in ('cancelled', 'inactive') then
+      live := null;
+    end if;
+  end if;
+  if live.current_period_end <= at and live.status <> 'paused' then
+    perform private.raise_error(409, 'billing_held', 'The last period could not be billed, and somebody has to look at it first');
+  end if;
+  return live;
+end
+$$;
+comment on function private.lock_subscription(uuid, timestamptz) is
+  'The live subscription, in the period that `at` is in and locked until the transaction ends; null without one.';
+
+create function private.repeated_request(organization_id uuid, key text, request jsonb) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  known private.billing_requests;
+begin
+  if key is null then
+    return null;
+  end if;
+  if length(key) not between 1 and 255 then
+    perform private.raise_error(400, 'invalid_request', 'Idempotency-Key must be a text of 1 to 255 characters', 'idempotency_key');
+  end if;
+  -- The organization's row is what the same request at once waits for.
+  perform from public.organizations as tenant where tenant.id = repeated_request.organization_id for no key update;
+  select own.* into known
+  from private.billing_requests as own
+  where own.organization_id = repeated_request.organization_id and own.key = repeated_request.key;
+  if known.request <> request then
+    perform private.raise_error(409, 'idempotency_conflict', 'Something else was asked under this key', 'idempotency_key');
+  end if;
+  return known.answer;
+end
+$$;
+comment on function private.repeated_request(uuid, text, jsonb) is
+  'What was answered when the same was asked under the same key; null the first time, and without a key. Something else under it ends the '
+  'request with 409.';
+
+create function private.answer_request(organization_id uuid, key text, request jsonb, answer jsonb, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+begin
+  if key is not null then
+    delete from private.billing_requests as old
+    where old.organization_id = answer_request.organization_id and old.created_at < at - interval '30 days';
+    insert into private.billing_requests (organization_id, key, request, answer, created_at)
+    values (answer_request.organization_id, answer_request.key, answer_request.request, answer_request.answer, at);
+  end if;
+  return answer;
+end
+$$;
+comment on function private.answer_request(uuid, text, jsonb, jsonb, timestamptz) is 'Keeps an answer under its key, and gives it.';
+
+create function private.apply_plan_change(
+  organization_id uuid, plan_slug text, cycle_name text, timing text, at timestamptz
+) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions;
+  old public.plan_prices;
+  offer public.plan_prices;
+  names text[];
+  cycle public.billing_cycle;
+  issuer private.billing_issuer;
+  is_upgrade boolean;
+  moment timestamptz := date_trunc('second', at);
+  stretch_from timestamptz;
+  stretch_minor bigint;
+  last_day date;
+  whole numeric;
+  credit bigint := 0;
+  charge bigint := 0;
+  invoices jsonb := jsonb_build_array();
+begin
+  if timing is not null and timing not in ('now', 'period_end') then
+    perform private.raise_error(400, 'invalid_request', 'timing must be now or period_end', 'timing');
+  end if;
+  if cycle_name is not null and cycle_name not in ('monthly', 'quarterly', 'yearly') then
+    perform private.raise_error(400, 'invalid_request', 'cycle must be monthly, quarterly or yearly', 'cycle');
+  end if;
+  live := private.lock_subscription(organization_id, at);
+  cycle := coalesce(cycle_name::public.billing_cycle, live.billing_cycle, 'monthly');
+  select price.* into old from public.plan_prices as price where price.id = live.plan_price_id;
+
+  -- A plan that was made for one customer is nobody else's.
+  select price.* into offer
+  from public.plan_prices as price
+  join public.subscription_plans as plan on plan.id = price.plan_id
+  join public.organizations as tenant on tenant.id = apply_plan_change.organization_id
+  where plan.slug = plan_slug and plan.is_active and (plan.is_public or plan.id = live.plan_id)
+    and price.billing_cycle = cycle
+    and (price.retired_at is null or price.retired_at > at)
+  order by (price.currency = coalesce(old.currency, tenant.currency)) desc, price.version desc
+  limit 1;
+  if not found then
+    perform private.raise_error(422, 'plan_not_on_sale', 'There is no such plan, or it has no price for this billing cycle', 'plan');
+  end if;
+  if private.is_overdue(organization_id) and private.price_charges(offer.id) then
+    perform private.raise_error(402, 'invoice_past_due', 'An invoice is overdue: it comes first');
+  end if;
+
+  if live.id is null or not private.price_charges(live.plan_price_id) and live.plan_id <> offer.plan_id then
+    perform private.subscribe_organization(organization_id, plan_slug, 'active', at, cycle);
+    return jsonb_build_object('result', 'changed', 'timing', 'now', 'effective_at', at, 'credit_minor', 0, 'charge_minor', 0, 'invoices', invoices);
+  end if;
+  if live.status = 'paused' then
+    perform private.raise_error(409, 'subscription_paused', 'A paused subscription is taken up again before it changes');
+  end if;
+  if live.plan_id = offer.plan_id and live.billing_cycle = cycle then
+    -- Back to what there is: what was to come does not.
+    update public.subscriptions as own
+    set next_plan_price_id = null
+    where own.id = live.id and own.next_plan_price_id is not null;
+    return jsonb_build_object(
+      'result', 'unchanged', 'timing', 'now', 'effective_at', at, 'credit_minor', 0, 'charge_minor', 0, 'invoices', invoices
+    );
+  end if;
+  if offer.currency <> old.currency then
+    perform private.raise_error(422, 'currency_differs', 'The plan has no price in the currency that the subscription is billed in', 'plan');
+  end if;
+
+  is_upgrade := offer.base_minor * private.cycle_months(old.billing_cycle) >= old.base_minor * private.cycle_months(cycle);
+  if timing is null then
+    timing := case when live.period_no < 0 or is_upgrade and cycle = live.billing_cycle then 'now' else 'period_end' end;
+  end if;
+  if timing = 'period_end' then
+    update public.subscriptions as own
+    set next_plan_price_id = offer.id, cancel_at_period_end = false
+    where own.id = live.id;
+    return jsonb_build_object(
+      'result', 'scheduled', 'timing', timing, 'effective_at', live.current_period_end, 'credit_minor', 0, 'charge_minor', 0,
+      'invoices', invoices
+    );
+  end if;
+  if live.period_no >= 0 and cycle <> live.billing_cycle then
+    perform private.raise_error(409, 'billing_cycle_differs', 'The billing cycle changes when the period ends', 'timing');
+  end if;
+  if old.billed_in = 'advance' and not is_upgrade and live.period_no >= 0 then
+    perform private.raise_error(422, 'downgrade_waits', 'What is paid in advance is used up first: the change comes when the period ends', 'timing');
+  end if;
+
+  if live.period_no >= 0 then
+    names := array(
+      select plan.name
+      from unnest(array[old.plan_id, offer.plan_id]) with ordinality as side (id, number)
+      join public.subscription_plans as plan on plan.id = side.id
+      order by side.number
+    );
+    last_day := (live.current_period_end at time zone live.timezone)::date - 1;
+    stretch_from := coalesce(live.base_billed_from, live.current_period_start);
+    stretch_minor := coalesce(live.base_billed_minor, private.period_base(live));
+    moment := greatest(moment, stretch_from);
+    whole := extract(epoch from
+      private.local_midnight(private.period_boundary(live.anchor_on, live.billing_cycle, live.period_no + 1), live.timezone)
+        - private.local_midnight(private.period_boundary(live.anchor_on, live.billing_cycle, live.period_no), live.timezone));
+    credit := private.prorate(
+      stretch_minor, extract(epoch from live.current_period_end - moment), extract(epoch from live.current_period_end - stretch_from));
+    charge := private.prorate(offer.base_minor, extract(epoch from live.current_period_end - moment), whole);
+    insert into private.invoice_items (
+      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
+    )
+    select
+      live.organization_id, live.id, item.kind, old.currency, item.description, private.cycle_unit(cycle), item.price_minor, item.amount_minor,
+      (item.from_time at time zone live.timezone)::date, last_day, at
+    from (
+      values
+        ('base', names[1] || ' plan, ' || cycle, old.base_minor, stretch_minor, stretch_from, live.base_billed_from is null),
+        ('credit', 'Unused time on ' || names[1], -stretch_minor, -credit, moment, true),
+        ('charge', 'Remaining time on ' || names[2], offer.base_minor, charge, moment, true)
+    ) as item (kind, description, price_minor, amount_minor, from_time, is_new)
+    where item.is_new and item.amount_minor <> 0;
+  end if;
+
+  update public.subscriptions as own
+  set
+    plan_price_id = offer.id, plan_id = offer.plan_id, billing_cycle = cycle, next_plan_price_id = null, cancel_at_period_end = false,
+    base_billed_minor = case when live.period_no >= 0 then charge end,
+    base_billed_from = case when live.period_no >= 0 then moment end
+  where own.id = live.id;
+
+  -- What was billed in advance is not on the invoice that comes when the period ends: the difference is billed now.
+  if old.billed_in = 'advance' and live.period_no >= 0 and live.next_invoice_at = live.current_period_end and charge > credit then
+    select own.* into issuer from private.billing_issuer as own;
+    invoices := private.open_invoices(private.bill_periods(array[live.id], issuer, at, true), issuer, at);
+  end if;
+  return jsonb_build_object(
+    'result', 'changed', 'timing', timing, 'effective_at', moment, 'credit_minor', -credit, 'charge_minor', charge, 'invoices', invoices
+  );
+end
+$$;
+comment on function private.apply_plan_change(uuid, text, text, text, timestamptz) is
+  'Puts a subscription on another plan: now, where that costs at least as much, or when the period ends. A cycle changes when the period '
+  'ends. Asked again, it changes nothing.';
+
+create function private.change_subscription(plan text, cycle text, timing text, idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request jsonb := jsonb_build_object('action', 'change', 'plan', plan, 'cycle', cycle, 'timing', timing);
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+begin
+  if answer is null then
+    answer := private.apply_plan_change(organization, plan, cycle, timing, at);
+    answer := private.answer_request(
+      organization, idempotency_key, request, answer || jsonb_build_object('subscription', private.subscription_summary(organization)), at);
+  end if;
+  return answer;
+end
+$$;
+comment on function private.change_subscription(text, text, text, text, timestamptz) is 'apply_plan_change for the caller''s organization. Needs billing.manage.';
+
+create function private.subscription_summary(organization_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select jsonb_build_object(
+    'id', own.id, 'status', own.status, 'plan', plan.slug, 'billing_cycle', own.billing_cycle,
+    'current_period_start', own.current_period_start, 'current_period_end', own.current_period_end,
+    'cancel_at_period_end', own.cancel_at_period_end, 'paused_at', own.paused_at
+  )
+  from private.live_subscription($1) as own
+  join public.subscription_plans as plan on plan.id = own.plan_id
+$$;
+comment on function private.subscription_summary(uuid) is 'The live subscription as answers say it; null without one.';
+
+create function private.preview_subscription_change(plan text, cycle text, timing text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.view');
+  change jsonb;
+  document jsonb;
+begin
+  -- The change itself, taken back: what is shown cannot differ from what would be done.
+  begin
+    change := private.apply_plan_change(organization, plan, cycle, timing, at);
+    if jsonb_array_length(change -> 'invoices') > 0 then
+      document := private.invoice_document(organization, (change #>> '{invoices,0,id}')::uuid)
+        - array['id', 'invoice_number', 'status', 'amount_paid_minor', 'credited_minor', 'finalized_at', 'paid_at', 'past_due_at']
+        || jsonb_build_object('document', 'preview', 'as_of', at, 'is_billed', true);
+    else
+      document := private.preview_document(organization, at);
+    end if;
+    raise exception 'taken back' using errcode = 'TL000';
+  exception when sqlstate 'TL000' then
+    null;
+  end;
+  return document || jsonb_build_object('change', change - 'invoices');
+end
+$$;
+comment on function private.preview_subscription_change(text, text, text, timestamptz) is
+  'The invoice on which a change of plan would be, and when it would hold. Nothing of it stays. Needs billing.view.';
+
+create function private.apply_cancellation(organization uuid, timing text, reason text, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions;
+  ends timestamptz;
+  unused bigint := 0;
+  billed public.invoice_lines;
+begin
+  if coalesce(timing, 'period_end') not in ('now', 'period_end') then
+    perform private.raise_error(400, 'invalid_request', 'timing must be now or period_end', 'timing');
+  end if;
+  live := private.lock_subscription(organization, at);
+  if live.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription');
+  end if;
+  perform private.audit(
+    organization, 'subscription.cancel', 'subscription', live.id,
+    jsonb_strip_nulls(jsonb_build_object('timing', coalesce(timing, 'period_end'), 'reason', left(btrim(reason), 500))), at
+  );
+  if coalesce(timing, 'period_end') = 'period_end' and live.next_invoice_at is not null then
+    update public.subscriptions as own
+    set cancel_at_period_end = true, next_plan_price_id = null
+    where own.id = live.id;
+    return jsonb_build_object('result', 'cancelling', 'ends_at', live.current_period_end);
+  end if;
+
+  if live.next_invoice_at is null then
+    -- Paused, and billed up to then.
+    update public.subscriptions as own
+    set status = 'cancelled', cancelled_at = at, paused_at = null, next_plan_price_id = null
+    where own.id = live.id;
+    return jsonb_build_object('result', 'cancelled', 'ends_at', at, 'credit_minor', 0);
+  end if;
+
+  -- Usage is counted by days, so the day that has begun is the last.
+  ends := least(
+    private.local_midnight((at at time zone live.timezone)::date + 1, live.timezone), live.current_period_end
+  );
+  if live.base_billed_from is not null and ends < live.current_period_end then
+    unused := private.prorate(
+      live.base_billed_minor, extract(epoch from live.current_period_end - ends),
+      extract(epoch from live.current_period_end - live.base_billed_from));
+  end if;
+  if unused > 0 then
+    select line.* into billed
+    from public.invoices as invoice
+    join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+    where invoice.organization_id = organization and invoice.subscription_id = live.id
+      and invoice.status in ('open', 'paid', 'uncollectible')
+      and line.kind in ('base', 'charge') and line.amount_minor = live.base_billed_minor
+      and coalesce(line.last_day, invoice.last_day) = (live.current_period_end at time zone live.timezone)::date - 1
+    order by invoice.period_start desc, line.position desc
+    limit 1;
+    if billed.id is not null then
+      perform private.issue_credit_note(
+        jsonb_build_object(
+          'invoice_id', billed.invoice_id, 'idempotency_key', 'cancelled ' || live.id, 'reason', 'Cancelled before the end of the period',
+          'lines', jsonb_build_array(jsonb_build_object('invoice_line_id', billed.id, 'amount_minor', unused))
+        ), at);
+    else
+      insert into private.invoice_items (
+        organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
+      )
+      select
+        organization, live.id, 'credit', price.currency, 'Unused time on ' || plan.name, private.cycle_unit(live.billing_cycle),
+        -live.base_billed_minor, -unused, (ends at time zone live.timezone)::date,
+        (live.current_period_end at time zone live.timezone)::date - 1, at
+      from public.plan_prices as price
+      join public.subscription_plans as plan on plan.id = price.plan_id
+      where price.id = live.plan_price_id;
+    end if;
+  end if;
+  update public.usage_logs as log
+  set period_end = (ends at time zone live.timezone)::date
+  where log.organization_id = organization
+    and log.period_start = (live.current_period_start at time zone live.timezone)::date
+    and log.closed_at is null;
+  update public.subscriptions as own
+  set
+    status = 'cancelled', cancelled_at = at, cancel_at_period_end = true, current_period_end = ends, next_invoice_at = ends,
+    next_plan_price_id = null, paused_at = null, base_billed_minor = own.base_billed_minor - unused
+  where own.id = live.id;
+  return jsonb_build_object('result', 'cancelled', 'ends_at', ends, 'credit_minor', unused);
+end
+$$;
+comment on function private.apply_cancellation(uuid, text, text, timestamptz) is
+  'Ends the subscription with its period, or now: then nothing is dialled any more, the day that has begun is its last, the run bills what '
+  'was used, and of the base price the days until then; what was billed in advance beyond them is credited.';
+
+create function private.apply_pause(organization uuid, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions := private.lock_subscription(organization, at);
+begin
+  if live.status = 'paused' then
+    return jsonb_build_object('result', 'unchanged', 'subscription', private.subscription_summary(organization));
+  end if;
+  if live.status is distinct from 'active' then
+    perform private.raise_error(409, 'subscription_not_active', 'Only an active subscription is paused');
+  end if;
+  update public.subscriptions as own set status = 'paused', paused_at = at where own.id = live.id;
+  return jsonb_build_object('result', 'paused', 'subscription', private.subscription_summary(organization));
+end
+$$;
+comment on function private.apply_pause(uuid, timestamptz) is
+  'Nothing is dialled from now on. The period that has begun is billed as it was sold, those that begin meanwhile are not.';
+
+create function private.apply_resumption(organization uuid, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions := private.lock_subscription(organization, at);
+  last record;
+  today date;
+  number integer;
+  ends date;
+  is_advance boolean;
+begin
+  if live.id is null then
+    select plan.slug, own.billing_cycle into last
+    from public.subscriptions as own
+    join public.subscription_plans as plan on plan.id = own.plan_id
+    where own.organization_id = organization and own.status = 'cancelled'
+    order by own.cancelled_at desc, own.created_at desc
+    limit 1;
+    if not found then
+      perform private.raise_error(402, 'subscription_inactive', 'There is no subscription to take up again');
+    end if;
+    if private.is_overdue(organization) then
+      perform private.raise_error(402, 'invoice_past_due', 'An invoice is overdue: it comes first');
+    end if;
+    perform private.subscribe_organization(organization, last.slug, 'active', at, last.billing_cycle);
+    return jsonb_build_object('result', 'reactivated', 'subscription', private.subscription_summary(organization));
+  end if;
+
+  if live.status = 'paused' and live.next_invoice_at is null then
+    -- It goes on in the period of its anchor that today is in, from today on.
+    today := (at at time zone live.timezone)::date;
+    number := live.period_no;
+    while private.period_boundary(live.anchor_on, live.billing_cycle, number + 1) <= today loop
+      number := number + 1;
+    end loop;
+    ends := private.period_boundary(live.anchor_on, live.billing_cycle, number + 1);
+    today := greatest(today, private.period_boundary(live.anchor_on, live.billing_cycle, number));
+    is_advance := exists (
+      select from public.plan_prices as price where price.id = live.plan_price_id and price.billed_in = 'advance' and price.base_minor > 0
+    );
+    perform private.cut_usage_periods(organization, today, ends, at);
+    update public.subscriptions as own
+    set
+      status = 'active', paused_at = null, cancel_at_period_end = false, period_no = number,
+      current_period_start = private.local_midnight(today, live.timezone), current_period_end = private.local_midnight(ends, live.timezone),
+      next_invoice_at = private.local_midnight(case when is_advance then today else ends end, live.timezone)
+    where own.id = live.id;
+  elsif live.status = 'paused' then
+    update public.subscriptions as own
+    set status = 'active', paused_at = null, cancel_at_period_end = false
+    where own.id = live.id;
+  elsif live.cancel_at_period_end then
+    update public.subscriptions as own set cancel_at_period_end = false where own.id = live.id;
+  else
+    return jsonb_build_object('result', 'unchanged', 'subscription', private.subscription_summary(organization));
+  end if;
+  return jsonb_build_object('result', 'resumed', 'subscription', private.subscription_summary(organization));
+end
+$$;
+comment on function private.apply_resumption(uuid, timestamptz) is
+  'Takes up again what is paused or about to end, and, on the plan that it was, what is cancelled. A period that is taken up late is billed '
+  'from that day on.';
+
+create function private.cancel_subscription(timing text, reason text, idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request jsonb := jsonb_build_object('action', 'cancel', 'timing', timing, 'reason', reason);
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+begin
+  return coalesce(answer, private.answer_request(
+    organization, idempotency_key, request, private.apply_cancellation(organization, timing, reason, at), at));
+end
+$$;
+comment on function private.cancel_subscription(text, text, text, timestamptz) is
+  'apply_cancellation for the caller''s organization. Needs billing.manage.';
+
+create function private.pause_subscription(idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request constant jsonb := '{"action": "pause"}'::jsonb;
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+begin
+  return coalesce(answer, private.answer_request(organization, idempotency_key, request, private.apply_pause(organization, at), at));
+end
+$$;
+comment on function private.pause_subscription(text, timestamptz) is 'apply_pause for the caller''s organization. Needs billing.manage.';
+
+create function private.resume_subscription(idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request constant jsonb := '{"action": "resume"}'::jsonb;
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+begin
+  return coalesce(answer, private.answer_request(organization, idempotency_key, request, private.apply_resumption(organization, at), at));
+end
+$$;
+comment on function private.resume_subscription(text, timestamptz) is 'apply_resumption for the caller''s organization. Needs billing.manage.';
+
+
+-- When it is not paid -------------------------------------------------------------------------------------------------------------
+
+create function private.dun_invoices(issuer private.billing_issuer, batch integer, at timestamptz) returns integer
+language plpgsql set search_path = ''
+as $$
+declare
+  policy private.dunning_policy;
+  today date := (at at time zone issuer.timezone)::date;
+  overdue uuid[];
+begin
+  select own.* into policy from private.dunning_policy as own;
+  if not found then
+    return 0;
+  end if;
+
+  overdue := array(
+    select invoice.id
+    from public.invoices as invoice
+    where invoice.status = 'open' and invoice.due_date < today - policy.grace_days and invoice.past_due_at is null
+      and invoice.total_minor > invoice.amount_paid_minor + invoice.credited_minor
+    order by invoice.due_date, invoice.id
+    limit batch
+    for no key update skip locked
+  );
+  if cardinality(overdue) > 0 then
+    update public.invoices as invoice set past_due_at = at where invoice.id = any (overdue);
+    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    select
+      invoice.organization_id, 'invoice.past_due', invoice.id::text,
+      jsonb_build_object(
+        'invoice_id', invoice.id, 'invoice_number', invoice.invoice_number, 'total_minor', invoice.total_minor,
+        'due_minor', invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor, 'currency', invoice.currency,
+        'due_date', invoice.due_date
+      ), at
+    from public.invoices as invoice
+    where invoice.id = any (overdue)
+    order by invoice.id
+    on conflict do nothing;
+    insert into private.payment_retries (organization_id, invoice_id, number, due_at)
+    select
+      invoice.organization_id, invoice.id, retry.number,
+      ((today + retry.day)::timestamp + policy.retry_time) at time zone issuer.timezone
+    from public.invoices as invoice
+    cross join unnest(policy.retry_days) with ordinality as retry (day, number)
+    where invoice.id = any (overdue)
+    on conflict do nothing;
+    update public.subscriptions as subscription
+    set
+      status = case subscription.status when 'active' then 'past_due' else subscription.status end,
+      past_due_since = coalesce(subscription.past_due_since, at)
+    where subscription.status in ('active', 'past_due', 'suspended')
+      and exists (
+        select from public.invoices as invoice where invoice.id = any (overdue) and invoice.subscription_id = subscription.id
+      );
+  end if;
+
+  with due as (
+    select retry.organization_id, retry.invoice_id, retry.number
+    from private.payment_retries as retry
+    where retry.due_at <= at and retry.told_at is null
+    order by retry.due_at, retry.invoice_id, retry.number
+    limit batch
+    for no key update skip locked
+  ),
+  told as (
+    update private.payment_retries as retry
+    set told_at = at
+    from due
+    where retry.organization_id = due.organization_id and retry.invoice_id = due.invoice_id and retry.number = due.number
+    returning retry.organization_id, retry.invoice_id, retry.number
+  )
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    told.organization_id, 'invoice.payment_due', told.invoice_id || ' ' || told.number,
+    jsonb_build_object(
+      'invoice_id', told.invoice_id, 'number', told.number, 'currency', invoice.currency,
+      'amount_minor', invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor,
+      'by', case
+        when invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor
+            <= coalesce((policy.mandate_limits ->> invoice.currency)::bigint, 0)
+          and exists (
+            select
+            from public.payment_methods as method
+            where method.organization_id = invoice.organization_id and method.is_default and method.removed_at is null
+          ) then 'mandate'
+        else 'link'
+      end
+    ), at
+  from told
+  join public.invoices as invoice on invoice.organization_id = told.organization_id and invoice.id = told.invoice_id
+  where invoice.status = 'open'
+  on conflict do nothing;
+
+  if policy.suspend_after_days is not null then
+    update public.subscriptions as subscription
+    set status = 'suspended'
+    where subscription.id in (
+      select late.id
+      from public.subscriptions as late
+      where late.status = 'past_due'
+        and late.past_due_since <= at - make_interval(days => policy.suspend_after_days)
+        and exists (
+          select
+          from public.invoices as invoice
+          where invoice.organization_id = late.organization_id and invoice.subscription_id = late.id and invoice.status = 'open'
+            and invoice.past_due_at <= at - make_interval(days => policy.suspend_after_days)
+        )
+      order by late.id
+      limit batch
+      for no key update skip locked
+    );
+  end if;
+  if policy.uncollectible_after_days is not null then
+    update public.invoices as invoice
+    set status = 'uncollectible'
+    where invoice.id in (
+      select given_up.id
+      from public.invoices as given_up
+      where given_up.status = 'open' and given_up.due_date < today - policy.uncollectible_after_days
+        and given_up.past_due_at <= at - make_interval(days => policy.uncollectible_after_days)
+      order by given_up.due_date, given_up.id
+      limit batch
+      for no key update skip locked
+    );
+  end if;
+  return cardinality(overdue);
+end
+$$;
+comment on function private.dun_invoices(private.billing_issuer, integer, timestamptz) is
+  'Finds invoices that were not paid in time, tells each once, plans when payment is asked for again and asks, and suspends or gives up as '
+  'the policy says.';
+
+create function private.recover_subscription() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update public.subscriptions as subscription
+  set status = 'active', past_due_since = null
+  where subscription.organization_id = new.organization_id
+    and subscription.id = new.subscription_id
+    and subscription.status in ('past_due', 'suspended')
+    and subscription.past_due_since is not null
+    and not exists (
+      select
+      from public.invoices as other
+      where other.organization_id = new.organization_id
+        and other.subscription_id = new.subscription_id
+        and other.status in ('open', 'uncollectible')
+        and other.past_due_at is not null
+        and other.id <> new.id
+    );
+  return null;
+end
+$$;
+comment on function private.recover_subscription() is
+  'Trigger: the last overdue invoice of a subscription is paid, or void: it is active again.';
+create trigger recover_subscription after update of status on public.invoices
+  for each row when (new.past_due_at is not null and new.status in ('paid', 'void') and old.status <> new.status)
+  execute function private.recover_subscription();
+
+
+-- What users call -----------------------------------------------------------------------------------------------------------------
+
+create function public.change_subscription(
+  plan text, cycle text default null, timing text default null, idempotency_key text default null
+) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.change_subscription(plan, cycle, timing, idempotency_key, private.clock_now())
+$$;
+comment on function public.change_subscription(text, text, text, text) is
+  'Puts the caller''s organization on another plan, now or when the period ends: {"result":"changed|scheduled|unchanged","timing",'
+  '"effective_at","credit_minor","charge_minor","invoices","subscription"}. Needs billing.manage.';
+
+create function public.preview_subscription_change(plan text, cycle text default null, timing text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.preview_subscription_change(plan, cycle, timing, private.clock_now())
+$$;
+comment on function public.preview_subscription_change(text, text, text) is
+  'The invoice on which a change of plan would be, with what the change would be in `change`; writes nothing. Needs billing.view.';
+
+create function public.cancel_subscription(
+  timing text default 'period_end', reason text default null, idempotency_key text default null
+) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.cancel_subscription(timing, reason, idempotency_key, private.clock_now())
+$$;
+comment on function public.cancel_subscription(text, text, text) is
+  'Ends the caller''s subscription with its period, or now: {"result":"cancelling|cancelled","ends_at","credit_minor"?}. Needs billing.manage.';
+
+create function public.pause_subscription(idempotency_key text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.pause_subscription(idempotency_key, private.clock_now())
+$$;
+comment on function public.pause_subscription(text) is 'Pauses the caller''s subscription: {"result":"paused|unchanged","subscription"}. Needs billing.manage.';
+
+create function public.resume_subscription(idempotency_key text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.resume_subscription(idempotency_key, private.clock_now())
+$$;
+comment on function public.resume_subscription(text) is
+  'Takes up again what is paused, about to end, or cancelled: {"result":"resumed|reactivated|unchanged","subscription"}. Needs billing.manage.';
+
+revoke all on function
+  private.period_base(public.subscriptions), private.set_plan_price(text, public.billing_cycle, text, jsonb, timestamptz),
+  private.add_invoice_item(uuid, text, bigint, text, bigint, text, timestamptz), private.is_overdue(uuid),
+  private.lock_subscription(uuid, timestamptz), private.repeated_request(uuid, text, jsonb),
+  private.answer_request(uuid, text, jsonb, jsonb, timestamptz), private.apply_plan_change(uuid, text, text, text, timestamptz),
+  private.apply_cancellation(uuid, text, text, timestamptz), private.apply_pause(uuid, timestamptz),
+  private.apply_resumption(uuid, timestamptz), private.subscription_summary(uuid),
+  private.change_subscription(text, text, text, text, timestamptz), private.preview_subscription_change(text, text, text, timestamptz),
+  private.cancel_subscription(text, text, text, timestamptz), private.pause_subscription(text, timestamptz),
+  private.resume_subscription(text, timestamptz), private.dun_invoices(private.billing_issuer, integer, timestamptz),
+  private.recover_subscription(), public.change_subscription(text, text, text, text), public.preview_subscription_change(text, text, text),
+  public.cancel_subscription(text, text, text), public.pause_subscription(text), public.resume_subscription(text)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.change_subscription(text, text, text, text, timestamptz), private.preview_subscription_change(text, text, text, timestamptz),
+  private.cancel_subscription(text, text, text, timestamptz), private.pause_subscription(text, timestamptz),
+  private.resume_subscription(text, timestamptz), public.change_subscription(text, text, text, text),
+  public.preview_subscription_change(text, text, text), public.cancel_subscription(text, text, text), public.pause_subscription(text),
+  public.resume_subscription(text)
+to authenticated;
 $trunkline_schema$;
   execute format('comment on schema private is %L', 'Trunkline ' || version);
 end

@@ -354,14 +354,14 @@ isOneToOne: false
                   ]
                 },"campaigns": {
                   Row: {
-                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"description": string | null,"dialling_enabled": boolean,"end_date": string | null,"id": string,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"paused_at": string | null,"project_id": string | null,"purpose": string,"record_calls": boolean,"retry_rules": NonNullable<Json>,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
+                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"credit_cap": number | null,"credit_spent": number,"description": string | null,"dialling_enabled": boolean,"end_date": string | null,"id": string,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"paused_at": string | null,"project_id": string | null,"purpose": string,"record_calls": boolean,"retry_rules": NonNullable<Json>,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Update: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -764,14 +764,14 @@ isOneToOne: false
                   ]
                 },"invoice_lines": {
                   Row: {
-                    "amount_minor": number,"description": string,"id": string,"invoice_id": string,"kind": string,"meter_key": string | null,"organization_id": string,"position": number,"price_units": number,"quantity": number,"unit": string,"unit_price_minor": number
+                    "amount_minor": number,"description": string,"first_day": string | null,"id": string,"invoice_id": string,"kind": string,"last_day": string | null,"meter_key": string | null,"organization_id": string,"position": number,"price_units": number,"quantity": number,"unit": string,"unit_price_minor": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "amount_minor": number,"description": string,"id"?: string,"invoice_id": string,"kind": string,"meter_key"?: string | null,"organization_id": string,"position": number,"price_units"?: number,"quantity": number,"unit": string,"unit_price_minor": number
+                    "amount_minor": number,"description": string,"first_day"?: string | null,"id"?: string,"invoice_id": string,"kind": string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id": string,"position": number,"price_units"?: number,"quantity": number,"unit": string,"unit_price_minor": number
                   }
                   Update: {
-                    "amount_minor"?: number,"description"?: string,"id"?: string,"invoice_id"?: string,"kind"?: string,"meter_key"?: string | null,"organization_id"?: string,"position"?: number,"price_units"?: number,"quantity"?: number,"unit"?: string,"unit_price_minor"?: number
+                    "amount_minor"?: number,"description"?: string,"first_day"?: string | null,"id"?: string,"invoice_id"?: string,"kind"?: string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id"?: string,"position"?: number,"price_units"?: number,"quantity"?: number,"unit"?: string,"unit_price_minor"?: number
                   }
                   Relationships: [
                     {
@@ -810,14 +810,14 @@ isOneToOne: false
                   ]
                 },"invoices": {
                   Row: {
-                    "ack_no": string | null,"amount_paid_minor": number,"created_at": string,"credited_minor": number,"currency": string,"customer": NonNullable<Json>,"due_date": string | null,"finalized_at": string | null,"first_day": string,"id": string,"invoice_date": string | null,"invoice_number": string | null,"irn": string | null,"issuer": NonNullable<Json>,"kind": string,"last_day": string,"metadata": NonNullable<Json>,"organization_id": string,"paid_at": string | null,"period_end": string,"period_start": string,"signed_qr": string | null,"status": Database["public"]['Enums']["invoice_status"],"subscription_id": string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at": string
+                    "ack_no": string | null,"amount_paid_minor": number,"created_at": string,"credited_minor": number,"currency": string,"customer": NonNullable<Json>,"due_date": string | null,"finalized_at": string | null,"first_day": string,"id": string,"invoice_date": string | null,"invoice_number": string | null,"irn": string | null,"issuer": NonNullable<Json>,"kind": string,"last_day": string,"metadata": NonNullable<Json>,"organization_id": string,"paid_at": string | null,"past_due_at": string | null,"period_end": string,"period_start": string,"signed_qr": string | null,"status": Database["public"]['Enums']["invoice_status"],"subscription_id": string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency": string,"customer": NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day": string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer": NonNullable<Json>,"kind"?: string,"last_day": string,"metadata"?: NonNullable<Json>,"organization_id": string,"paid_at"?: string | null,"period_end": string,"period_start": string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at"?: string
+                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency": string,"customer": NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day": string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer": NonNullable<Json>,"kind"?: string,"last_day": string,"metadata"?: NonNullable<Json>,"organization_id": string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end": string,"period_start": string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at"?: string
                   }
                   Update: {
-                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency"?: string,"customer"?: NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day"?: string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer"?: NonNullable<Json>,"kind"?: string,"last_day"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"paid_at"?: string | null,"period_end"?: string,"period_start"?: string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor"?: number,"tax_minor"?: number,"timezone"?: string,"total_minor"?: number,"updated_at"?: string
+                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency"?: string,"customer"?: NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day"?: string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer"?: NonNullable<Json>,"kind"?: string,"last_day"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end"?: string,"period_start"?: string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor"?: number,"tax_minor"?: number,"timezone"?: string,"total_minor"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -950,14 +950,14 @@ isOneToOne: false
                   ]
                 },"meters": {
                   Row: {
-                    "created_at": string,"is_active": boolean,"is_reserved": boolean,"key": string,"name": string,"position": number,"unit": string
+                    "aggregation": string,"created_at": string,"is_active": boolean,"is_reserved": boolean,"key": string,"name": string,"position": number,"pulse": number,"rounding": string,"source": string,"unit": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"is_active"?: boolean,"is_reserved"?: boolean,"key": string,"name": string,"position"?: number,"unit": string
+                    "aggregation"?: string,"created_at"?: string,"is_active"?: boolean,"is_reserved"?: boolean,"key": string,"name": string,"position"?: number,"pulse"?: number,"rounding"?: string,"source"?: string,"unit": string
                   }
                   Update: {
-                    "created_at"?: string,"is_active"?: boolean,"is_reserved"?: boolean,"key"?: string,"name"?: string,"position"?: number,"unit"?: string
+                    "aggregation"?: string,"created_at"?: string,"is_active"?: boolean,"is_reserved"?: boolean,"key"?: string,"name"?: string,"position"?: number,"pulse"?: number,"rounding"?: string,"source"?: string,"unit"?: string
                   }
                   Relationships: [
                     
@@ -1148,14 +1148,14 @@ isOneToOne: false
                   ]
                 },"plan_price_meters": {
                   Row: {
-                    "credit_price_minor": number | null,"credit_pulse": number,"credit_unit": number,"hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string
+                    "credit_price_minor": number | null,"credit_pulse": number,"credit_unit": number,"hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string,"pricing_model": string,"tiers": Json | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string,"pricing_model"?: string,"tiers"?: Json | null
                   }
                   Update: {
-                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string,"pricing_model"?: string,"tiers"?: Json | null
                   }
                   Relationships: [
                     {
@@ -1174,14 +1174,14 @@ isOneToOne: false
                   ]
                 },"plan_prices": {
                   Row: {
-                    "base_minor": number,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"created_at": string,"currency": string,"id": string,"plan_id": string,"retired_at": string | null,"version": number
+                    "base_minor": number,"billed_in": string,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"created_at": string,"currency": string,"id": string,"minimum_minor": number | null,"monthly_credit_minor": number,"plan_id": string,"retired_at": string | null,"version": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "base_minor"?: number,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"created_at"?: string,"currency"?: string,"id"?: string,"plan_id": string,"retired_at"?: string | null,"version": number
+                    "base_minor"?: number,"billed_in"?: string,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"created_at"?: string,"currency"?: string,"id"?: string,"minimum_minor"?: number | null,"monthly_credit_minor"?: number,"plan_id": string,"retired_at"?: string | null,"version": number
                   }
                   Update: {
-                    "base_minor"?: number,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"created_at"?: string,"currency"?: string,"id"?: string,"plan_id"?: string,"retired_at"?: string | null,"version"?: number
+                    "base_minor"?: number,"billed_in"?: string,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"created_at"?: string,"currency"?: string,"id"?: string,"minimum_minor"?: number | null,"monthly_credit_minor"?: number,"plan_id"?: string,"retired_at"?: string | null,"version"?: number
                   }
                   Relationships: [
                     {
@@ -1600,14 +1600,14 @@ isOneToOne: false
                   ]
                 },"subscriptions": {
                   Row: {
-                    "anchor_on": string,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"billing_hold": string | null,"cancel_at_period_end": boolean,"cancelled_at": string | null,"created_at": string,"current_period_end": string,"current_period_start": string,"id": string,"metadata": NonNullable<Json>,"next_invoice_at": string | null,"next_plan_price_id": string | null,"organization_id": string,"period_no": number,"plan_id": string,"plan_price_id": string,"status": Database["public"]['Enums']["subscription_status"],"timezone": string,"trial_ends_at": string | null,"updated_at": string
+                    "anchor_on": string,"base_billed_from": string | null,"base_billed_minor": number | null,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"billing_hold": string | null,"cancel_at_period_end": boolean,"cancelled_at": string | null,"created_at": string,"current_period_end": string,"current_period_start": string,"id": string,"metadata": NonNullable<Json>,"next_invoice_at": string | null,"next_plan_price_id": string | null,"organization_id": string,"past_due_since": string | null,"paused_at": string | null,"period_no": number,"plan_id": string,"plan_price_id": string,"status": Database["public"]['Enums']["subscription_status"],"timezone": string,"trial_ends_at": string | null,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "anchor_on": string,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"billing_hold"?: string | null,"cancel_at_period_end"?: boolean,"cancelled_at"?: string | null,"created_at"?: string,"current_period_end": string,"current_period_start": string,"id"?: string,"metadata"?: NonNullable<Json>,"next_invoice_at"?: string | null,"next_plan_price_id"?: string | null,"organization_id": string,"period_no"?: number,"plan_id": string,"plan_price_id": string,"status": Database["public"]['Enums']["subscription_status"],"timezone": string,"trial_ends_at"?: string | null,"updated_at"?: string
+                    "anchor_on": string,"base_billed_from"?: string | null,"base_billed_minor"?: number | null,"billing_cycle": Database["public"]['Enums']["billing_cycle"],"billing_hold"?: string | null,"cancel_at_period_end"?: boolean,"cancelled_at"?: string | null,"created_at"?: string,"current_period_end": string,"current_period_start": string,"id"?: string,"metadata"?: NonNullable<Json>,"next_invoice_at"?: string | null,"next_plan_price_id"?: string | null,"organization_id": string,"past_due_since"?: string | null,"paused_at"?: string | null,"period_no"?: number,"plan_id": string,"plan_price_id": string,"status": Database["public"]['Enums']["subscription_status"],"timezone": string,"trial_ends_at"?: string | null,"updated_at"?: string
                   }
                   Update: {
-                    "anchor_on"?: string,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"billing_hold"?: string | null,"cancel_at_period_end"?: boolean,"cancelled_at"?: string | null,"created_at"?: string,"current_period_end"?: string,"current_period_start"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"next_invoice_at"?: string | null,"next_plan_price_id"?: string | null,"organization_id"?: string,"period_no"?: number,"plan_id"?: string,"plan_price_id"?: string,"status"?: Database["public"]['Enums']["subscription_status"],"timezone"?: string,"trial_ends_at"?: string | null,"updated_at"?: string
+                    "anchor_on"?: string,"base_billed_from"?: string | null,"base_billed_minor"?: number | null,"billing_cycle"?: Database["public"]['Enums']["billing_cycle"],"billing_hold"?: string | null,"cancel_at_period_end"?: boolean,"cancelled_at"?: string | null,"created_at"?: string,"current_period_end"?: string,"current_period_start"?: string,"id"?: string,"metadata"?: NonNullable<Json>,"next_invoice_at"?: string | null,"next_plan_price_id"?: string | null,"organization_id"?: string,"past_due_since"?: string | null,"paused_at"?: string | null,"period_no"?: number,"plan_id"?: string,"plan_price_id"?: string,"status"?: Database["public"]['Enums']["subscription_status"],"timezone"?: string,"trial_ends_at"?: string | null,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -1750,14 +1750,14 @@ isOneToOne: true
                   ]
                 },"webhook_endpoints": {
                   Row: {
-                    "created_at": string,"created_by": string | null,"description": string | null,"disabled_at": string | null,"disabled_reason": string | null,"enabled": boolean,"events": (string)[],"failing_since": string | null,"id": string,"organization_id": string,"updated_at": string,"url": string
+                    "created_at": string,"created_by": string | null,"description": string | null,"disabled_at": string | null,"disabled_reason": string | null,"enabled": boolean,"events": (string)[],"failing_since": string | null,"id": string,"is_slow": boolean,"organization_id": string,"updated_at": string,"url": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"organization_id": string,"updated_at"?: string,"url": string
+                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"is_slow"?: boolean,"organization_id": string,"updated_at"?: string,"url": string
                   }
                   Update: {
-                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"organization_id"?: string,"updated_at"?: string,"url"?: string
+                    "created_at"?: string,"created_by"?: string | null,"description"?: string | null,"disabled_at"?: string | null,"disabled_reason"?: string | null,"enabled"?: boolean,"events"?: (string)[],"failing_since"?: string | null,"id"?: string,"is_slow"?: boolean,"organization_id"?: string,"updated_at"?: string,"url"?: string
                   }
                   Relationships: [
                     {
@@ -1864,6 +1864,12 @@ isOneToOne: false
                            },
 "cancel_campaign":
 { Args: { "campaign_id": string }; Returns: Json
+                           },
+"cancel_subscription":
+{ Args: { "idempotency_key"?: string,"reason"?: string,"timing"?: string }; Returns: Json
+                           },
+"change_subscription":
+{ Args: { "cycle"?: string,"idempotency_key"?: string,"plan": string,"timing"?: string }; Returns: Json
                            },
 "check_feature_quota":
 { Args: { "current_usage"?: number,"feature_key": string }; Returns: boolean
@@ -1982,6 +1988,9 @@ isOneToOne: false
 "get_usage_daily":
 { Args: { "from_day"?: string,"meter"?: string,"to_day"?: string }; Returns: Json
                            },
+"get_usage_overview":
+{ Args: Record<PropertyKey, never>; Returns: Json
+                           },
 "get_webhook_event":
 { Args: { "id": string }; Returns: Json
                            },
@@ -2036,14 +2045,23 @@ isOneToOne: false
 "pause_campaign":
 { Args: { "campaign_id": string }; Returns: Json
                            },
+"pause_subscription":
+{ Args: { "idempotency_key"?: string }; Returns: Json
+                           },
 "ping_websockets":
 { Args: { "": Json }; Returns: Json
+                           },
+"place_call":
+{ Args: { "campaign_id": string,"lead_id": string }; Returns: Json
                            },
 "preview_campaign":
 { Args: { "campaign_id": string }; Returns: Json
                            },
 "preview_invoice":
 { Args: Record<PropertyKey, never>; Returns: Json
+                           },
+"preview_subscription_change":
+{ Args: { "cycle"?: string,"plan": string,"timing"?: string }; Returns: Json
                            },
 "reap_impersonations":
 { Args: { "": Json }; Returns: Json
@@ -2093,6 +2111,9 @@ isOneToOne: false
 "remove_payment_method":
 { Args: { "": Json }; Returns: Json
                            },
+"renew_credit":
+{ Args: { "": Json }; Returns: Json
+                           },
 "replay_deliveries":
 { Args: { "endpoint_id": string,"since": string,"until"?: string }; Returns: Json
                            },
@@ -2107,6 +2128,12 @@ isOneToOne: false
                            },
 "resume_campaign":
 { Args: { "campaign_id": string }; Returns: Json
+                           },
+"resume_subscription":
+{ Args: { "idempotency_key"?: string }; Returns: Json
+                           },
+"retry_call":
+{ Args: { "call_id": string }; Returns: Json
                            },
 "revoke_consent":
 { Args: { "consent_id": string,"reason"?: string }; Returns: Json
@@ -2125,6 +2152,9 @@ isOneToOne: false
                            },
 "save_payment_method":
 { Args: { "": Json }; Returns: Json
+                           },
+"schedule_campaign":
+{ Args: { "campaign_id": string }; Returns: Json
                            },
 "set_member_role":
 { Args: { "role_id"?: string,"system_role": Database["public"]['Enums']["system_role"],"user_id": string }; Returns: Json
@@ -2158,7 +2188,7 @@ isOneToOne: false
                            }
           }
           Enums: {
-            "attempt_status": "created"|"submitting"|"submission_unknown"|"queued"|"initiated"|"ringing"|"in_progress"|"ended","billing_cycle": "monthly"|"yearly","call_direction": "inbound"|"outbound","call_outcome": "answered"|"machine"|"busy"|"no_answer"|"rejected"|"invalid_number"|"cancelled"|"capacity"|"carrier_transient"|"spam_blocked"|"our_fault"|"config"|"lost"|"expired"|"failed","call_status": "initiated"|"ringing"|"answered"|"completed"|"failed"|"busy"|"no_answer"|"cancelled","campaign_lead_status": "enrolled"|"queued"|"calling"|"called"|"failed"|"opted_out"|"skipped"|"archived","campaign_status": "draft"|"scheduled"|"running"|"paused"|"completed"|"cancelled"|"archived"|"failed","carrier_provider": "plivo"|"twilio"|"telnyx"|"vonage","conversation_channel": "voice"|"chat"|"email"|"sms"|"whatsapp","conversation_status": "active"|"paused"|"completed"|"escalated"|"abandoned"|"resolved","credit_account_kind": "monthly"|"promotional"|"purchased"|"payments"|"grants"|"consumption"|"expiry"|"adjustments","credit_note_status": "draft"|"issued","credit_transaction_type": "purchase"|"monthly_grant"|"promotional_grant"|"consumption"|"refund"|"adjustment"|"expiry","event_status": "applied"|"ignored"|"orphan"|"failed"|"dead","fulfillment_status": "unfulfilled"|"partial"|"fulfilled"|"restocked"|"cancelled","invoice_status": "draft"|"open"|"paid"|"void"|"uncollectible","ledger_side": "debit"|"credit","message_role": "customer"|"ai_assistant"|"human_agent"|"system","message_type": "text"|"audio"|"image"|"file"|"system_event"|"action_result","order_status": "pending"|"confirmed"|"processing"|"shipped"|"delivered"|"cancelled"|"refunded"|"returned","org_tier": "free"|"starter"|"pro"|"enterprise","payment_gateway": "razorpay"|"stripe"|"manual","payment_method_type": "card"|"upi"|"bank_transfer"|"razorpay"|"stripe","payment_status": "pending"|"paid"|"partially_paid"|"refunded"|"partially_refunded"|"failed"|"cancelled","payment_transaction_status": "pending"|"authorized"|"failed"|"captured"|"refunded","product_availability": "in_stock"|"out_of_stock"|"low_stock"|"backorder"|"discontinued","product_status": "active"|"draft"|"archived"|"discontinued","queue_status": "queued"|"processing"|"completed"|"failed","refund_status": "pending"|"processed"|"failed","setting_category": "voice"|"ai"|"integration"|"notification"|"security"|"general","store_platform": "shopify"|"woocommerce"|"magento"|"bigcommerce"|"custom","store_status": "connected"|"disconnected"|"error"|"pending","subscription_status": "trialing"|"active"|"past_due"|"suspended"|"cancelled"|"inactive","system_role": "owner"|"admin"|"member"|"platform_admin","user_status": "invited"|"active"|"suspended"|"archived"
+            "attempt_status": "created"|"submitting"|"submission_unknown"|"queued"|"initiated"|"ringing"|"in_progress"|"ended","billing_cycle": "monthly"|"quarterly"|"yearly","call_direction": "inbound"|"outbound","call_outcome": "answered"|"machine"|"busy"|"no_answer"|"rejected"|"invalid_number"|"cancelled"|"capacity"|"carrier_transient"|"spam_blocked"|"our_fault"|"config"|"lost"|"expired"|"failed","call_status": "initiated"|"ringing"|"answered"|"completed"|"failed"|"busy"|"no_answer"|"cancelled","campaign_lead_status": "enrolled"|"queued"|"calling"|"called"|"failed"|"opted_out"|"skipped"|"archived","campaign_status": "draft"|"scheduled"|"running"|"paused"|"completed"|"cancelled"|"archived"|"failed","carrier_provider": "plivo"|"twilio"|"telnyx"|"vonage","conversation_channel": "voice"|"chat"|"email"|"sms"|"whatsapp","conversation_status": "active"|"paused"|"completed"|"escalated"|"abandoned"|"resolved","credit_account_kind": "monthly"|"promotional"|"purchased"|"payments"|"grants"|"consumption"|"expiry"|"adjustments","credit_note_status": "draft"|"issued","credit_transaction_type": "purchase"|"monthly_grant"|"promotional_grant"|"consumption"|"refund"|"adjustment"|"expiry","event_status": "applied"|"ignored"|"orphan"|"failed"|"dead","fulfillment_status": "unfulfilled"|"partial"|"fulfilled"|"restocked"|"cancelled","invoice_status": "draft"|"open"|"paid"|"void"|"uncollectible","ledger_side": "debit"|"credit","message_role": "customer"|"ai_assistant"|"human_agent"|"system","message_type": "text"|"audio"|"image"|"file"|"system_event"|"action_result","order_status": "pending"|"confirmed"|"processing"|"shipped"|"delivered"|"cancelled"|"refunded"|"returned","org_tier": "free"|"starter"|"pro"|"enterprise","payment_gateway": "razorpay"|"stripe"|"manual","payment_method_type": "card"|"upi"|"bank_transfer"|"razorpay"|"stripe","payment_status": "pending"|"paid"|"partially_paid"|"refunded"|"partially_refunded"|"failed"|"cancelled","payment_transaction_status": "pending"|"authorized"|"failed"|"captured"|"refunded","product_availability": "in_stock"|"out_of_stock"|"low_stock"|"backorder"|"discontinued","product_status": "active"|"draft"|"archived"|"discontinued","queue_status": "queued"|"processing"|"completed"|"failed","refund_status": "pending"|"processed"|"failed","setting_category": "voice"|"ai"|"integration"|"notification"|"security"|"general","store_platform": "shopify"|"woocommerce"|"magento"|"bigcommerce"|"custom","store_status": "connected"|"disconnected"|"error"|"pending","subscription_status": "trialing"|"active"|"past_due"|"suspended"|"paused"|"cancelled"|"inactive","system_role": "owner"|"admin"|"member"|"platform_admin","user_status": "invited"|"active"|"suspended"|"archived"
           }
           CompositeTypes: {
             [_ in never]: never
@@ -2274,7 +2304,7 @@ export type CompositeTypes<
 export const Constants = {
   "public": {
           Enums: {
-            "attempt_status": ["created", "submitting", "submission_unknown", "queued", "initiated", "ringing", "in_progress", "ended"],"billing_cycle": ["monthly", "yearly"],"call_direction": ["inbound", "outbound"],"call_outcome": ["answered", "machine", "busy", "no_answer", "rejected", "invalid_number", "cancelled", "capacity", "carrier_transient", "spam_blocked", "our_fault", "config", "lost", "expired", "failed"],"call_status": ["initiated", "ringing", "answered", "completed", "failed", "busy", "no_answer", "cancelled"],"campaign_lead_status": ["enrolled", "queued", "calling", "called", "failed", "opted_out", "skipped", "archived"],"campaign_status": ["draft", "scheduled", "running", "paused", "completed", "cancelled", "archived", "failed"],"carrier_provider": ["plivo", "twilio", "telnyx", "vonage"],"conversation_channel": ["voice", "chat", "email", "sms", "whatsapp"],"conversation_status": ["active", "paused", "completed", "escalated", "abandoned", "resolved"],"credit_account_kind": ["monthly", "promotional", "purchased", "payments", "grants", "consumption", "expiry", "adjustments"],"credit_note_status": ["draft", "issued"],"credit_transaction_type": ["purchase", "monthly_grant", "promotional_grant", "consumption", "refund", "adjustment", "expiry"],"event_status": ["applied", "ignored", "orphan", "failed", "dead"],"fulfillment_status": ["unfulfilled", "partial", "fulfilled", "restocked", "cancelled"],"invoice_status": ["draft", "open", "paid", "void", "uncollectible"],"ledger_side": ["debit", "credit"],"message_role": ["customer", "ai_assistant", "human_agent", "system"],"message_type": ["text", "audio", "image", "file", "system_event", "action_result"],"order_status": ["pending", "confirmed", "processing", "shipped", "delivered", "cancelled", "refunded", "returned"],"org_tier": ["free", "starter", "pro", "enterprise"],"payment_gateway": ["razorpay", "stripe", "manual"],"payment_method_type": ["card", "upi", "bank_transfer", "razorpay", "stripe"],"payment_status": ["pending", "paid", "partially_paid", "refunded", "partially_refunded", "failed", "cancelled"],"payment_transaction_status": ["pending", "authorized", "failed", "captured", "refunded"],"product_availability": ["in_stock", "out_of_stock", "low_stock", "backorder", "discontinued"],"product_status": ["active", "draft", "archived", "discontinued"],"queue_status": ["queued", "processing", "completed", "failed"],"refund_status": ["pending", "processed", "failed"],"setting_category": ["voice", "ai", "integration", "notification", "security", "general"],"store_platform": ["shopify", "woocommerce", "magento", "bigcommerce", "custom"],"store_status": ["connected", "disconnected", "error", "pending"],"subscription_status": ["trialing", "active", "past_due", "suspended", "cancelled", "inactive"],"system_role": ["owner", "admin", "member", "platform_admin"],"user_status": ["invited", "active", "suspended", "archived"]
+            "attempt_status": ["created", "submitting", "submission_unknown", "queued", "initiated", "ringing", "in_progress", "ended"],"billing_cycle": ["monthly", "quarterly", "yearly"],"call_direction": ["inbound", "outbound"],"call_outcome": ["answered", "machine", "busy", "no_answer", "rejected", "invalid_number", "cancelled", "capacity", "carrier_transient", "spam_blocked", "our_fault", "config", "lost", "expired", "failed"],"call_status": ["initiated", "ringing", "answered", "completed", "failed", "busy", "no_answer", "cancelled"],"campaign_lead_status": ["enrolled", "queued", "calling", "called", "failed", "opted_out", "skipped", "archived"],"campaign_status": ["draft", "scheduled", "running", "paused", "completed", "cancelled", "archived", "failed"],"carrier_provider": ["plivo", "twilio", "telnyx", "vonage"],"conversation_channel": ["voice", "chat", "email", "sms", "whatsapp"],"conversation_status": ["active", "paused", "completed", "escalated", "abandoned", "resolved"],"credit_account_kind": ["monthly", "promotional", "purchased", "payments", "grants", "consumption", "expiry", "adjustments"],"credit_note_status": ["draft", "issued"],"credit_transaction_type": ["purchase", "monthly_grant", "promotional_grant", "consumption", "refund", "adjustment", "expiry"],"event_status": ["applied", "ignored", "orphan", "failed", "dead"],"fulfillment_status": ["unfulfilled", "partial", "fulfilled", "restocked", "cancelled"],"invoice_status": ["draft", "open", "paid", "void", "uncollectible"],"ledger_side": ["debit", "credit"],"message_role": ["customer", "ai_assistant", "human_agent", "system"],"message_type": ["text", "audio", "image", "file", "system_event", "action_result"],"order_status": ["pending", "confirmed", "processing", "shipped", "delivered", "cancelled", "refunded", "returned"],"org_tier": ["free", "starter", "pro", "enterprise"],"payment_gateway": ["razorpay", "stripe", "manual"],"payment_method_type": ["card", "upi", "bank_transfer", "razorpay", "stripe"],"payment_status": ["pending", "paid", "partially_paid", "refunded", "partially_refunded", "failed", "cancelled"],"payment_transaction_status": ["pending", "authorized", "failed", "captured", "refunded"],"product_availability": ["in_stock", "out_of_stock", "low_stock", "backorder", "discontinued"],"product_status": ["active", "draft", "archived", "discontinued"],"queue_status": ["queued", "processing", "completed", "failed"],"refund_status": ["pending", "processed", "failed"],"setting_category": ["voice", "ai", "integration", "notification", "security", "general"],"store_platform": ["shopify", "woocommerce", "magento", "bigcommerce", "custom"],"store_status": ["connected", "disconnected", "error", "pending"],"subscription_status": ["trialing", "active", "past_due", "suspended", "paused", "cancelled", "inactive"],"system_role": ["owner", "admin", "member", "platform_admin"],"user_status": ["invited", "active", "suspended", "archived"]
           }
         }
 } as const

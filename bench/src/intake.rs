@@ -149,7 +149,8 @@ impl World {
     }
 }
 
-fn payload(path: &str, headers: &Value, body: &str) -> Value {
+/// A request as API Gateway hands it over.
+pub fn payload(path: &str, headers: &Value, body: &str) -> Value {
     json!({
         "version": "2.0", "routeKey": "ANY /functions/v1/{proxy+}", "rawPath": path, "rawQueryString": "", "headers": headers,
         "requestContext": {

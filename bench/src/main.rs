@@ -2,6 +2,8 @@
 
 mod figures;
 mod intake;
+mod invoices;
+mod metering;
 mod rls;
 
 use anyhow::Result;
@@ -15,6 +17,10 @@ enum Benchmark {
     Rls(rls::Options),
     /// What `webhook-intake` costs, against a handler that only forwards.
     Intake(intake::Options),
+    /// How fast usage is counted, read and held, against the limit of the machine.
+    Metering(metering::Options),
+    /// The invoice run in batches, against one transaction an invoice.
+    Invoices(invoices::Options),
 }
 
 #[tokio::main]
@@ -23,5 +29,7 @@ async fn main() -> Result<()> {
     match Benchmark::parse_from(local::arguments()) {
         Benchmark::Rls(options) => rls::run(&options).await,
         Benchmark::Intake(options) => intake::run(options).await,
+        Benchmark::Metering(options) => metering::run(options).await,
+        Benchmark::Invoices(options) => invoices::run(&options).await,
     }
 }

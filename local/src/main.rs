@@ -27,6 +27,8 @@ enum Arguments {
     /// Look at what came in from outside, and have it applied again.
     #[command(subcommand)]
     Events(operate::events::Events),
+    /// Tell the database where a stack's functions are, and with what key it nudges them.
+    Connect(operate::connect::Connect),
     /// Look at queues, and send through again what a function gave up on.
     #[command(subcommand)]
     Queues(operate::queues::Queues),
@@ -54,6 +56,10 @@ async fn main() -> Result<()> {
         Arguments::Generate => generate().await,
         Arguments::Events(command) => {
             print!("{}", operate::events::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Connect(command) => {
+            print!("{}", operate::connect::run(&command).await?);
             Ok(())
         }
         Arguments::Queues(command) => {

@@ -1,5 +1,7 @@
 //! What an operator does by hand: looks at events and at queues, and sends through again what got stuck.
 
+pub mod aws;
+pub mod connect;
 pub mod events;
 pub mod queues;
 

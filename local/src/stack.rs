@@ -12,7 +12,7 @@ use crate::parts::{
     install,
     keys::Keys,
     lambda::{Functions, Invoker, LambdaOptions},
-    poller::Poller,
+    poller::{MessageCounts, MessageFaults, Poller},
     postgres::{Postgres, PostgresOptions, Role, Server},
     postgrest::{Postgrest, PostgrestOptions},
     progress::Progress,
@@ -61,6 +61,8 @@ pub struct StackOptions {
     pub agent_origins: BTreeMap<String, String>,
     /// Where logs go; a new folder below `.trunkline/logs` when none.
     pub log_dir: Option<PathBuf>,
+    /// How the queues are worse than they should be.
+    pub message_faults: MessageFaults,
     /// What the functions log, as a `tracing` filter.
     pub log_level: String,
     /// Where the start is shown.
@@ -80,6 +82,7 @@ impl Default for StackOptions {
             postgres: PostgresOptions::default(),
             agent_origins: BTreeMap::from([("default".to_owned(), "wss://voice.example.com".to_owned())]),
             log_dir: None,
+            message_faults: MessageFaults::default(),
             log_level: "info".to_owned(),
             progress: Progress::hidden(),
         }
@@ -167,7 +170,7 @@ impl Stack {
         let functions = Functions::start(&template, lambda).await?;
         let admin_database_url = postgres.url(Role::Admin, DATABASE);
         let relay = Relay::start(admin_database_url.clone()).await?;
-        let poller = Poller::start(&template, &sqs.client(), &queue_urls, &functions)?;
+        let poller = Poller::start(&template, &sqs.client(), &queue_urls, &functions, options.message_faults)?;
         let clock =
             ClockOptions { database_url: admin_database_url.clone(), speed: options.speed, backlog: poller.backlog() };
         let clock = Clock::start(&template, functions.invoker(), clock).await?;
@@ -253,6 +256,11 @@ impl Stack {
     /// What invokes the functions directly, as SQS and schedules do.
     pub fn invoker(&self) -> Invoker {
         self.functions.invoker()
+    }
+
+    /// How often the queues were worse than they should be; nothing where they do not run by themselves.
+    pub fn message_counts(&self) -> MessageCounts {
+        self.poller.as_ref().map(Poller::counts).unwrap_or_default()
     }
 
     /// A client of the queues.

@@ -181,7 +181,7 @@ async fn a_clone_has_all_that_supabase_adds_and_survives_a_crash() {
     let run = RunFolder::create().unwrap();
     let server = Server::find(&Progress::hidden()).await.unwrap();
     let options = PostgresOptions { durable: true, ..PostgresOptions::default() };
-    let mut postgres = Postgres::start(&server, &run, run.path(), &options).await.unwrap();
+    let postgres = Postgres::start(&server, &run, run.path(), &options).await.unwrap();
     postgres.connect(Role::Owner, "postgres").await.unwrap().batch_execute(SCHEMA).await.unwrap();
     postgres.clone_database("postgres", "clone").await.unwrap();
     let owner = postgres.connect(Role::Owner, "clone").await.unwrap();

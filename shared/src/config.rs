@@ -12,7 +12,7 @@ pub struct Config {
     /// `SUPABASE_PUBLISHABLE_KEY`: sent as `apikey` beside a caller's own JWT.
     pub publishable_key: String,
     /// `PUBLIC_ORIGIN`: the origin under which carriers reach us, without a trailing slash. Signatures are verified against it,
-    /// never against what a proxy says the host was.
+    /// never against what a proxy says the host was. `INTAKE_ORIGIN` takes its place where `webhook-intake` has an address of its own.
     pub public_origin: String,
     /// `SECRET_ARN`: the one secret of the stack (see [`crate::secrets`]).
     pub secret_arn: String,
@@ -43,7 +43,11 @@ impl Config {
         };
         let supabase_url = required("SUPABASE_URL");
         let publishable_key = required("SUPABASE_PUBLISHABLE_KEY");
-        let public_origin = required("PUBLIC_ORIGIN").trim_end_matches('/').to_owned();
+        let origin_name = match vars.get("INTAKE_ORIGIN") {
+            Some(origin) if !origin.is_empty() => "INTAKE_ORIGIN",
+            _ => "PUBLIC_ORIGIN",
+        };
+        let public_origin = required(origin_name).trim_end_matches('/').to_owned();
         let secret_arn = required("SECRET_ARN");
         let url = |name: &str, value: &str, problems: &mut Vec<String>| match Url::parse(value) {
             Ok(url) => Some(url),
@@ -54,7 +58,7 @@ impl Config {
             }
         };
         let supabase_url = url("SUPABASE_URL", &supabase_url, &mut problems);
-        url("PUBLIC_ORIGIN", &public_origin, &mut problems);
+        url(origin_name, &public_origin, &mut problems);
         let agent_origins = match vars.get("AGENT_ORIGINS").map(|text| serde_json::from_str(text)) {
             None => BTreeMap::new(),
             Some(Ok(origins)) => origins,
@@ -117,6 +121,22 @@ mod tests {
         for name in ["SUPABASE_URL", "PUBLIC_ORIGIN", "SECRET_ARN", "AGENT_ORIGINS"] {
             assert!(error.message.contains(name), "{name} in {}", error.message);
         }
+    }
+
+    #[test]
+    fn an_intake_with_an_address_of_its_own_is_known_by_that() {
+        let told = |intake: &str| {
+            let pairs = [
+                ("SUPABASE_URL", "http://127.0.0.1:1"),
+                ("SUPABASE_PUBLISHABLE_KEY", "sb_publishable_x"),
+                ("PUBLIC_ORIGIN", "https://api.example.com"),
+                ("SECRET_ARN", "arn"),
+                ("INTAKE_ORIGIN", intake),
+            ];
+            Config::from_vars(vars(&pairs)).unwrap().public_origin
+        };
+        assert_eq!(told(""), "https://api.example.com");
+        assert_eq!(told("https://intake.example.com/"), "https://intake.example.com");
     }
 
     #[test]

@@ -26,6 +26,18 @@ pub struct Error {
     pub hint: Option<String>,
     /// Seconds after which the same request may succeed.
     pub retry_after_seconds: Option<u32>,
+    /// Which gate a call was refused by.
+    pub gate: Option<Box<Gate>>,
+}
+
+/// A gate that does not let a call through.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Gate {
+    /// Its name, as the database has it.
+    pub reason: String,
+    /// When it opens, if it does by itself.
+    #[serde(default)]
+    pub next_at: Option<String>,
 }
 
 /// The wire form, in both directions: ours to clients, PostgREST's to us.
@@ -44,7 +56,15 @@ struct Wire {
 impl Error {
     /// An error with this status, code and message.
     pub fn new(status: StatusCode, code: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { status, code: code.into(), message: message.into(), field: None, hint: None, retry_after_seconds: None }
+        Self {
+            status,
+            code: code.into(),
+            message: message.into(),
+            field: None,
+            hint: None,
+            retry_after_seconds: None,
+            gate: None,
+        }
     }
 
     /// 400: the request is malformed at `field`.
@@ -140,13 +160,13 @@ impl Error {
             (_, "") => "database_error".to_owned(),
             (_, other) => other.to_owned(),
         };
-        let field = match &wire.details {
-            Some(Value::String(text)) => {
-                serde_json::from_str::<Value>(text).ok().and_then(|v| v.get("field")?.as_str().map(str::to_owned))
-            }
-            Some(Value::Object(map)) => map.get("field").and_then(Value::as_str).map(str::to_owned),
-            _ => None,
+        // PostgREST knows details as text alone; other texts than our objects are PostgreSQL's own words.
+        let details = match wire.details {
+            Some(Value::String(text)) => serde_json::from_str(&text).unwrap_or_default(),
+            other => other.unwrap_or_default(),
         };
+        let field = details["field"].as_str().map(str::to_owned);
+        let gate = serde_json::from_value(details).ok().filter(|_| code == "call_refused").map(Box::new);
         Self {
             status,
             code,
@@ -154,18 +174,24 @@ impl Error {
             field,
             hint: wire.hint.filter(|_| !quotes),
             retry_after_seconds: retry_after,
+            gate,
         }
     }
 
-    /// What the caller's program reads: the field at fault, and of too many requests when to come again.
+    /// What the caller's program reads: the field at fault, of too many requests when to come again, of a call the gate that is shut.
     fn details(&self) -> Option<Value> {
-        let retry_after = self.retry_after_seconds.filter(|_| self.status == StatusCode::TOO_MANY_REQUESTS);
-        match (&self.field, retry_after) {
-            (None, None) => None,
-            (Some(field), None) => Some(json!({ "field": field })),
-            (None, Some(seconds)) => Some(json!({ "retry_after": seconds })),
-            (Some(field), Some(seconds)) => Some(json!({ "field": field, "retry_after": seconds })),
+        let mut details = serde_json::Map::new();
+        if let Some(field) = &self.field {
+            details.insert("field".to_owned(), json!(field));
         }
+        if let Some(seconds) = self.retry_after_seconds.filter(|_| self.status == StatusCode::TOO_MANY_REQUESTS) {
+            details.insert("retry_after".to_owned(), json!(seconds));
+        }
+        if let Some(gate) = &self.gate {
+            details.insert("reason".to_owned(), json!(gate.reason));
+            details.insert("next_at".to_owned(), json!(gate.next_at));
+        }
+        (!details.is_empty()).then_some(Value::Object(details))
     }
 
     /// The body that the caller gets.
@@ -207,6 +233,13 @@ mod tests {
         assert_eq!(error.status, StatusCode::CONFLICT);
         assert_eq!(error.body()["details"]["field"], "campaign_id");
         assert!(!error.is_retryable());
+    }
+
+    #[test]
+    fn the_gate_that_refused_a_call_reaches_the_caller() {
+        let body = br#"{"code":"call_refused","message":"no","details":"{\"field\":\"lead_id\",\"reason\":\"min_gap\",\"next_at\":null}"}"#;
+        let error = Error::from_postgrest(StatusCode::UNPROCESSABLE_ENTITY, body, None);
+        assert_eq!(error.body()["details"], json!({ "field": "lead_id", "reason": "min_gap", "next_at": null }));
     }
 
     #[test]

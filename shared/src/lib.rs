@@ -9,6 +9,7 @@ pub mod config;
 pub mod error;
 pub mod http;
 pub mod mac;
+pub mod metrics;
 #[cfg(feature = "queue")]
 pub mod queue;
 pub mod seal;

@@ -1,6 +1,6 @@
 //! SQS: small messages that name a row; the row is the truth.
 
-use crate::{Error, Result, config::Config, telephony::CallReport};
+use crate::{Error, Result, config::Config, storage::Stored, telephony::CallReport};
 use aws_sdk_sqs::{
     Client,
     types::{SendMessageBatchRequestEntry, builders::SendMessageBatchRequestEntryBuilder},
@@ -53,8 +53,11 @@ pub enum IntakeMessage {
         query: String,
         /// The headers that a verification needs.
         headers: BTreeMap<String, String>,
-        /// Raw body, base64.
+        /// Raw body, base64; without the sound that came with it.
         body: String,
+        /// Where that sound is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        recording: Option<Stored>,
     },
     /// What the reconciler learnt from the carrier: applied by the same pipeline as a callback.
     Report {

@@ -2,7 +2,7 @@
 
 use crate::{Error, Result, config::Config, secrets::SecretStore};
 use http::StatusCode;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::time::Duration;
 use url::Url;
@@ -16,6 +16,17 @@ pub struct Storage {
     http: reqwest::Client,
     root: String,
     secrets: SecretStore,
+}
+
+/// An object that is there, as an event or a message names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Its place in the bucket.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its media type.
+    pub content_type: String,
 }
 
 /// An object to put.

@@ -3,7 +3,12 @@
 //! The `postgrest` crate builds the query; the one current `reqwest` client of the function sends it. No other file may know which
 //! client is below.
 
-use crate::{Error, Result, config::Config, secrets::SecretStore};
+use crate::{
+    Error, Result,
+    config::Config,
+    metrics::{self, Metric},
+    secrets::SecretStore,
+};
 use postgrest::Postgrest;
 use serde::{Serialize, de::DeserializeOwned};
 use std::time::{Duration, Instant};
@@ -151,8 +156,10 @@ impl Supabase {
         if let Some(body) = built.body().and_then(|body| body.as_bytes()) {
             request = request.body(body.to_vec());
         }
+        let asked = Instant::now();
         let answer = request.send().await.map_err(away)?;
         let status = answer.status();
+        metrics::measure(Metric::DatabaseMillis, asked.elapsed().as_secs_f64() * 1_000.0);
         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
         let body = answer.bytes().await.map_err(away)?;
         if !status.is_success() {

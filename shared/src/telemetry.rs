@@ -21,7 +21,7 @@ where
     W: for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
 {
     // Of the libraries below only warnings matter to an operator.
-    let filter = EnvFilter::try_new(format!("warn,shared={level},webhook_intake={level},call_dispatch={level},usage_metering={level},invoice_generation={level}"))
+    let filter = EnvFilter::try_new(format!("warn,shared={level},webhook_intake={level},call_dispatch={level},usage_metering={level},invoice_generation={level},event_delivery={level}"))
         .unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = fmt::layer()
         .json()

@@ -4,6 +4,7 @@ use crate::{
     Error, Result,
     config::Config,
     http::{self as web, Request, Response},
+    metrics::{self, Metric},
     telemetry,
 };
 use ::http::{Method, StatusCode};
@@ -158,6 +159,9 @@ pub async fn answer<F: Function>(function: &F, request: Request, invocation: &In
             if error.status.is_server_error() {
                 tracing::error!(code = error.code, message = error.message, "request failed");
             } else {
+                let is_forged = error.code == Error::bad_signature().code;
+                let metric = if is_forged { Metric::SignaturesRefused } else { Metric::RequestsRefused };
+                metrics::count(metric, 1);
                 tracing::info!(code = error.code, status = error.status.as_u16(), "request refused");
             }
             web::error(&error)
@@ -172,6 +176,7 @@ pub async fn run<F: Function>(build: impl FnOnce(Config) -> Result<F>) -> Result
     let config = Config::from_env()?;
     telemetry::init(&config.log_level);
     let function = Arc::new(build(config)?);
+    metrics::count(Metric::ColdStarts, 1);
     lambda_runtime::run(service_fn(move |event: LambdaEvent<Value>| {
         let function = Arc::clone(&function);
         // Boxed: the runtime's layers nest the type of this future deeper than the compiler likes.
@@ -187,7 +192,10 @@ pub async fn run<F: Function>(build: impl FnOnce(Config) -> Result<F>) -> Result
                 organization_id = tracing::field::Empty,
                 attempt_id = tracing::field::Empty,
             );
-            handle(&*function, event.payload, &invocation).instrument(span).await.map_err(lambda_runtime::Error::from)
+            let handled = handle(&*function, event.payload, &invocation).instrument(span).await;
+            // Afterwards the process is frozen.
+            metrics::flush();
+            handled.map_err(lambda_runtime::Error::from)
         })
     }))
     .await

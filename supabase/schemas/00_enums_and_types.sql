@@ -206,7 +206,7 @@ comment on type public.carrier_provider is 'Whose protocol a carrier account spe
 
 do $$
 begin
-  create type public.subscription_status as enum ('trialing', 'active', 'past_due', 'suspended', 'cancelled', 'inactive');
+  create type public.subscription_status as enum ('trialing', 'active', 'past_due', 'suspended', 'paused', 'cancelled', 'inactive');
 exception when duplicate_object then null;
 end
 $$;
@@ -214,7 +214,7 @@ comment on type public.subscription_status is 'A subscription''s state; an overd
 
 do $$
 begin
-  create type public.billing_cycle as enum ('monthly', 'yearly');
+  create type public.billing_cycle as enum ('monthly', 'quarterly', 'yearly');
 exception when duplicate_object then null;
 end
 $$;

@@ -296,6 +296,49 @@ comment on function private.nudge(text) is
   '(trunkline_functions_url, trunkline_nudge_key = whsec_ and base64). Does nothing where that is not configured, and never fails.';
 revoke execute on function private.nudge(text) from public;
 
+create or replace function private.connect_functions(functions_url text, nudge_key text) returns jsonb
+language plpgsql volatile security invoker set search_path = '' as $$
+declare
+  wanted record;
+  known  uuid;
+  before text;
+  told   jsonb := '{}'::jsonb;
+begin
+  if to_regprocedure('vault.create_secret(text,text,text,uuid)') is null
+    or to_regprocedure('net.http_post(text,jsonb,jsonb,jsonb,integer)') is null
+  then
+    raise exception 'the extensions supabase_vault and pg_net are needed: switch both on' using errcode = 'feature_not_supported';
+  end if;
+  if functions_url !~ '^https?://[^/\s]+/functions/v1$' then
+    raise exception 'the functions'' address ends in /functions/v1, without a slash after it' using errcode = 'invalid_parameter_value';
+  end if;
+  if nudge_key !~ '^whsec_[A-Za-z0-9+/]{32,}=*$' then
+    raise exception 'a nudge key is whsec_ and at least 24 bytes in base64' using errcode = 'invalid_parameter_value';
+  end if;
+  for wanted in select * from (values ('trunkline_functions_url', functions_url), ('trunkline_nudge_key', nudge_key)) as secret (name, value) loop
+    select vault.id, vault.decrypted_secret into known, before from vault.decrypted_secrets as vault where vault.name = wanted.name;
+    if known is null then
+      perform vault.create_secret(wanted.value, wanted.name, 'Trunkline: see docs/deploy.md');
+    elsif before is distinct from wanted.value then
+      perform vault.update_secret(known, wanted.value);
+    end if;
+    told := told || jsonb_build_object(
+      wanted.name, case when known is null then 'set' when before is distinct from wanted.value then 'changed' else 'as before' end
+    );
+  end loop;
+  return told || jsonb_build_object('database_webhooks', (
+    select coalesce(jsonb_agg(format('%s on %s', hook.tgname, hook.tgrelid::regclass) order by hook.tgrelid::regclass::text, hook.tgname), '[]')
+    from pg_catalog.pg_trigger as hook
+    join pg_catalog.pg_proc as routine on routine.oid = hook.tgfoid
+    where routine.pronamespace = 'private'::regnamespace and routine.proname ~ '^nudge_' and hook.tgenabled in ('O', 'A')
+  ));
+end
+$$;
+comment on function private.connect_functions(text, text) is
+  'Says where the functions are and with what key they are nudged: both go to Vault, where the triggers that are our database webhooks read them. '
+  'For the database''s owner, who runs it again after a rotation; returns what changed, and the webhooks that there are.';
+revoke execute on function private.connect_functions(text, text) from public;
+
 
 -- Who asks ------------------------------------------------------------------------------------------------------------------------
 -- plpgsql rather than sql, because its plans outlive the request in a pooled connection; definer, because a policy on profiles

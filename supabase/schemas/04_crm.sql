@@ -186,7 +186,8 @@ create table public.leads (
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
   unique (organization_id, id),
-  -- What an import names in on_conflict: the same number twice in one project is one lead.
+  -- What an import names in on_conflict: the same number twice in one project is one lead. Without a project a number may repeat, as in the
+  -- seed system: a project that is deleted leaves its leads behind, and two may be of one person. Forms and ingest find the one that is there.
   unique (organization_id, project_id, phone),
   foreign key (organization_id, project_id) references public.projects (organization_id, id) on delete set null (project_id),
   foreign key (organization_id, stage_id) references public.pipeline_stages (organization_id, id) on delete set null (stage_id),

@@ -327,7 +327,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -1619,3 +1619,16 @@ comment on column private.dial_evidence.consent_id is 'The consent for the campa
 comment on column private.dial_evidence.register_version is 'The version of the register of numbers not to be called that was looked at, where one is enforced.';
 comment on column private.dial_evidence.zone_source is 'Whose time zones they are: the lead''s own, else those of the number''s state or country, else the campaign''s.';
 comment on column private.dial_evidence.dials_before is 'When the number was last called, by whomever: gap and caps were judged by these.';
+
+-- What a campaign may cost, and when it starts by itself -----------------------------------------------------------------------------
+
+alter table public.campaigns
+  add column credit_cap bigint,
+  add column credit_spent bigint not null default 0;
+alter table public.campaigns add constraint campaigns_credit_cap_positive check (credit_cap > 0);
+comment on column public.campaigns.credit_cap is
+  'Prepaid credit that its calls may use at most, in minor units of the plan''s currency; what calls under way may still cost counts. Null is without limit.';
+comment on column public.campaigns.credit_spent is
+  'Prepaid credit that its calls have used, in minor units: what the ledger says of them, corrections included. Written at settlement alone.';
+grant insert (credit_cap), update (credit_cap) on public.campaigns to authenticated;
+create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';

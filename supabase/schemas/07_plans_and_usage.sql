@@ -17,9 +17,19 @@ create table public.meters (
   is_active   boolean not null default true,
   position    integer not null default 100,
   created_at  timestamptz not null default private.clock_now(),
+  aggregation text not null default 'sum',
+  source      text not null default 'events',
+  rounding    text not null default 'none',
+  pulse       bigint not null default 1,
   constraint meters_key_format check (key ~ '^[a-z][a-z0-9_]{0,62}$'),
   constraint meters_name_present check (btrim(name) <> ''),
-  constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$')
+  constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$'),
+  constraint meters_aggregation_known check (aggregation in ('sum', 'count', 'max', 'unique', 'latest')),
+  constraint meters_source_known check (source in ('events', 'calls', 'rows')),
+  constraint meters_source_is_reserved check (source = 'events' or is_reserved),
+  constraint meters_rounding_known check (rounding in ('none', 'event', 'period')),
+  constraint meters_rounding_of_sums check (rounding = 'none' or aggregation = 'sum'),
+  constraint meters_pulse_positive check (pulse > 0)
 );
 
 revoke all on public.meters from anon, authenticated, service_role;
@@ -29,19 +39,51 @@ alter table public.meters force row level security;
 create policy "Signed-in users see the active meters" on public.meters
   for select to authenticated using (is_active);
 
-comment on table public.meters is 'What can be counted: one row a kind of usage, with its unit.';
+create function private.refuse_meter_change() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  if exists (select from public.usage_logs as log where log.feature_key = old.key) then
+    raise exception 'what meter % has counted would mean something else: make another meter', old.key using errcode = '23514';
+  end if;
+  return new;
+end
+$$;
+revoke all on function private.refuse_meter_change() from public;
+comment on function private.refuse_meter_change() is 'Trigger: how a meter counts does not change once it has counted.';
+
+create trigger meters_keep_their_meaning before update of aggregation, rounding, pulse on public.meters
+  for each row
+  when ((old.aggregation, old.rounding, old.pulse) is distinct from (new.aggregation, new.rounding, new.pulse))
+  execute function private.refuse_meter_change();
+
+comment on table public.meters is 'What can be counted: one row a kind of usage, with its unit and how it is added up.';
 comment on column public.meters.key is 'The meter''s name in prices, in usage and in events'' `type`.';
 comment on column public.meters.unit is 'The unit of its quantities, singular: call, second, message.';
 comment on column public.meters.is_reserved is 'Counted by the platform alone; usage events from outside are refused.';
 comment on column public.meters.position is 'Order on invoices and in usage lists, lowest first.';
+comment on column public.meters.aggregation is
+  'What a day and a period make of its events: sum of their quantities, count of them, the largest quantity, how many different values, or '
+  'the latest quantity.';
+comment on column public.meters.source is
+  'Who counts: events of an organization''s own systems, the database for each call that ends, or the rows that are there now.';
+comment on column public.meters.rounding is
+  'none counts by the unit, event counts each event (each call) up to started pulses, period bills the period''s sum up to started pulses.';
+comment on column public.meters.pulse is 'How many units a pulse has: 60 makes started minutes of seconds.';
 
--- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the others are reported.
-insert into public.meters (key, name, unit, is_reserved, position)
+-- Calls are counted by the database itself, so the first two are part of the schema and not of the seed; the next two are reported, and
+-- of the others there are so many now, which a plan limits (max_users, max_leads, …) where they are made.
+insert into public.meters (key, name, unit, is_reserved, position, aggregation, source)
 values
-  ('ai_calls', 'AI calls', 'call', true, 10),
-  ('call_seconds', 'Calling time', 'second', true, 20),
-  ('agent_tokens', 'Agent tokens', 'token', false, 30),
-  ('recording_seconds', 'Recordings', 'second', false, 40)
+  ('ai_calls', 'AI calls', 'call', true, 10, 'count', 'calls'),
+  ('call_seconds', 'Calling time', 'second', true, 20, 'sum', 'calls'),
+  ('agent_tokens', 'Agent tokens', 'token', false, 30, 'sum', 'events'),
+  ('recording_seconds', 'Recordings', 'second', false, 40, 'sum', 'events'),
+  ('users', 'Users', 'user', true, 200, 'latest', 'rows'),
+  ('projects', 'Projects', 'project', true, 210, 'latest', 'rows'),
+  ('campaigns', 'Campaigns', 'campaign', true, 220, 'latest', 'rows'),
+  ('leads', 'Leads', 'lead', true, 230, 'latest', 'rows'),
+  ('stores', 'Stores', 'store', true, 240, 'latest', 'rows')
 on conflict (key) do nothing;
 
 -- Plans ---------------------------------------------------------------------------------------------------------------------------
@@ -109,10 +151,16 @@ create table public.plan_prices (
   base_minor    bigint not null default 0,
   retired_at    timestamptz,
   created_at    timestamptz not null default private.clock_now(),
+  monthly_credit_minor bigint not null default 0,
+  billed_in     text not null default 'arrears',
+  minimum_minor bigint,
   constraint plan_prices_version_key unique (plan_id, billing_cycle, currency, version),
   constraint plan_prices_version_positive check (version > 0),
   constraint plan_prices_currency_format check (currency ~ '^[A-Z]{3}$'),
-  constraint plan_prices_base_not_negative check (base_minor >= 0)
+  constraint plan_prices_base_not_negative check (base_minor >= 0),
+  constraint plan_prices_monthly_credit_not_negative check (monthly_credit_minor >= 0),
+  constraint plan_prices_billed_in_known check (billed_in in ('advance', 'arrears')),
+  constraint plan_prices_minimum_positive check (minimum_minor > 0)
 );
 
 revoke all on public.plan_prices from anon, authenticated, service_role;
@@ -126,8 +174,41 @@ comment on table public.plan_prices is
   'One immutable version of what a plan costs. To change a price, insert the next version: those who subscribed keep theirs.';
 comment on column public.plan_prices.version is 'The highest one that is not retired is sold to new subscribers.';
 comment on column public.plan_prices.base_minor is
-  'The price of one billing period, in the currency''s minor unit, billed when the period has ended.';
+  'The price of one billing period, in the currency''s minor unit, billed as `billed_in` says.';
+comment on column public.plan_prices.monthly_credit_minor is
+  'Prepaid credit that each month of a paid subscription begins with, once, in the price''s currency; what is left of it at the month''s '
+  'end is gone.';
+comment on column public.plan_prices.billed_in is
+  'advance: the base price is billed when its period begins; arrears: when it has ended. What was used is always billed afterwards.';
+comment on column public.plan_prices.minimum_minor is
+  'What base price and usage of a whole period come to at least; what is missing is a line of its own. Null is no commitment.';
 comment on column public.plan_prices.retired_at is 'Since when this version is no longer sold; the only column that may change.';
+
+create function private.are_tiers(tiers jsonb) returns boolean
+language plpgsql immutable strict set search_path = ''
+as $$
+declare
+  steps integer := case jsonb_typeof(tiers) when 'array' then jsonb_array_length(tiers) else 0 end;
+begin
+  return steps between 1 and 100 and coalesce((
+    select bool_and(
+      jsonb_typeof(tier.step) = 'object'
+      and coalesce(tier.step ->> 'unit_minor', '') ~ '^[0-9]{1,15}$' and jsonb_typeof(tier.step -> 'unit_minor') = 'number'
+      and coalesce(tier.step ->> 'flat_minor', '0') ~ '^[0-9]{1,15}$'
+      and case when tier.number = steps then nullif(tier.step -> 'up_to', 'null') is null
+        else jsonb_typeof(tier.step -> 'up_to') = 'number' and tier.step ->> 'up_to' ~ '^[0-9]{1,15}$'
+          and (tier.step ->> 'up_to')::numeric > coalesce((tiers -> (tier.number::integer - 2) ->> 'up_to')::numeric, 0) end
+    )
+    from (
+      select given.step, given.number
+      from jsonb_array_elements(case when steps > 0 then tiers else '[]' end) with ordinality as given (step, number)
+    ) as tier
+  ), false);
+end
+$$;
+comment on function private.are_tiers(jsonb) is
+  'Whether a text says tiers: [{"up_to":1000,"unit_minor":400,"flat_minor":0}, …, {"unit_minor":300}], rising, the last without an end.';
+revoke all on function private.are_tiers(jsonb) from public, anon, authenticated, service_role;
 
 create table public.plan_price_meters (
   plan_price_id       uuid not null references public.plan_prices (id) on delete restrict,
@@ -140,6 +221,8 @@ create table public.plan_price_meters (
   credit_price_minor  bigint,
   credit_unit         bigint not null default 60,
   credit_pulse        bigint not null default 1,
+  pricing_model       text not null default 'per_unit',
+  tiers               jsonb,
   constraint plan_price_meters_pkey primary key (plan_price_id, meter_key),
   constraint plan_price_meters_included_range check (included_units >= -1),
   constraint plan_price_meters_overage_price_not_negative check (overage_price_minor >= 0),
@@ -151,7 +234,11 @@ create table public.plan_price_meters (
   constraint plan_price_meters_credit_buys_calling check (credit_price_minor is null or meter_key in ('ai_calls', 'call_seconds')),
   constraint plan_price_meters_calls_sold_one_way check (
     meter_key <> 'ai_calls' or credit_price_minor is null or overage_price_minor is null
-  )
+  ),
+  constraint plan_price_meters_model_known check (pricing_model in ('per_unit', 'graduated', 'volume', 'package')),
+  constraint plan_price_meters_tiers_fit check ((pricing_model in ('graduated', 'volume')) = (tiers is not null)),
+  constraint plan_price_meters_tiers_valid check (private.are_tiers(tiers)),
+  constraint plan_price_meters_model_is_sold check (pricing_model = 'per_unit' or overage_price_minor is not null)
 );
 
 create index idx_plan_price_meters_meter on public.plan_price_meters (meter_key);
@@ -170,6 +257,13 @@ comment on column public.plan_price_meters.included_units is
 comment on column public.plan_price_meters.overage_price_minor is
   'Price of each `overage_unit` beyond the included units, by the unit and not by started multiples; null is not sold.';
 comment on column public.plan_price_meters.overage_unit is 'How many units the overage price is for: 60 prices seconds by the minute.';
+comment on column public.plan_price_meters.pricing_model is
+  'How what is beyond the included units is priced: per_unit; package, by started multiples of `overage_unit`; graduated, each unit at the '
+  'price of its own tier; volume, all of them at the price of the tier that they reach together.';
+comment on column public.plan_price_meters.tiers is
+  'Of graduated and volume: [{"up_to","unit_minor","flat_minor"?}, …], counted from the first unit beyond the included ones. A tier''s price is '
+  'for `overage_unit` units, its flat fee is owed once it is reached, and nothing owes none. `overage_price_minor` says what is shown as '
+  'the price, and that it is sold.';
 comment on column public.plan_price_meters.limit_units is
   'Units a billing period after which a hard meter refuses; null or -1 is unlimited.';
 comment on column public.plan_price_meters.hard is 'Whether the limit refuses new use. A meter with an overage price never refuses.';
@@ -233,10 +327,17 @@ create table public.subscriptions (
   metadata             jsonb not null default '{}',
   created_at           timestamptz not null default private.clock_now(),
   updated_at           timestamptz not null default private.clock_now(),
+  base_billed_minor    bigint,
+  base_billed_from     timestamptz,
+  paused_at            timestamptz,
+  past_due_since       timestamptz,
   constraint subscriptions_tenant_key unique (organization_id, id),
   constraint subscriptions_period_ordered check (current_period_start < current_period_end),
   constraint subscriptions_period_no_range check (period_no >= -1),
-  constraint subscriptions_trial_has_end check (status <> 'trialing' or trial_ends_at is not null)
+  constraint subscriptions_trial_has_end check (status <> 'trialing' or trial_ends_at is not null),
+  constraint subscriptions_base_whole check ((base_billed_minor is null) = (base_billed_from is null)),
+  constraint subscriptions_base_in_period check (base_billed_from >= current_period_start and base_billed_from < current_period_end),
+  constraint subscriptions_pause_has_time check ((status::text = 'paused') = (paused_at is not null))
 );
 
 create index idx_subscriptions_org_id on public.subscriptions (organization_id);
@@ -244,6 +345,7 @@ create index idx_subscriptions_plan on public.subscriptions (plan_id);
 create index idx_subscriptions_price on public.subscriptions (plan_price_id);
 create index idx_subscriptions_next_price on public.subscriptions (next_plan_price_id) where next_plan_price_id is not null;
 create index idx_subscriptions_due on public.subscriptions (next_invoice_at, id) where billing_hold is null;
+create index idx_subscriptions_past_due on public.subscriptions (past_due_since) where status = 'past_due';
 create index idx_subscriptions_trial_end on public.subscriptions (trial_ends_at) where status = 'trialing';
 create unique index idx_subscriptions_one_live on public.subscriptions (organization_id)
   where status not in ('cancelled', 'inactive');
@@ -304,6 +406,11 @@ comment on column public.subscriptions.period_no is
 comment on column public.subscriptions.current_period_start is 'The first instant of the period: midnight of a local day.';
 comment on column public.subscriptions.current_period_end is 'The first instant that is no longer in the period.';
 comment on column public.subscriptions.next_invoice_at is 'When the current period is closed and billed; null when nothing more is billed.';
+comment on column public.subscriptions.base_billed_minor is
+  'What the base price from base_billed_from to the period''s end comes to, where an invoice has it or it waits for one; null while the '
+  'base price of the current period is still to be billed.';
+comment on column public.subscriptions.paused_at is 'Since when it is paused: nothing is dialled, and a period that begins meanwhile is not billed.';
+comment on column public.subscriptions.past_due_since is 'Since when invoices of it are overdue; null when none is.';
 comment on column public.subscriptions.billing_hold is
   'Why billing stopped for this subscription, for a person to look at; null while all is well.';
 
@@ -315,8 +422,9 @@ create policy "Signed-in users see the plans on offer and their own" on public.s
   );
 
 -- What a plan has room for --------------------------------------------------------------------------------------------------------
--- max_leads, max_projects and max_campaigns of the plan, or of subscriptions.metadata.custom_limits. A plan that names none, and -1, limit
--- nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the last place.
+-- max_users, max_leads, max_projects, max_campaigns and max_stores of the plan, or of subscriptions.metadata.custom_limits. A plan that
+-- names none, and -1, limit nothing; what is archived takes no room. Counted behind a lock, so that two at once do not both take the
+-- last place.
 
 create function private.plan_limit(organization uuid, feature_key text) returns bigint
 language plpgsql stable security definer set search_path = '' as $$
@@ -333,28 +441,26 @@ end
 $$;
 comment on function private.plan_limit(uuid, text) is 'How many of something an organization''s plan has room for; null is no limit.';
 
-create function private.check_limit(organization uuid, counted text) returns void
-language plpgsql volatile security definer set search_path = '' as $$
-declare
-  allowed bigint := private.plan_limit(organization, 'max_' || counted);
-  used    bigint;
+create function private.count_standing(organization uuid, counted text, at_most bigint) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
 begin
-  if allowed is null then
-    return;
-  end if;
-  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
-  -- One more than there may be is enough to know.
-  used := case counted
+  return case counted
+    when 'users' then (
+      select count(*)
+      from (
+        select from public.profiles as member where member.organization_id = organization and member.status <> 'archived' limit at_most
+      ) as some_of_them
+    )
     when 'leads' then (
       select count(*)
       from (
-        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit allowed + 1
+        select from public.leads as lead where lead.organization_id = organization and lead.archived_at is null limit at_most
       ) as some_of_them
     )
     when 'projects' then (
       select count(*)
       from (
-        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit allowed + 1
+        select from public.projects as project where project.organization_id = organization and project.status <> 'archived' limit at_most
       ) as some_of_them
     )
     when 'campaigns' then (
@@ -363,35 +469,59 @@ begin
         select
         from public.campaigns as campaign
         where campaign.organization_id = organization and campaign.status <> 'archived'
-        limit allowed + 1
+        limit at_most
       ) as some_of_them
     )
+    when 'stores' then (
+      select count(*)
+      from (select from public.stores as store where store.organization_id = organization limit at_most) as some_of_them
+    )
   end;
-  if used > allowed then
+end
+$$;
+comment on function private.count_standing(uuid, text, bigint) is
+  'How many users, leads, projects, campaigns or stores an organization has now; counting stops at so many, null counts them all.';
+
+create function private.check_limit(organization uuid, counted text) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  allowed bigint := private.plan_limit(organization, 'max_' || counted);
+begin
+  if allowed is null then
+    return;
+  end if;
+  perform pg_advisory_xact_lock(hashtextextended('trunkline.plan_limit ' || organization::text, 0));
+  -- One more than there may be is enough to know.
+  if private.count_standing(organization, counted, allowed + 1) > allowed then
     perform private.raise_error(402, 'quota_exhausted', format('The plan has room for %s %s', allowed, counted));
   end if;
 end
 $$;
 comment on function private.check_limit(uuid, text) is
-  'Ends the request with 402 when an organization has more leads, projects or campaigns than its plan has room for.';
+  'Ends the request with 402 when an organization has more users, leads, projects, campaigns or stores than its plan has room for.';
 
 create function private.enforce_limit() returns trigger
 language plpgsql security definer set search_path = '' as $$
 declare
   tenant uuid;
+  counted constant text := case tg_table_name when 'profiles' then 'users' else tg_table_name end;
 begin
   if tg_level = 'ROW' then
-    perform private.check_limit(new.organization_id, tg_table_name);
+    perform private.check_limit(new.organization_id, counted);
     return null;
   end if;
-  for tenant in select distinct added.organization_id from added order by added.organization_id loop
-    perform private.check_limit(tenant, tg_table_name);
+  for tenant in
+    select distinct added.organization_id from added where added.organization_id is not null order by added.organization_id
+  loop
+    perform private.check_limit(tenant, counted);
   end loop;
   return null;
 end
 $$;
 comment on function private.enforce_limit() is 'Trigger: what is added, or taken out of the archive, fits into the plan.';
-revoke execute on function private.plan_limit(uuid, text), private.check_limit(uuid, text), private.enforce_limit() from public;
+revoke execute on function
+  private.plan_limit(uuid, text), private.count_standing(uuid, text, bigint), private.check_limit(uuid, text), private.enforce_limit()
+from public;
 
 create trigger enforce_limit after insert on public.leads
   referencing new table as added for each statement execute function private.enforce_limit();
@@ -405,6 +535,17 @@ create trigger enforce_limit after insert on public.campaigns
   referencing new table as added for each statement execute function private.enforce_limit();
 create trigger enforce_limit_again after update of status on public.campaigns
   for each row when (old.status = 'archived' and new.status <> 'archived') execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.stores
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit after insert on public.profiles
+  referencing new table as added for each statement execute function private.enforce_limit();
+create trigger enforce_limit_again after update of organization_id, status on public.profiles
+  for each row
+  when (
+    new.organization_id is not null and new.status <> 'archived'
+    and (old.organization_id is distinct from new.organization_id or old.status = 'archived')
+  )
+  execute function private.enforce_limit();
 
 
 -- Usage ---------------------------------------------------------------------------------------------------------------------------
@@ -491,13 +632,14 @@ comment on column public.usage_days.events is 'How many events they came in.';
 comment on column public.usage_days.prepaid is 'Of the units used, those that were charged to prepaid credit and are not billed.';
 
 create table private.usage_keys (
-  organization_id uuid not null references public.organizations (id) on delete restrict,
-  source          text not null,
-  key             text not null,
+  organization_id uuid not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
   body_hash       bytea,
   meter_key       text,
   occurred_at     timestamptz,
   quantity        bigint,
+  reported        bigint,
   constraint usage_keys_pkey primary key (organization_id, source, key)
 ) partition by hash (organization_id);
 
@@ -514,7 +656,8 @@ $$;
 select private.close_table('private.usage_keys');
 
 comment on table private.usage_keys is
-  'Every idempotency key ever counted, for ever: not split by time, since uniqueness would then depend on the event''s time.';
+  'Every idempotency key ever counted, for ever: not split by time, since uniqueness would then depend on the event''s time. Its '
+  'organization cannot go while its counters or its calls are there, which saves a look at it for every event.';
 comment on column private.usage_keys.source is
   'Who counted: `call` is the platform itself, anything else is an organization''s own system.';
 comment on column private.usage_keys.key is 'The event''s id in its source; for a call the attempt''s id.';
@@ -524,6 +667,8 @@ comment on column private.usage_keys.meter_key is 'What was counted, of a call i
 comment on column private.usage_keys.occurred_at is 'When it happened, which is where its event is found.';
 comment on column private.usage_keys.quantity is
   'What was counted under this key, with all that corrected it: never less than zero. Null for a correction itself.';
+comment on column private.usage_keys.reported is
+  'What was reported under this key, with all that corrected it, where its meter counts in pulses and that is another number.';
 
 create table private.usage_events (
   id              uuid not null default private.uuid_v7(),
@@ -536,8 +681,9 @@ create table private.usage_events (
   day             date not null,
   recorded_at     timestamptz not null,
   corrects        text,
+  value_hash      bytea,
   constraint usage_events_pkey primary key (occurred_at, id),
-  constraint usage_events_quantity_signed check (quantity > 0 or corrects is not null and quantity <> 0)
+  constraint usage_events_quantity_signed check (quantity >= 0 or corrects is not null)
 ) partition by range (occurred_at);
 
 select private.close_table('private.usage_events');
@@ -551,6 +697,8 @@ comment on column private.usage_events.corrects is
   'The key, in the same source, of the event whose quantity this one changes; only such an event may be negative. It counts on that '
   'event''s day.';
 comment on column private.usage_events.recorded_at is 'When it was counted, in business time.';
+comment on column private.usage_events.value_hash is
+  'First 16 bytes of the SHA-256 of its value, for a meter that counts different values: the value itself is nobody''s business here.';
 
 create function private.refuse_event_change() returns trigger
 language plpgsql set search_path = ''
@@ -570,6 +718,51 @@ create trigger usage_events_are_append_only before update or delete on private.u
   for each row execute function private.refuse_event_change();
 
 select private.ensure_partitions('private.usage_events', private.clock_now());
+
+create table private.usage_readings (
+  organization_id uuid not null,
+  meter_key       text not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
+  day             date not null,
+  occurred_at     timestamptz not null,
+  quantity        bigint not null,
+  value_hash      bytea,
+  constraint usage_readings_pkey primary key (organization_id, source, key),
+  constraint usage_readings_quantity_not_negative check (quantity >= 0)
+);
+
+create index idx_usage_readings_largest on private.usage_readings (organization_id, meter_key, day, quantity) where value_hash is null;
+create index idx_usage_readings_latest on private.usage_readings (organization_id, meter_key, day, occurred_at, source, key)
+  where value_hash is null;
+create index idx_usage_readings_value on private.usage_readings (organization_id, meter_key, value_hash, day)
+  where value_hash is not null and quantity > 0;
+select private.close_table('private.usage_readings');
+
+comment on table private.usage_readings is
+  'The events of meters that are not sums, as corrections left them: the largest, the latest and the different ones of a day are found '
+  'here. Written under the lock of the period''s counter.';
+comment on column private.usage_readings.day is 'The local day on which it counts.';
+comment on column private.usage_readings.quantity is 'Its quantity with all that corrected it; a value that was taken back is 0.';
+comment on column private.usage_readings.value_hash is 'As in its event; null where quantities are compared.';
+
+create table private.usage_seals (
+  organization_id uuid not null,
+  meter_key       text not null,
+  day             date not null,
+  quantity        bigint not null,
+  events          bigint not null,
+  constraint usage_seals_pkey primary key (organization_id, meter_key, day),
+  constraint usage_seals_events_positive check (events > 0)
+);
+
+select private.close_table('private.usage_seals');
+
+comment on table private.usage_seals is
+  'What the events of months past their retention came to, by day: written by the transaction that drops them, so that keys, days and '
+  'counters can be compared with it for ever.';
+comment on column private.usage_seals.quantity is 'The sum of their quantities, corrections with their sign.';
+comment on column private.usage_seals.events is 'How many they were.';
 
 
 -- Prepaid credit ------------------------------------------------------------------------------------------------------------------

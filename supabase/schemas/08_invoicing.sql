@@ -168,12 +168,13 @@ create table public.invoices (
   metadata          jsonb not null default '{}',
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
+  past_due_at       timestamptz,
   constraint invoices_tenant_key unique (organization_id, id),
   constraint invoices_number_key unique (invoice_number),
   constraint invoices_period_key unique (subscription_id, kind, period_start),
   constraint invoices_subscription_fkey foreign key (organization_id, subscription_id)
     references public.subscriptions (organization_id, id) on delete restrict,
-  constraint invoices_kind_known check (kind in ('period')),
+  constraint invoices_kind_known check (kind in ('period', 'advance', 'change')),
   constraint invoices_number_format check (invoice_number ~ '^IN[A-V]-[0-9]{6}-[0-9]{5}$'),
   constraint invoices_numbered_once_open check ((status = 'draft') = (invoice_number is null)),
   constraint invoices_dated_once_open check (
@@ -207,7 +208,9 @@ create policy "Members who may see billing see the invoices" on public.invoices
 
 comment on table public.invoices is
   'One bill. From open on it is a fiscal document: numbered, adding up, and changed by its payment alone.';
-comment on column public.invoices.kind is 'period: what one billing period of a subscription cost. A period is billed once.';
+comment on column public.invoices.kind is
+  'period: what one billing period of a subscription cost, and in advance the next one''s base price. advance: the first base price of a '
+  'subscription that is billed in advance. change: what changing the plan within a period costs. Each is billed once.';
 comment on column public.invoices.invoice_number is
   'INV-YYYYMM-NNNNN, given when the invoice becomes open; 16 characters at most, as India''s Rule 46 has it.';
 comment on column public.invoices.timezone is 'The zone in which the period''s days are read.';
@@ -219,6 +222,7 @@ comment on column public.invoices.amount_paid_minor is 'Sum of the payments that
 comment on column public.invoices.credited_minor is 'Sum of the credit notes issued against it. What is due is the total less both.';
 comment on column public.invoices.issuer is 'Our particulars as they were.';
 comment on column public.invoices.customer is 'The organization''s particulars as they were.';
+comment on column public.invoices.past_due_at is 'Since when it is overdue, as the schedule found it and told.';
 comment on column public.invoices.irn is 'Invoice reference number of India''s e-invoice portal, when it was registered there.';
 
 create table public.invoice_lines (
@@ -234,13 +238,18 @@ create table public.invoice_lines (
   unit_price_minor bigint not null,
   price_units      bigint not null default 1,
   amount_minor     bigint not null,
+  first_day        date,
+  last_day         date,
   constraint invoice_lines_tenant_key unique (organization_id, id),
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_lines_kind_known check (kind in ('base', 'included', 'overage', 'adjustment')),
+  constraint invoice_lines_kind_known check (
+    kind in ('base', 'included', 'overage', 'fee', 'commitment', 'adjustment', 'credit', 'charge', 'item')
+  ),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
-  constraint invoice_lines_price_units_positive check (price_units > 0)
+  constraint invoice_lines_price_units_positive check (price_units > 0),
+  constraint invoice_lines_days_ordered check (first_day <= last_day)
 );
 
 create index idx_invoice_lines_meter on public.invoice_lines (meter_key) where meter_key is not null;
@@ -254,10 +263,13 @@ create policy "Members who may see billing see the invoices' lines" on public.in
 
 comment on table public.invoice_lines is
   'What an invoice charges for, line by line; the one place where an amount is rounded, half away from zero.';
-comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; adjustment: what a period that was billed '
+comment on column public.invoice_lines.kind is 'base: the plan; included: used within the allowance, amount 0; overage: used beyond it; fee: the flat fee of a tier; '
+  'commitment: what is missing to the minimum; credit and charge: the rest of a period on the plan that was left, given back, and on the one '
+  'that was taken; item: something of its own; adjustment: what a period that was billed '
   'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
-comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of an adjustment the difference of two such amounts, so that a period costs '
+comment on column public.invoice_lines.first_day is 'The first day that it is for, where that is not the invoice''s.';
+comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of packages, by started ones; of a part of a period, its part; of an adjustment the difference of two such amounts, so that a period costs '
   'the same however late its usage comes.';
 
 create table public.invoice_taxes (
@@ -317,6 +329,115 @@ comment on column private.usage_adjustments.period_start is 'The period that the
 comment on column private.usage_adjustments.settled_at is 'When the difference was settled; null while an invoice has still to.';
 comment on column private.usage_adjustments.invoice_line_id is 'The line that billed it; null also where the difference cost nothing.';
 
+-- What waits for the next invoice -------------------------------------------------------------------------------------------------
+
+create table private.invoice_items (
+  id               uuid primary key default gen_random_uuid(),
+  organization_id  uuid not null,
+  subscription_id  uuid not null,
+  kind             text not null,
+  currency         text not null,
+  description      text not null,
+  quantity         bigint not null default 1,
+  unit             text not null,
+  unit_price_minor bigint not null,
+  price_units      bigint not null default 1,
+  amount_minor     bigint not null,
+  first_day        date,
+  last_day         date,
+  idempotency_key  text,
+  number           bigint generated always as identity,
+  created_at       timestamptz not null,
+  settled_at       timestamptz,
+  constraint invoice_items_subscription_fkey foreign key (organization_id, subscription_id)
+    references public.subscriptions (organization_id, id) on delete restrict,
+  constraint invoice_items_key unique (organization_id, idempotency_key),
+  constraint invoice_items_kind_known check (kind in ('base', 'credit', 'charge', 'item')),
+  constraint invoice_items_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint invoice_items_description_present check (btrim(description) <> ''),
+  constraint invoice_items_price_units_positive check (price_units > 0),
+  constraint invoice_items_days_ordered check (first_day <= last_day),
+  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end)
+);
+
+create index idx_invoice_items_open on private.invoice_items (organization_id, subscription_id) where settled_at is null;
+create index idx_invoice_items_subscription on private.invoice_items (organization_id, subscription_id);
+select private.close_table('private.invoice_items');
+
+comment on table private.invoice_items is
+  'What waits for the next invoice of a subscription and becomes a line of it, with the same id: the two sides of a plan that changed within '
+  'its period, and what an operator adds once. What an invoice would have to give back more than it charges waits for the next one.';
+comment on column private.invoice_items.number is 'Their order on the invoice.';
+comment on column private.invoice_items.idempotency_key is 'Whoever adds the same again under this key adds nothing.';
+comment on column private.invoice_items.settled_at is 'When an invoice took it; null while it waits.';
+
+create table private.billing_requests (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  key             text not null,
+  request         jsonb not null,
+  answer          jsonb not null,
+  created_at      timestamptz not null,
+  constraint billing_requests_pkey primary key (organization_id, key),
+  constraint billing_requests_key_length check (length(key) between 1 and 255)
+);
+select private.close_table('private.billing_requests');
+
+comment on table private.billing_requests is
+  'What users asked of their subscription under an Idempotency-Key, and what they were answered: for thirty days the same again is '
+  'answered the same and does nothing.';
+
+-- When somebody does not pay ------------------------------------------------------------------------------------------------------
+
+create table private.dunning_policy (
+  singleton                boolean primary key default true,
+  grace_days               integer not null default 0,
+  retry_days               integer[] not null default '{1,3,7}',
+  retry_time               time not null default '08:00',
+  mandate_limits           jsonb not null default '{"INR": 1500000}',
+  suspend_after_days       integer default 14,
+  uncollectible_after_days integer,
+  constraint dunning_policy_one_row check (singleton),
+  constraint dunning_policy_grace_range check (grace_days between 0 and 90),
+  constraint dunning_policy_retries_range check (
+    cardinality(retry_days) <= 3 and 1 <= all (retry_days) and 90 >= all (retry_days) and array_position(retry_days, null) is null
+  ),
+  constraint dunning_policy_retry_time_off_peak check (
+    retry_time < '10:00' or retry_time >= '13:00' and retry_time < '17:00' or retry_time >= '21:30'
+  ),
+  constraint dunning_policy_limits_object check (jsonb_typeof(mandate_limits) = 'object'),
+  constraint dunning_policy_suspend_range check (suspend_after_days between 0 and 365),
+  constraint dunning_policy_uncollectible_range check (uncollectible_after_days between 1 and 3650)
+);
+select private.close_table('private.dunning_policy');
+insert into private.dunning_policy (singleton) values (true) on conflict do nothing;
+
+comment on table private.dunning_policy is 'What happens to an invoice that is not paid, and when: one row, the operator''s to change.';
+comment on column private.dunning_policy.grace_days is 'Days after the due date before an invoice counts as overdue.';
+comment on column private.dunning_policy.retry_days is
+  'On which days after that another payment is asked for: three at most, as a mandate allows, and a day''s notice before the first.';
+comment on column private.dunning_policy.retry_time is
+  'At which time of the issuer''s day; outside the hours in which UPI takes no automatic payments (10:00 to 13:00, 17:00 to 21:30).';
+comment on column private.dunning_policy.mandate_limits is
+  'By currency, up to which amount in the minor unit a mandate pays without its holder; above it, and without a mandate, a payment link is sent.';
+comment on column private.dunning_policy.suspend_after_days is 'After how many overdue days the subscription is suspended; null is never.';
+comment on column private.dunning_policy.uncollectible_after_days is 'After how many overdue days the invoice is given up; null is never.';
+
+create table private.payment_retries (
+  organization_id uuid not null,
+  invoice_id      uuid not null,
+  number          integer not null,
+  due_at          timestamptz not null,
+  told_at         timestamptz,
+  constraint payment_retries_pkey primary key (organization_id, invoice_id, number),
+  constraint payment_retries_invoice_fkey foreign key (organization_id, invoice_id)
+    references public.invoices (organization_id, id) on delete restrict
+);
+create index idx_payment_retries_due on private.payment_retries (due_at) where told_at is null;
+select private.close_table('private.payment_retries');
+
+comment on table private.payment_retries is 'When an overdue invoice asks for another payment, and whether it did.';
+comment on column private.payment_retries.told_at is 'When `invoice.payment_due` said so to whoever collects; also set once nothing is due any more.';
+
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
 create function private.invoice_number(month text, number integer) returns text
@@ -370,7 +491,7 @@ language plpgsql set search_path = ''
 as $$
 declare
   payment constant text[] := array[
-    'status', 'amount_paid_minor', 'credited_minor', 'paid_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
+    'status', 'amount_paid_minor', 'credited_minor', 'paid_at', 'past_due_at', 'irn', 'ack_no', 'signed_qr', 'metadata', 'updated_at'
   ];
 begin
   if tg_op = 'DELETE' then

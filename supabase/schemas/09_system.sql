@@ -3,6 +3,50 @@
 
 -- webhook_events ------------------------------------------------------------------------------------------------------------------
 
+create function private.person_keys(variadic texts text[]) returns text[]
+language plpgsql immutable parallel safe cost 1000 set search_path = '' set jit = off as $$
+declare
+  written constant text := lower(array_to_string(texts, E'\n'));
+  numbers constant text[] := array(
+    select distinct run.match[1] from regexp_matches(written, '[0-9](?:[ ().-]{0,2}[0-9]){6,}', 'g') as run (match)
+  );
+  number  text;
+  keys    text[] := '{}'::text[];
+begin
+  foreach number in array numbers loop
+    if number !~ '[ ().-]' then
+      keys := keys || right(number, 10);
+    elsif length(number) > 1000 then
+      -- No person writes so; whoever looks for one looks here too.
+      keys := keys || '*'::text;
+    else
+      -- A number may begin and end with any of the pieces, and what has more than ten digits is known by the last ten.
+      keys := keys || array(
+        select distinct right(joined.text, 10)
+        from (
+          select array_agg(piece.text) over (order by piece.place rows between 9 preceding and current row) as latest
+          from regexp_split_to_table(number, '[ ().-]+') with ordinality as piece (text, place)
+        ) as pieces
+        cross join generate_subscripts(pieces.latest, 1) as beginning
+        cross join array_to_string(pieces.latest[beginning:], '') as joined (text)
+        where length(joined.text) >= 7
+      );
+    end if;
+  end loop;
+  if written ~ '@|%40' then
+    keys := keys || array(
+      select distinct address.match[1] || '@' || rtrim(address.match[2], '.-')
+      from regexp_matches(written, '([a-z0-9._+-]*)(?:@|%40)([a-z0-9.-]*)', 'g') as address (match)
+    );
+  end if;
+  return keys;
+end
+$$;
+comment on function private.person_keys(text[]) is
+  'What may be a phone number or an address in texts: the last ten digits of whatever reads as a number, and addresses in lower case. Of a number or an '
+  'address itself it gives the key by which every text that private.phone_pattern() or private.email_pattern() would find is found by an index; * is in texts that are too odd to say.';
+revoke execute on function private.person_keys(text[]) from public;
+
 create table private.webhook_events (
   id              uuid not null default private.uuid_v7(),
   received_at     timestamptz not null,
@@ -28,6 +72,9 @@ create index idx_webhook_events_failed on private.webhook_events (next_try_at) w
 create index idx_webhook_events_agent_orphans on private.webhook_events (source_id, (payload ->> 'agent_call_id'))
   where status = 'orphan' and payload_type = 'agent';
 create index idx_webhook_events_late_orphans on private.webhook_events (received_at) where status = 'orphan' and payload_type = 'agent';
+-- Nothing is in it that the row does not say itself: who is erased from the row is gone from here.
+create index idx_webhook_events_people on private.webhook_events
+  using gin (private.person_keys(body, payload::text, headers::text, error)) with (fastupdate = off);
 select private.close_table('private.webhook_events');
 comment on table private.webhook_events is
   'Every verified event from outside as it came, and what became of it. By month of received_at, so that old months can be dropped.';
@@ -125,14 +172,16 @@ create table private.outbox (
   last_error      text,
   object          text,
   sequence        bigint check (sequence > 0),
-  unique (topic, key)
+  unique (organization_id, topic, key)
 );
 create index idx_outbox_organization_id on private.outbox (organization_id, id) where dispatched_at is null;
 create index idx_outbox_waiting on private.outbox (organization_id, id) where dispatched_at is null and sequence is not null;
 create index idx_outbox_told on private.outbox (organization_id, created_at, id) where sequence is not null;
+create index idx_outbox_created_at on private.outbox (created_at);
 select private.close_table('private.outbox');
 comment on table private.outbox is
-  'What happened and is to be told, written in the transaction in which it happened; one row a topic and key, so that nothing is told twice.';
+  'What happened and is to be told, written in the transaction in which it happened; one row an organization, topic and key, so that nothing is told twice.';
+comment on column private.outbox.payload is 'Empty once retention has taken it; the row stays on as the key of what was told.';
 comment on column private.outbox.created_at is 'Business time.';
 comment on column private.outbox.dispatched_at is 'When it was handed to the organization''s endpoints, one delivery each; at once where there were none.';
 comment on column private.outbox.object is 'What it is about, as call:<id>; null for what is told to nobody outside.';
@@ -167,7 +216,8 @@ values
   ('call.started', 'The carrier has taken a call, or one came in.'),
   ('call.answered', 'Somebody, or a machine, picked up.'),
   ('call.ended', 'A call is over, and how.'),
-  ('call.analyzed', 'What the voice agent made of a call is there.'),
+  ('call.updated', 'What call.ended said of a call was corrected.'),
+  ('call.analyzed', 'What the voice agent made of a call is there, or is better than before.'),
   ('lead.created', 'There is a new lead.'),
   ('lead.opted_out', 'A lead is not to be called any more.'),
   ('campaign.started', 'A campaign begins to call.'),
@@ -214,6 +264,7 @@ create table public.webhook_endpoints (
   created_by      uuid,
   created_at      timestamptz not null default private.clock_now(),
   updated_at      timestamptz not null default private.clock_now(),
+  is_slow         boolean not null default false,
   unique (organization_id, id),
   foreign key (organization_id, created_by) references public.profiles (organization_id, id) on delete set null (created_by),
   check (enabled = (disabled_reason is null) and enabled = (disabled_at is null))
@@ -233,6 +284,7 @@ comment on table public.webhook_endpoints is 'Where an organization''s own syste
 comment on column public.webhook_endpoints.events is 'What it listens to: topics, or a family as call.*; everything when empty.';
 comment on column public.webhook_endpoints.disabled_reason is 'user: switched off by hand; gone: it answered 410; failing: nothing reached it for days.';
 comment on column public.webhook_endpoints.failing_since is 'Since when nothing has reached it; null once something has.';
+comment on column public.webhook_endpoints.is_slow is 'It kept somebody waiting lately, so that it is delivered to from a queue of its own kind, and holds up nobody else.';
 
 create table private.webhook_endpoint_secrets (
   endpoint_id     uuid primary key,
@@ -273,6 +325,7 @@ create table public.event_deliveries (
 ) with (fillfactor = 80);
 create index idx_event_deliveries_log on public.event_deliveries (organization_id, endpoint_id, id desc);
 create index idx_event_deliveries_due on public.event_deliveries (endpoint_id, next_attempt_at, id) where status in ('pending', 'failed');
+create index idx_event_deliveries_created_at on public.event_deliveries (created_at);
 create index idx_event_deliveries_leased on public.event_deliveries (endpoint_id, lease_until) where lease_until is not null;
 
 revoke all on public.event_deliveries from anon, authenticated, service_role;
@@ -1040,6 +1093,19 @@ select private.close_table('private.erased_numbers');
 comment on table private.erased_numbers is
   'Numbers of erased persons, as a salted hash: suppressed for ever, and not known. Beside suppressions, which say the number itself.';
 
+create table private.erased_persons (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  key_hash        bytea not null check (length(key_hash) = 32),
+  erased_at       timestamptz not null,
+  primary key (organization_id, key_hash)
+);
+create index idx_erased_persons_erased_at on private.erased_persons (erased_at);
+select private.close_table('private.erased_persons');
+comment on table private.erased_persons is
+  'By what an erased person was known, as salted hashes: an event that waited on a queue meanwhile brings nobody back. Rows go after 90 days, when no queue '
+  'holds anything older.';
+comment on column private.erased_persons.key_hash is 'Of a key of private.person_keys(), or of a shop''s name for a customer.';
+
 create table private.personal_data (
   table_name  text not null,
   column_name text not null,
@@ -1080,9 +1146,14 @@ create table private.retention_rules (
 );
 select private.close_table('private.retention_rules');
 comment on table private.retention_rules is
-  'How long the rows of a table that is split by month are kept; the operator''s setting. Without a row, or with nulls, for ever.';
+  'How long the rows of a table are kept, of those that apply_retention() knows; the operator''s setting. Without a row, or with nulls, for ever.';
 comment on column private.retention_rules.strip_after is 'Age in business time at which strip_columns are emptied; rows that wait for a person keep them.';
 comment on column private.retention_rules.stripped_until is 'How far that has come; rows before it are not looked at again.';
-comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped.';
+comment on column private.retention_rules.keep_months is 'Whole months after which a month''s partition is dropped, or its rows are deleted.';
 insert into private.retention_rules (table_name, strip_after, strip_columns, keep_months)
-values ('private.webhook_events', '30 days', '{headers,body,payload}', 13);
+values
+  ('private.webhook_events', '30 days', '{headers,body,payload}', 13),
+  ('private.usage_events', null, '{}', 96),
+  -- Longer than the longest period of a plan: its events have keys of which there is one a period.
+  ('private.outbox', '90 days', '{payload}', 13),
+  ('public.event_deliveries', null, '{}', 3);

@@ -519,6 +519,7 @@ comment on function private.apply_payload(private.webhook_events, timestamptz) i
 create function private.store_event(request jsonb, told jsonb, at timestamptz) returns private.webhook_events
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
+  arrived constant timestamptz := private.to_business((request ->> 'received_at')::timestamptz);
   event   private.webhook_events;
   applied record;
 begin
@@ -542,6 +543,9 @@ begin
     else 'nothing'
   end;
 
+  if event.payload_type = 'agent' and event.payload #>> '{recording,path}' is not null then
+    perform private.hold_object(event.payload #>> '{recording,path}', at);
+  end if;
   -- The key decides, in the transaction of the effect: the second of two at once waits here for the first.
   insert into private.webhook_event_keys (source, source_id, dedupe_key, event_id, received_at)
   values (event.source, event.source_id, event.dedupe_key, event.id, at)
@@ -562,7 +566,19 @@ begin
     event.status := applied.result;
     event.error := coalesce(applied.error, case when applied.result = 'ignored' then told ->> 'note' end);
     event.organization_id := applied.organization_id;
-  exception when others then
+    if arrived is not null and private.was_erased(event, arrived) then
+      raise exception using errcode = 'ERASE';
+    end if;
+  exception when sqlstate 'ERASE' then
+    -- Whatever it did is undone: it waited on a queue while its person was erased, and says nothing any more.
+    event.status := 'ignored';
+    event.error := 'erased';
+    event.headers := null;
+    event.body := null;
+    event.payload := null;
+    insert into private.webhook_events select event.*;
+    return event;
+  when others then
     event.status := 'failed';
     event.error := sqlstate || ' ' || sqlerrm;
     event.next_try_at := now() + interval '1 minute';
@@ -630,7 +646,7 @@ $$;
 comment on function public.apply_event(jsonb) is
   '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
   '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several}. '
-  'A single event may stand at the top, a call as "call":{…}.';
+  'A single event may stand at the top, a call as "call":{…}. What waited on a queue says when it had come, "received_at".';
 
 
 -- sweep_events --------------------------------------------------------------------------------------------------------------------
@@ -659,13 +675,13 @@ begin
   ) as candidate;
 
   perform private.lock_attempts(
-    array(select distinct waiting.attempt_id from private.webhook_events as waiting where waiting.id = any (due) and waiting.status = 'failed')
+    array(select distinct waiting.attempt_id from private.webhook_events as waiting where waiting.id = any (due))
   );
   -- In the order in which they came, so that a ring is applied before the hang-up that followed it.
   for event in
     select waiting.*
     from private.webhook_events as waiting
-    where waiting.id = any (due) and waiting.status = 'failed'
+    where waiting.id = any (due)
     order by waiting.received_at, waiting.id
   loop
     begin

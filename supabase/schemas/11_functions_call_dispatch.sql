@@ -387,16 +387,15 @@ begin
     end if;
   end if;
 
+  if campaign.id is null and attempt.campaign_id is not null then
+    -- What the call costs is written on it, and it is locked before counters and wallets.
+    perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+  end if;
   perform private.meter_call(attempt, at);
   if attempt.dialled or attempt.direction = 'inbound' then
     perform private.emit(
       attempt.organization_id, 'call.ended', attempt.id::text,
-      jsonb_build_object(
-        'call_id', attempt.id, 'campaign_id', attempt.campaign_id, 'lead_id', attempt.lead_id, 'attempt_no', attempt.attempt_no,
-        'outcome', outcome, 'answered_at', attempt.answered_at, 'ended_at', attempt.ended_at, 'duration_seconds', attempt.duration,
-        'billed_seconds', attempt.bill_duration_seconds, 'lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at
-      ),
-      at
+      private.end_event(attempt) || jsonb_build_object('lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at), at
     );
   end if;
   -- A slot is free: whoever waits for it need not wait for the next minute.
@@ -419,7 +418,14 @@ create function private.campaign_completed(organization uuid, campaign_id uuid, 
 language plpgsql volatile security definer set search_path = '' as $$
 begin
   perform private.emit(
-    organization, 'campaign.completed', campaign_id::text, jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
+    organization, 'campaign.completed',
+    -- One that was restored completes once more.
+    case
+      when exists (select from private.outbox as told where told.topic = 'campaign.completed' and told.key = campaign_completed.campaign_id::text)
+      then private.key_at(campaign_id, at)
+      else campaign_id::text
+    end,
+    jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
   );
   perform private.audit(organization, 'campaign.completed', 'campaign', campaign_id, '{}', at);
 end
@@ -536,7 +542,26 @@ begin
     end if;
   end if;
   if amended.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+    if campaign.id is null and attempt.campaign_id is not null then
+      perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+    end if;
     perform private.meter_call(amended, at);
+  end if;
+  -- Of a call that was never made nothing was told. It was made after all.
+  if amended.dialled and not attempt.dialled and attempt.direction <> 'inbound' then
+    perform private.emit(
+      amended.organization_id, 'call.ended', amended.id::text,
+      private.end_event(amended) || (
+        select jsonb_build_object(
+          'lead_status', max(enrolled.status::text), 'next_attempt_at', max(waiting.next_retry_at) filter (where waiting.status = 'queued')
+        )
+        from public.campaign_leads as enrolled
+        left join public.call_queue as waiting on waiting.organization_id = amended.organization_id and waiting.id = amended.queue_id
+        where enrolled.organization_id = amended.organization_id and enrolled.campaign_id = amended.campaign_id
+          and enrolled.lead_id = amended.lead_id
+      ),
+      at
+    );
   end if;
   return true;
 end
@@ -732,6 +757,7 @@ begin
       and campaign.dialling_enabled
       and not private.is_broken(campaign.id, at)
       and private.dispatch_obstacle(campaign.organization_id, at) is null
+      and (campaign.credit_cap is null or private.campaign_credit_left(campaign) > 0)
       and campaign.max_concurrent_calls
         > coalesce((select sum(calls.number) from calls where calls.campaign_id = campaign.id), 0)
       and organization.max_concurrent_calls
@@ -937,6 +963,37 @@ end
 $$;
 comment on function private.judge_candidates(timestamptz, integer, uuid[], uuid) is
   'Locks due rows of campaigns that may dial, or of a sole one of them, about a budget of them and as many of each campaign, and judges each by every gate in order.';
+
+create function private.campaign_credit_left(campaign public.campaigns) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  if campaign.credit_cap is null then
+    return null;
+  end if;
+  return campaign.credit_cap - campaign.credit_spent - (
+    select coalesce(sum(hold.credit_minor), 0)
+    from public.call_logs as log
+    join private.call_holds as hold on hold.attempt_id = log.id
+    where log.status <> 'ended' and log.organization_id = campaign.organization_id and log.campaign_id = campaign.id
+  );
+end
+$$;
+comment on function private.campaign_credit_left(public.campaigns) is
+  'What a campaign''s next calls may cost in prepaid credit, beside what is spent and what calls under way may still cost; null is without limit.';
+
+create function private.campaign_obstacle(campaign public.campaigns, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return case
+    when not campaign.dialling_enabled then 'campaign_disabled'
+    when private.is_broken(campaign.id, at) then 'circuit_open'
+    when private.campaign_credit_left(campaign) <= 0 then 'credit_cap'
+    else private.dispatch_obstacle(campaign.organization_id, at)
+  end;
+end
+$$;
+comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
+  'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
 
 create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
@@ -1287,12 +1344,15 @@ declare
   holding    record;
   waiting    uuid[];
   made       uuid[];
+  capped     uuid[];
+  kept       integer[];
   room       integer;
   moved      integer := 0;
   given      integer;
   tenant     record;
 begin
   perform private.lock_releases();
+  perform private.start_scheduled(at);
   perform private.check_breakers(at);
 
   -- An attempt whose message was lost is offered again, the same one.
@@ -1360,6 +1420,32 @@ begin
     limits := limits || holding.limits;
     holds := holds || holding.holds;
   end loop;
+
+  -- What the calls of a campaign may cost at most has to fit under its own cap, one after the other.
+  capped := array(
+    select summed.queue_id
+    from (
+      select
+        candidate.queue_id, candidate.campaign_id,
+        sum((holds[place]).credit_minor) over (partition by candidate.campaign_id order by place) as credit_minor
+      from generate_subscripts(granted, 1) as place
+      join unnest(able) as candidate on candidate.queue_id = granted[place]
+    ) as summed
+    join public.campaigns as campaign on campaign.id = summed.campaign_id and campaign.credit_cap is not null
+    where summed.credit_minor > private.campaign_credit_left(campaign)
+  );
+  if cardinality(capped) > 0 then
+    perform private.give_back_holds(
+      array(select holds[place] from generate_subscripts(granted, 1) as place where granted[place] = any (capped)), at
+    );
+    update public.call_queue as queue
+    set next_retry_at = private.whole_minute(at + interval '15 minutes'), wait_reason = 'credit_cap'
+    where queue.id = any (capped);
+    kept := array(select place from generate_subscripts(granted, 1) as place where granted[place] <> all (capped) order by place);
+    limits := array(select limits[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    holds := array(select holds[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    granted := array(select granted[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+  end if;
 
   with attempt as (
     insert into public.call_logs (
@@ -1475,7 +1561,8 @@ begin
         when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
         when not campaign.dialling_enabled then 'campaign_disabled'
-        when campaign.status <> 'running' then 'campaign_' || campaign.status
+        -- A single call is made whether its campaign runs or not.
+        when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
         when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
@@ -1779,9 +1866,7 @@ begin
   select described.* into campaign from public.campaigns as described where described.id = campaign_json.campaign_id;
   obstacle := case
     when campaign.status <> 'running' then 'campaign_' || campaign.status
-    when not campaign.dialling_enabled then 'campaign_disabled'
-    when private.is_broken(campaign.id, at) then 'circuit_open'
-    else private.dispatch_obstacle(campaign.organization_id, at)
+    else private.campaign_obstacle(campaign, at)
   end;
   select held.held_until into hold
   from private.dispatch_holds as held
@@ -1791,7 +1876,8 @@ begin
     'project_id', campaign.project_id, 'agent_id', campaign.agent_id, 'timezone', campaign.timezone,
     'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
     'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
-    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete,
+    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete, 'purpose', campaign.purpose,
+    'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
     'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
@@ -1919,6 +2005,8 @@ begin
     campaign.record_calls := coalesce((settings ->> field)::boolean, false);
     field := 'auto_complete';
     campaign.auto_complete := coalesce((settings ->> field)::boolean, true);
+    field := 'credit_cap';
+    campaign.credit_cap := (settings ->> field)::bigint;
   exception when data_exception then
     perform private.raise_error(422, 'invalid_setting', format('%L is not a value of %s', settings ->> field, field), field);
   end;
@@ -1931,15 +2019,28 @@ begin
   if campaign.start_date > campaign.end_date then
     perform private.raise_error(422, 'invalid_setting', 'end_date is not before start_date', 'end_date');
   end if;
+  campaign.purpose := coalesce(settings ->> 'purpose', 'service');
+  if campaign.purpose not in ('service', 'promotional') then
+    perform private.raise_error(422, 'invalid_setting', 'purpose is service or promotional', 'purpose');
+  end if;
+  -- What they may be, the table's own trigger says.
+  campaign.retry_rules := coalesce(nullif(settings -> 'retry_rules', 'null'), '{}');
+  if jsonb_typeof(campaign.retry_rules) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'retry_rules is an object', 'retry_rules');
+  end if;
+  if campaign.credit_cap <= 0 then
+    perform private.raise_error(422, 'invalid_setting', 'credit_cap is above 0', 'credit_cap');
+  end if;
 
   insert into public.campaigns (
     organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
-    max_attempts, agent_id, record_calls, auto_complete, created_by, created_at, updated_at
+    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, created_by, created_at, updated_at
   )
   values (
     organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
     campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
-    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, me, at, at
+    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, campaign.purpose, campaign.retry_rules,
+    campaign.credit_cap, me, at, at
   )
   returning * into campaign;
   enrolled := private.enrol_leads(campaign, me, at);
@@ -1979,21 +2080,13 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.create_campaign(text, uuid, jsonb) is
   'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
-  'agent_id, auto_complete, description. Needs campaign.edit; returns the campaign as get_campaign() does.';
+  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap. Needs campaign.edit; returns the campaign as get_campaign() does.';
 
-create function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+create function private.check_startable(campaign public.campaigns, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
 declare
-  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
-  obstacle text;
-  queued   integer;
+  obstacle constant text := private.dispatch_obstacle(campaign.organization_id, at);
 begin
-  if campaign.status not in ('draft', 'scheduled') then
-    perform private.raise_error(
-      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
-    );
-  end if;
-  obstacle := private.dispatch_obstacle(campaign.organization_id, at);
   if obstacle = 'subscription_inactive' then
     perform private.raise_error(402, obstacle, 'The organization has no active subscription');
   elsif obstacle in ('no_caller_number', 'account_disabled') then
@@ -2008,30 +2101,118 @@ begin
       422, 'window_never_opens', 'Nothing is left of the calling window between 09:00 and 21:00 and the campaign''s dates', 'time_start'
     );
   end if;
+end
+$$;
+comment on function private.check_startable(public.campaigns, timestamptz) is
+  'Refuses a campaign that could call nobody whatever its leads are.';
+
+create function private.queue_campaign(campaign public.campaigns, at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queued integer;
+begin
   if campaign.total_enrolled = 0 then
     perform private.enrol_leads(campaign, private.acting_user_id(), at);
   end if;
-
   insert into public.call_queue (organization_id, campaign_id, lead_id, next_retry_at, max_attempts, created_at, updated_at)
   select member.organization_id, member.campaign_id, member.lead_id, at, campaign.max_attempts, at, at
   from public.campaign_leads as member
   where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled'
   on conflict do nothing;
-  get diagnostics queued = row_count;
-  if queued = 0 then
-    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
-  end if;
   update public.campaign_leads as member
   set status = 'queued'
   where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled';
+  -- With those that a restored campaign had left, or that it queued when it was scheduled.
+  select count(*) into queued
+  from public.call_queue as queue
+  where queue.organization_id = campaign.organization_id and queue.campaign_id = campaign.id and queue.status = 'queued';
+  if queued = 0 then
+    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
+  end if;
+  return queued;
+end
+$$;
+comment on function private.queue_campaign(public.campaigns, timestamptz) is
+  'Queues every enrolled lead of a locked campaign; returns how many wait, and refuses when nobody does.';
+
+create function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status not in ('draft', 'scheduled') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
+    );
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
   update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
-  perform private.audit(
-    campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at
-  );
+  perform private.audit(campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at);
   return private.campaign_json(campaign.id, at);
 end
 $$;
 comment on function private.start_campaign(uuid, timestamptz) is 'Queues every enrolled lead and lets the campaign run.';
+
+create function private.schedule_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status <> 'draft' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be scheduled', campaign.status), 'status'
+    );
+  end if;
+  if campaign.start_date is null or campaign.start_date <= (at at time zone campaign.timezone)::date then
+    perform private.raise_error(422, 'invalid_setting', 'A campaign is scheduled for a start_date that is to come', 'start_date');
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
+  update public.campaigns as mine set status = 'scheduled' where mine.id = campaign.id;
+  perform private.audit(
+    campaign.organization_id, 'campaign.scheduled', 'campaign', campaign.id,
+    jsonb_build_object('queued', queued, 'start_date', campaign.start_date), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.schedule_campaign(uuid, timestamptz) is
+  'Queues every enrolled lead now, so that the campaign need only be let run on its start date.';
+
+create function public.schedule_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.schedule_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.schedule_campaign(uuid) is
+  'Lets a draft start by itself on its start_date, in its own time zone; 409 when it is no draft, else refused as start_campaign() is. Needs campaign.run.';
+
+create function private.start_scheduled(at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns;
+  started  integer := 0;
+begin
+  for campaign in
+    select due.*
+    from public.campaigns as due
+    where due.status = 'scheduled' and due.start_date <= (at at time zone due.timezone)::date
+    order by due.id
+    for no key update skip locked
+  loop
+    update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('start_date', campaign.start_date), at
+    );
+    started := started + 1;
+  end loop;
+  return started;
+end
+$$;
+comment on function private.start_scheduled(timestamptz) is
+  'Lets scheduled campaigns run whose start date has come; what stands in their way is told as of any that runs. Part of every release.';
 
 create function public.start_campaign(campaign_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -2216,19 +2397,59 @@ comment on function public.archive_campaign(uuid) is 'Archives a campaign that i
 create function private.restore_campaign(campaign_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
-  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  reopened     integer;
 begin
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = organization and queue.campaign_id = restore_campaign.campaign_id and queue.status = 'failed'
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = restore_campaign.campaign_id and member.status = 'skipped'
+  order by member.id
+  for no key update;
+  campaign := private.claim_campaign(campaign_id, 'campaign.run');
   if campaign.status <> 'archived' then
     perform private.raise_error(
       409, 'invalid_transition', format('A campaign that is %s cannot be restored', campaign.status), 'status'
     );
   end if;
-  update public.campaigns as mine set status = 'draft', archived_at = null where mine.id = campaign.id;
-  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, '{}', at);
+  -- Whom nothing but the campaign's end took out is open again; who was called, failed or must not be called stays so.
+  update public.call_queue as queue
+  set status = 'queued', next_retry_at = at, last_error = null
+  from public.campaign_leads as member
+  where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'failed'
+    and member.organization_id = organization and member.campaign_id = campaign.id and member.lead_id = queue.lead_id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  update public.campaign_leads as member
+  set
+    skip_reason = null,
+    status = case
+      when exists (
+        select
+        from public.call_queue as queue
+        where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.lead_id = member.lead_id
+      )
+      then 'queued'
+      else 'enrolled'
+    end::public.campaign_lead_status
+  where member.organization_id = organization and member.campaign_id = campaign.id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  get diagnostics reopened = row_count;
+  update public.campaigns as mine
+  set
+    status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
+    open_leads = mine.open_leads + reopened
+  where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
   return private.campaign_json(campaign.id, at);
 end
 $$;
-comment on function private.restore_campaign(uuid, timestamptz) is 'Makes an archived campaign a draft again; who was called stays called.';
+comment on function private.restore_campaign(uuid, timestamptz) is
+  'Makes an archived campaign a draft again: who was still waiting when it ended is open again, who was called stays called.';
 
 create function public.restore_campaign(campaign_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -2250,11 +2471,7 @@ begin
     -- It is started, judged and held for as start does and a release after it, and then none of it has been.
     perform private.start_campaign(campaign_id, at);
     select mine.* into campaign from public.campaigns as mine where mine.id = preview_campaign.campaign_id;
-    obstacle := case
-      when not campaign.dialling_enabled then 'campaign_disabled'
-      when private.is_broken(campaign.id, at) then 'circuit_open'
-      else private.dispatch_obstacle(campaign.organization_id, at)
-    end;
+    obstacle := private.campaign_obstacle(campaign, at);
     for round in 1..5 loop
       candidates := private.judge_candidates(
         at, 2000, array(select candidate.queue_id from unnest(judged) as candidate), campaign.id
@@ -2330,6 +2547,219 @@ comment on function public.preview_campaign(uuid) is
 
 -- What a user does with a call ----------------------------------------------------------------------------------------------------
 
+create function private.refuse_call(reason text, due timestamptz) returns void
+language plpgsql stable set search_path = '' as $$
+begin
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'call_refused',
+      'message', format('The call may not be made: %s', replace(reason, '_', ' ')),
+      'details', json_build_object('field', 'lead_id', 'reason', reason, 'next_at', due)::text,
+      'hint', null
+    )::text,
+    detail = json_build_object('status', 422, 'headers', json_build_object())::text;
+end
+$$;
+comment on function private.refuse_call(text, timestamptz) is
+  'Ends the request with 422 call_refused: details name the gate as the reason, and when it opens if it does.';
+
+create function private.judge_lead(campaign_id uuid, lead_id uuid, at timestamptz) returns private.candidate
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  row_id    uuid;
+  candidate private.candidate;
+begin
+  begin
+    -- The lead is put in front of the campaign's queue, judged as any of it, and then none of that has been.
+    insert into public.call_queue as queue (organization_id, campaign_id, lead_id, next_retry_at, dial_class, priority, created_at, updated_at)
+    select campaign.organization_id, campaign.id, judge_lead.lead_id, '-infinity', 2, 9, at, at
+    from public.campaigns as campaign
+    where campaign.id = judge_lead.campaign_id
+    on conflict on constraint call_queue_organization_id_campaign_id_lead_id_key do update
+    set status = 'queued', next_retry_at = '-infinity', dial_class = 2, priority = 9
+    where queue.status <> 'processing'
+    returning queue.id into row_id;
+    update public.campaigns as campaign set status = 'running' where campaign.id = judge_lead.campaign_id and campaign.status <> 'running';
+    select judged.* into candidate
+    from unnest(private.judge_candidates(at, 1, array[]::uuid[], campaign_id)) as judged
+    where judged.queue_id = row_id;
+    raise exception using errcode = 'TL001';
+  exception when sqlstate 'TL001' then
+    null;
+  end;
+  return candidate;
+end
+$$;
+comment on function private.judge_lead(uuid, uuid, timestamptz) is
+  'A lead as a release would judge it now for a campaign that runs, whether it is enrolled or not; null when it is being called, or when its '
+  'campaign or organization has no place for another call. Writes nothing.';
+
+create function private.place_call(campaign_id uuid, lead_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  candidate    private.candidate;
+  chosen       private.candidate[];
+  obstacle     text;
+  holding      record;
+  attempt      public.call_logs;
+begin
+  perform private.lock_releases();
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = place_call.campaign_id;
+  if campaign.id is null then
+    perform private.raise_error(404, 'campaign_not_found', 'There is no such campaign', 'campaign_id');
+  end if;
+  if not exists (select from public.leads as mine where mine.organization_id = organization and mine.id = place_call.lead_id) then
+    perform private.raise_error(404, 'lead_not_found', 'There is no such lead', 'lead_id');
+  end if;
+  if campaign.status not in ('draft', 'scheduled', 'running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'campaign_id'
+    );
+  end if;
+  perform private.check_breakers(at);
+  obstacle := private.campaign_obstacle(campaign, at);
+  if obstacle = 'subscription_inactive' then
+    perform private.raise_error(402, obstacle, 'The organization has no active subscription');
+  elsif obstacle is not null then
+    perform private.refuse_call(obstacle, null);
+  end if;
+
+  candidate := private.judge_lead(campaign.id, lead_id, at);
+  if candidate.queue_id is null then
+    perform private.refuse_call('capacity', null);
+  elsif candidate.verdict is not null then
+    perform private.refuse_call(candidate.verdict, candidate.due);
+  end if;
+  chosen := private.choose_candidates(array[candidate], 1, at);
+  if cardinality(chosen) = 0 then
+    perform private.refuse_call('capacity', null);
+  end if;
+  holding := private.hold_calls(organization, array[candidate.max_call_seconds], at);
+  if cardinality(holding.limits) = 0 then
+    perform private.refuse_call(holding.reason, null);
+  end if;
+  if (holding.holds[1]).credit_minor > private.campaign_credit_left(campaign) then
+    perform private.refuse_call('credit_cap', null);
+  end if;
+
+  -- Of no queue: how it ends is nothing to the campaign's leads and counters.
+  insert into public.call_logs (
+    organization_id, campaign_id, lead_id, project_id, carrier_account_id, caller_number, callee_number, agent_id, record_call,
+    ring_timeout_seconds, time_limit_seconds, caller_id, created_at, lease_until, not_after
+  )
+  values (
+    organization, campaign.id, lead_id, candidate.project_id, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number,
+    candidate.agent_id, candidate.record_call, candidate.ring_timeout_seconds, holding.limits[1], private.acting_user_id(), at,
+    now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
+  )
+  on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
+  returning * into attempt;
+  if attempt.id is null then
+    perform private.refuse_call('number_in_call', null);
+  end if;
+  insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+  select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+  from unnest(holding.holds) as hold;
+  perform private.take_turns(array[attempt.id]);
+  perform private.write_evidence(array[attempt.id], at);
+  perform private.audit(
+    organization, 'call.placed', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', lead_id), at
+  );
+  return jsonb_build_object(
+    'attempt_id', attempt.id, 'organization_id', organization, 'campaign_id', campaign.id, 'lead_id', lead_id, 'status', attempt.status,
+    'from', attempt.caller_number, 'not_after', attempt.not_after
+  );
+end
+$$;
+comment on function private.place_call(uuid, uuid, timestamptz) is
+  'Makes one attempt at a lead as a campaign would, whether it runs or not, through every gate of a release; a refusal says which one.';
+
+create function public.place_call(campaign_id uuid, lead_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.place_call(campaign_id, lead_id, private.clock_now())
+$$;
+comment on function public.place_call(uuid, uuid) is
+  'One call to a lead with a campaign''s settings, to try it out: {"attempt_id","organization_id","campaign_id","lead_id","status","from","not_after"}. '
+  '422 call_refused names the gate; 402 without a subscription. Needs campaign.run.';
+
+create function private.retry_call(call_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  attempt      public.call_logs;
+  queue        public.call_queue;
+  campaign     public.campaigns;
+begin
+  select log.* into attempt from public.call_logs as log where log.organization_id = organization and log.id = retry_call.call_id;
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'call_id');
+  end if;
+  select waiting.* into queue
+  from public.call_queue as waiting
+  where waiting.organization_id = organization and waiting.id = attempt.queue_id
+  for no key update;
+  if queue.id is null or queue.status not in ('queued', 'failed') then
+    perform private.raise_error(
+      409, 'invalid_transition',
+      case queue.status
+        when 'completed' then 'The lead has been reached' when 'processing' then 'The lead is being called' else 'The call is of no campaign''s queue'
+      end,
+      'call_id'
+    );
+  end if;
+  if private.is_suppressed(organization, attempt.callee_number) or exists (
+    select
+    from public.leads as lead
+    where lead.organization_id = organization and lead.id = queue.lead_id and lead.do_not_call
+  ) then
+    perform private.refuse_call('opted_out', null);
+  end if;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id
+  for no key update;
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = queue.campaign_id
+  for no key update;
+  if campaign.status not in ('running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'status'
+    );
+  end if;
+  update public.call_queue as waiting
+  set
+    status = 'queued', next_retry_at = at, wait_reason = null, last_error = null, dial_class = greatest(waiting.dial_class, 1),
+    max_attempts = greatest(waiting.max_attempts, waiting.attempt_count + 1)
+  where waiting.id = queue.id;
+  update public.campaign_leads as member
+  set status = 'queued', skip_reason = null
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id;
+  update public.campaigns as mine
+  set open_leads = mine.open_leads + (queue.status = 'failed')::integer
+  where mine.id = campaign.id;
+  perform private.audit(
+    organization, 'call.retried', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', queue.lead_id), at
+  );
+  perform private.nudge('call-dispatch');
+  return jsonb_build_object('call_id', attempt.id, 'campaign_id', campaign.id, 'lead_id', queue.lead_id, 'status', 'queued', 'due_at', at);
+end
+$$;
+comment on function private.retry_call(uuid, timestamptz) is
+  'Puts the lead of a failed call back into its campaign''s queue for one more attempt, due now: gap, caps and window are the release''s to judge.';
+
+create function public.retry_call(call_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.retry_call(call_id, private.clock_now())
+$$;
+comment on function public.retry_call(uuid) is
+  'Calls the lead of a failed call again: {"call_id","campaign_id","lead_id","status","due_at"}; 409 when it was reached, is being called, or its '
+  'campaign is over. Needs campaign.run.';
+
 create function private.hang_up_call(call_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -2396,7 +2826,7 @@ revoke execute on function
   public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
-  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 from public, anon, authenticated, service_role;
 grant execute on function
   private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
@@ -2407,12 +2837,17 @@ grant execute on function
   private.get_campaign(uuid, timestamptz), private.create_campaign(text, uuid, jsonb, timestamptz),
   private.start_campaign(uuid, timestamptz), private.pause_campaign(uuid, timestamptz), private.resume_campaign(uuid, timestamptz),
   private.cancel_campaign(uuid, timestamptz), private.complete_campaign(uuid, timestamptz), private.archive_campaign(uuid, timestamptz),
-  private.restore_campaign(uuid, timestamptz), private.preview_campaign(uuid, timestamptz), private.get_dial_evidence(text, timestamptz),
+  private.restore_campaign(uuid, timestamptz), private.preview_campaign(uuid, timestamptz), private.schedule_campaign(uuid, timestamptz), private.get_dial_evidence(text, timestamptz),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
-  public.restore_campaign(uuid), public.preview_campaign(uuid), public.get_dial_evidence(text)
+  public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 to authenticated;
 
-revoke execute on function public.hang_up_call(uuid), public.open_hangup(jsonb) from public, anon, authenticated, service_role;
+revoke execute on function
+  public.hang_up_call(uuid), public.open_hangup(jsonb), public.place_call(uuid, uuid), public.retry_call(uuid)
+from public, anon, authenticated, service_role;
 grant execute on function private.open_hangup(jsonb), public.open_hangup(jsonb) to service_role;
-grant execute on function private.hang_up_call(uuid, timestamptz), public.hang_up_call(uuid) to authenticated;
+grant execute on function
+  private.hang_up_call(uuid, timestamptz), public.hang_up_call(uuid), private.place_call(uuid, uuid, timestamptz), public.place_call(uuid, uuid),
+  private.retry_call(uuid, timestamptz), public.retry_call(uuid)
+to authenticated;

@@ -8,10 +8,22 @@
 
 -- Periods -------------------------------------------------------------------------------------------------------------------------
 
-create function private.period_boundary(anchor_on date, cycle public.billing_cycle, period_no integer) returns date
-language sql immutable set search_path = ''
+create function private.cycle_months(cycle public.billing_cycle) returns integer
+language plpgsql immutable set search_path = ''
 as $$
-  select (anchor_on + make_interval(months => period_no * case cycle when 'yearly' then 12 else 1 end))::date
+begin
+  return case cycle when 'yearly' then 12 when 'quarterly' then 3 else 1 end;
+end
+$$;
+revoke all on function private.cycle_months(public.billing_cycle) from public;
+comment on function private.cycle_months(public.billing_cycle) is 'How many months a billing period has.';
+
+create function private.period_boundary(anchor_on date, cycle public.billing_cycle, period_no integer) returns date
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (anchor_on + make_interval(months => period_no * private.cycle_months(cycle)))::date;
+end
 $$;
 revoke all on function private.period_boundary(date, public.billing_cycle, integer) from public;
 comment on function private.period_boundary(date, public.billing_cycle, integer) is
@@ -102,6 +114,23 @@ revoke all on function private.meter_cap(public.plan_price_meters) from public;
 comment on function private.meter_cap(public.plan_price_meters) is
   'The units after which new use is refused; null when it never is: no limit, -1, a soft limit, or a price for what is beyond.';
 
+create function private.agreed_term(term public.plan_price_meters, subscription public.subscriptions) returns public.plan_price_meters
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  agreed jsonb := subscription.metadata #> array['custom_limits', term.meter_key];
+begin
+  if jsonb_typeof(agreed) = 'number' then
+    term.limit_units := greatest(floor(agreed::numeric), -1)::bigint;
+  end if;
+  return term;
+end
+$$;
+revoke all on function private.agreed_term(public.plan_price_meters, public.subscriptions) from public;
+comment on function private.agreed_term(public.plan_price_meters, public.subscriptions) is
+  'What a price says about a meter, with the limit that was agreed with one customer: subscriptions.metadata.custom_limits, by meter; -1 is '
+  'none.';
+
 create function private.reserve_usage(organization_id uuid, meter text, quantity bigint, at timestamptz) returns boolean
 language plpgsql security definer set search_path = ''
 as $$
@@ -131,12 +160,12 @@ begin
         and term.meter_key = 'call_seconds'
         and log.organization_id = reserve_usage.organization_id
         and log.period_start = period.period_start
-        and log.usage_count + log.reserved >= private.meter_cap(term)
+        and log.usage_count + log.reserved >= private.meter_cap(private.agreed_term(term, subscription))
     ) then
       return false;
     end if;
 
-    select private.meter_cap(term)
+    select private.meter_cap(private.agreed_term(term, subscription))
     into cap
     from public.plan_price_meters as term
     where term.plan_price_id = subscription.plan_price_id and term.meter_key = meter;
@@ -221,9 +250,196 @@ comment on function private.release_usage(uuid, text, bigint, timestamptz) is
 
 -- Counting ------------------------------------------------------------------------------------------------------------------------
 
+create function private.whole_pulses(quantity bigint, pulse bigint) returns bigint
+language sql immutable set search_path = ''
+as $$
+  select case when pulse > 1 then (quantity + pulse - 1) / pulse * pulse else quantity end
+$$;
+revoke all on function private.whole_pulses(bigint, bigint) from public;
+comment on function private.whole_pulses(bigint, bigint) is 'A quantity up to started pulses: 61 seconds are 120 in minutes. Not for less than nothing.';
+
+create function private.period_usage(organization_id uuid, meter text, from_day date, to_day date) returns bigint
+language plpgsql stable set search_path = ''
+as $$
+begin
+  case (select known.aggregation from public.meters as known where known.key = meter)
+    when 'max' then
+      return coalesce((
+        select max(total.quantity)
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id and total.meter_key = meter and total.day >= from_day and total.day < to_day
+      ), 0);
+    when 'latest' then
+      return coalesce((
+        select total.quantity
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id
+          and total.meter_key = meter
+          and total.day >= from_day and total.day < to_day
+          and total.events > 0
+        order by total.day desc
+        limit 1
+      ), 0);
+    when 'unique' then
+      return (
+        select count(distinct reading.value_hash)
+        from private.usage_readings as reading
+        where reading.organization_id = period_usage.organization_id
+          and reading.meter_key = meter
+          and reading.day >= from_day and reading.day < to_day
+          and reading.value_hash is not null
+          and reading.quantity > 0
+      );
+    else
+      return coalesce((
+        select sum(total.quantity)
+        from public.usage_days as total
+        where total.organization_id = period_usage.organization_id and total.meter_key = meter and total.day >= from_day and total.day < to_day
+      ), 0)::bigint;
+  end case;
+end
+$$;
+revoke all on function private.period_usage(uuid, text, date, date) from public;
+comment on function private.period_usage(uuid, text, date, date) is
+  'What a meter comes to from a day on until another, by its aggregation and from its days.';
+
+create function private.take_readings(
+  organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], corrected text[],
+  value_hashes bytea[], days date[], starts date[], ends date[]
+) returns table (meter text, day date, period_start date, on_day bigint, in_period bigint)
+language plpgsql set search_path = ''
+as $$
+#variable_conflict use_variable
+declare
+  place integer;
+  reading private.usage_readings;
+  was_on_day boolean;
+  was_in_period boolean;
+begin
+  for place in
+    select event.position
+    from unnest(meters) with ordinality as event (meter, position)
+    join public.meters as known on known.key = event.meter and known.aggregation in ('max', 'unique', 'latest')
+    order by event.position
+  loop
+    if corrected[place] is null then
+      reading := row(
+        organization_id, meters[place], sources[place], keys[place], days[place], occurred[place], quantities[place], value_hashes[place]
+      )::private.usage_readings;
+    else
+      select own.*
+      into strict reading
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id and own.source = sources[place] and own.key = corrected[place];
+    end if;
+    if reading.value_hash is not null then
+      select coalesce(bool_or(own.day = reading.day), false), count(*) > 0
+      into was_on_day, was_in_period
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id
+        and own.meter_key = reading.meter_key
+        and own.value_hash = reading.value_hash
+        and own.day >= starts[place] and own.day < ends[place]
+        and own.quantity > 0;
+    end if;
+
+    if corrected[place] is null then
+      insert into private.usage_readings select (reading).*;
+    else
+      update private.usage_readings as own
+      set quantity = own.quantity + quantities[place]
+      where own.organization_id = take_readings.organization_id and own.source = reading.source and own.key = reading.key;
+    end if;
+
+    -- Of different values it is known at once what one more or less changes: whether the value is there otherwise.
+    if reading.value_hash is not null then
+      select
+        coalesce(bool_or(own.day = reading.day), false)::integer - was_on_day::integer, (count(*) > 0)::integer - was_in_period::integer
+      into on_day, in_period
+      from private.usage_readings as own
+      where own.organization_id = take_readings.organization_id
+        and own.meter_key = reading.meter_key
+        and own.value_hash = reading.value_hash
+        and own.day >= starts[place] and own.day < ends[place]
+        and own.quantity > 0;
+      meter := reading.meter_key;
+      day := reading.day;
+      period_start := starts[place];
+      return next;
+    end if;
+  end loop;
+
+  -- The largest and the latest are looked up once a day that was touched, and once its period.
+  return query
+    with touched as materialized (
+      select
+        event.meter, event.day, event.period_start, event.period_end, known.aggregation,
+        case known.aggregation
+          when 'max' then (
+            select own.quantity
+            from private.usage_readings as own
+            where own.organization_id = take_readings.organization_id and own.meter_key = event.meter and own.day = event.day and own.value_hash is null
+            order by own.quantity desc
+            limit 1
+          )
+          else (
+            select own.quantity
+            from private.usage_readings as own
+            where own.organization_id = take_readings.organization_id and own.meter_key = event.meter and own.day = event.day and own.value_hash is null
+            order by own.occurred_at desc, own.source desc, own.key desc
+            limit 1
+          )
+        end as quantity
+      from (
+        select distinct given.meter, given.day, given.period_start, given.period_end
+        from unnest(meters, days, starts, ends) as given (meter, day, period_start, period_end)
+      ) as event
+      join public.meters as known on known.key = event.meter and known.aggregation in ('max', 'latest')
+    ),
+    touched_period as (
+      select distinct touched.meter, touched.period_start, touched.period_end, touched.aggregation from touched
+    ),
+    whole as (
+      select known.meter, known.period_start, known.aggregation, total.day, total.quantity
+      from touched_period as known
+      join public.usage_days as total
+        on total.organization_id = take_readings.organization_id
+        and total.meter_key = known.meter
+        and total.day >= known.period_start and total.day < known.period_end
+        and total.events > 0
+      where not exists (
+        select from touched where touched.meter = total.meter_key and touched.day = total.day
+      )
+      union all
+      select touched.meter, touched.period_start, touched.aggregation, touched.day, touched.quantity from touched
+    )
+    select touched.meter, touched.day, touched.period_start, touched.quantity - coalesce(total.quantity, 0), 0::bigint
+    from touched
+    left join public.usage_days as total
+      on total.organization_id = take_readings.organization_id and total.meter_key = touched.meter and total.day = touched.day
+    union all
+    select
+      period.meter, null::date, period.period_start, 0::bigint,
+      case period.aggregation when 'max' then max(period.quantity) else (array_agg(period.quantity order by period.day desc))[1] end
+        - max(log.usage_count)
+    from whole as period
+    join public.usage_logs as log
+      on log.organization_id = take_readings.organization_id
+      and log.feature_key = period.meter
+      and log.period_start = period.period_start
+    group by period.meter, period.period_start, period.aggregation;
+end
+$$;
+revoke all on function
+  private.take_readings(uuid, text[], text[], text[], bigint[], timestamptz[], text[], bytea[], date[], date[], date[])
+from public;
+comment on function private.take_readings(uuid, text[], text[], text[], bigint[], timestamptz[], text[], bytea[], date[], date[], date[]) is
+  'Takes in the events of meters that are not sums and tells by how much each of their days and periods changes; other events are passed '
+  'by. The caller holds the counters'' locks.';
+
 create function private.count_usage(
   organization_id uuid, sources text[], keys text[], meters text[], quantities bigint[], occurred timestamptz[], at timestamptz,
-  corrected text[] default null, known_days date[] default null
+  corrected text[] default null, known_days date[] default null, value_hashes bytea[] default null
 ) returns void
 language plpgsql set search_path = ''
 as $$
@@ -234,8 +450,15 @@ declare
   days date[];
   starts date[];
   ends date[];
+  summed bigint[] := quantities;
+  changed_meters text[];
+  changed_days date[];
+  changed_starts date[];
+  changes_on_day bigint[];
+  changes_in_period bigint[];
   is_open boolean := false;
   is_late boolean;
+  batch_id text;
 begin
   for try in 1..5 loop
     subscription := private.live_subscription(organization_id);
@@ -254,22 +477,31 @@ begin
       select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
       from unnest(occurred) with ordinality as given (occurred_at, position)
     ),
-    placed as (
+    -- Kept, so that a period is looked for once a day and not once an event.
+    placed as materialized (
       select distinct_day.day, period.*
       from (select distinct event.day from event) as distinct_day,
         lateral private.usage_period(subscription, count_usage.organization_id, zone, distinct_day.day, at) as period
+    ),
+    -- Sorted once: an aggregate that is told to sort does it for itself.
+    ordered as (
+      select placed.counted_on, placed.period_start, placed.period_end
+      from event
+      join placed using (day)
+      order by event.position
     )
-    select array_agg(placed.counted_on order by event.position), array_agg(placed.period_start order by event.position),
-      array_agg(placed.period_end order by event.position)
+    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
     into days, starts, ends
-    from event
-    join placed using (day);
+    from ordered;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
-    select distinct
+    select
       count_usage.organization_id, event.meter, event.period_start, event.period_end,
       case when event.period_start < first_day then at end
-    from unnest(meters, starts, ends) as event (meter, period_start, period_end)
+    from (
+      select distinct given.meter, given.period_start, given.period_end
+      from unnest(meters, starts, ends) as given (meter, period_start, period_end)
+    ) as event
     where not exists (
       select
       from public.usage_logs as log
@@ -285,7 +517,7 @@ begin
       from public.usage_logs as log
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
-          select event.meter, event.period_start
+          select distinct event.meter, event.period_start
           from unnest(meters, starts) as event (meter, period_start)
         )
       order by log.feature_key, log.period_start
@@ -294,8 +526,8 @@ begin
     select
       -- A period before the current one is closed, and takes what comes late.
       count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
-        select count(distinct (event.meter, event.period_start))
-        from unnest(meters, starts) as event (meter, period_start)
+        select count(*)
+        from (select distinct event.meter, event.period_start from unnest(meters, starts) as event (meter, period_start)) as wanted
       ),
       coalesce(bool_or(counter.closed_at is not null), false)
     into is_open, is_late
@@ -307,9 +539,34 @@ begin
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
+  -- What is not summed changes its day and period by something else than its quantity.
+  if exists (
+    select from public.meters as known where known.key = any (meters) and known.aggregation in ('max', 'unique', 'latest')
+  ) then
+    select
+      array_agg(reading.meter), array_agg(reading.day), array_agg(reading.period_start), array_agg(reading.on_day),
+      array_agg(reading.in_period)
+    into changed_meters, changed_days, changed_starts, changes_on_day, changes_in_period
+    from private.take_readings(
+      organization_id, sources, keys, meters, quantities, occurred, corrected, value_hashes, days, starts, ends
+    ) as reading;
+    summed := array(
+      select case when known.aggregation in ('max', 'unique', 'latest') then 0 else event.quantity end
+      from unnest(meters, quantities) with ordinality as event (meter, quantity, position)
+      left join public.meters as known on known.key = event.meter
+      order by event.position
+    );
+  end if;
+
   with added as (
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
-    from unnest(meters, starts, quantities) as event (meter, period_start, quantity)
+    from (
+      select given.meter, given.period_start, given.quantity
+      from unnest(meters, starts, summed) as given (meter, period_start, quantity)
+      union all
+      select change.meter, change.period_start, change.quantity
+      from unnest(changed_meters, changed_starts, changes_in_period) as change (meter, period_start, quantity)
+    ) as event
     group by event.meter, event.period_start
   ),
   counted as (
@@ -331,7 +588,8 @@ begin
     ),
     at
   from counted
-  join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = counted.feature_key
+  join public.plan_price_meters as own on own.plan_price_id = subscription.plan_price_id and own.meter_key = counted.feature_key
+  cross join lateral private.agreed_term(own, subscription) as term
   cross join lateral (
     select case when term.limit_units >= 0 then term.limit_units when term.included_units >= 0 then term.included_units end as units
   ) as allowed
@@ -344,48 +602,68 @@ begin
   on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
-  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, count(*)
-  from unnest(meters, days, quantities) as event (meter, day, quantity)
+  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)
+  from (
+    select given.meter, given.day, given.quantity, 1 as events
+    from unnest(meters, days, summed) as given (meter, day, quantity)
+    union all
+    select change.meter, change.day, change.quantity, 0
+    from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
+    where change.day is not null
+  ) as event
   group by event.meter, event.day
   having sum(event.quantity) >= 0
   order by event.meter, event.day
   on conflict on constraint usage_days_pkey
   do update set quantity = total.quantity + excluded.quantity, events = total.events + excluded.events;
   -- What is corrected to less is on its day already; a new row of it could not be negative.
-  if corrected is not null then
+  if corrected is not null or changed_meters is not null then
     update public.usage_days as total
     set quantity = total.quantity + less.quantity, events = total.events + less.events
     from (
-      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
-      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events) as events
+      from (
+        select given.meter, given.day, given.quantity, 1 as events
+        from unnest(meters, days, summed) as given (meter, day, quantity)
+        union all
+        select change.meter, change.day, change.quantity, 0
+        from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
+        where change.day is not null
+      ) as event
       group by event.meter, event.day
       having sum(event.quantity) < 0
     ) as less
     where total.organization_id = count_usage.organization_id and total.meter_key = less.meter and total.day = less.day;
   end if;
 
-  with written as (
-    insert into private.usage_events (organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects)
-    select
-      count_usage.organization_id, event.meter, event.source, event.key, event.quantity, event.occurred_at, event.day, at, event.corrects
-    from unnest(sources, keys, meters, quantities, occurred, days, corrected)
-      as event (source, key, meter, quantity, occurred_at, day, corrects)
-    returning id, meter_key, day, occurred_at, quantity
+  -- The ids of a batch are one UUIDv7 and the next ones: its random end is counted on.
+  batch_id := left(private.uuid_v7()::text, 28);
+  insert into private.usage_events (
+    id, organization_id, meter_key, source, key, quantity, occurred_at, day, recorded_at, corrects, value_hash
   )
-  insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
-  select written.id, count_usage.organization_id, written.meter_key, log.period_start, written.occurred_at, written.quantity, at
-  from written
-  join public.usage_logs as log
-    on log.organization_id = count_usage.organization_id
-    and log.feature_key = written.meter_key
-    and log.period_start <= written.day and written.day < log.period_end
-  where is_late and log.plan_price_id is not null;
+  select
+    (batch_id || lpad(to_hex(event.position), 8, '0'))::uuid, count_usage.organization_id, event.meter, event.source, event.key,
+    event.quantity, event.occurred_at, event.day, at, event.corrects, event.value_hash
+  from unnest(sources, keys, meters, quantities, occurred, days, corrected, value_hashes) with ordinality
+    as event (source, key, meter, quantity, occurred_at, day, corrects, value_hash, position);
+  if is_late then
+    insert into private.usage_adjustments (event_id, organization_id, meter_key, period_start, occurred_at, quantity, recorded_at)
+    select
+      (batch_id || lpad(to_hex(event.position), 8, '0'))::uuid, count_usage.organization_id, event.meter, log.period_start,
+      event.occurred_at, event.quantity, at
+    from unnest(meters, quantities, occurred, starts) with ordinality as event (meter, quantity, occurred_at, period_start, position)
+    join public.usage_logs as log
+      on log.organization_id = count_usage.organization_id
+      and log.feature_key = event.meter
+      and log.period_start = event.period_start
+    where log.plan_price_id is not null;
+  end if;
 end
 $$;
 revoke all on function
-  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[])
+  private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[], bytea[])
 from public;
-comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[]) is
+comment on function private.count_usage(uuid, text[], text[], text[], bigint[], timestamptz[], timestamptz, text[], date[], bytea[]) is
   'Adds events of one organization to its periods, days and event log, and tells of 50, 80 and 100 % of a limit. The caller has made sure '
   'of their keys; nothing is refused here, also not what is over a limit or late.';
 
@@ -396,6 +674,35 @@ as $$
 $$;
 revoke all on function private.usage_hash(text) from public;
 comment on function private.usage_hash(text) is 'What is kept of an event''s body to tell a repetition from a contradiction.';
+
+create function private.day_of_key(known private.usage_keys) returns date
+language plpgsql stable set search_path = ''
+as $$
+begin
+  return coalesce(
+    (
+      select event.day
+      from private.usage_events as event
+      where event.occurred_at = known.occurred_at
+        and event.organization_id = known.organization_id
+        and event.meter_key = known.meter_key
+        and event.source = known.source
+        and event.key = known.key
+        and event.corrects is null
+    ),
+    -- Its month was past its retention: the day as its organization's calendar has it.
+    (
+      select (known.occurred_at at time zone coalesce(subscription.timezone, tenant.timezone))::date
+      from public.organizations as tenant
+      left join public.subscriptions as subscription
+        on subscription.organization_id = tenant.id and subscription.status not in ('cancelled', 'inactive')
+      where tenant.id = known.organization_id
+    )
+  );
+end
+$$;
+revoke all on function private.day_of_key(private.usage_keys) from public;
+comment on function private.day_of_key(private.usage_keys) is 'The local day on which the event of a key counts.';
 
 create function private.meter_call(attempt public.call_logs, at timestamptz) returns void
 language plpgsql security definer set search_path = ''
@@ -411,6 +718,10 @@ begin
   if attempt.ended_at is null then
     return;
   end if;
+  select case meter.rounding when 'event' then private.whole_pulses(billed, meter.pulse) else billed end
+  into strict billed
+  from public.meters as meter
+  where meter.key = 'call_seconds';
 
   insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
   values (
@@ -587,6 +898,8 @@ begin
     select own.* into talk
     from public.plan_price_meters as own
     where own.plan_price_id = subscription.plan_price_id and own.meter_key = 'call_seconds';
+    calls := private.agreed_term(calls, subscription);
+    talk := private.agreed_term(talk, subscription);
     is_metered := coalesce(talk.included_units >= 0, false) or private.meter_cap(talk) is not null;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end)
@@ -911,15 +1224,7 @@ begin
   where own.organization_id = attempt.organization_id and own.source = 'call' and own.key = attempt.id::text;
   insert into private.usage_keys (organization_id, source, key, body_hash)
   values (attempt.organization_id, 'call', correction, private.usage_hash(concat_ws(e'\x1f', attempt.id, known.quantity, billed)));
-  select event.day
-  into strict counted_on
-  from private.usage_events as event
-  where event.occurred_at = known.occurred_at
-    and event.organization_id = attempt.organization_id
-    and event.meter_key = 'call_seconds'
-    and event.source = 'call'
-    and event.key = attempt.id::text
-    and event.corrects is null;
+  counted_on := private.day_of_key(known);
   perform
   from public.usage_logs as log
   where log.organization_id = attempt.organization_id
@@ -1015,6 +1320,27 @@ comment on function private.correct_call(public.call_logs, bigint, timestamptz) 
   'names the one it corrects, and in credit where the call was charged.';
 
 
+create function private.spend_campaign_credit() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update public.campaigns as campaign
+  set credit_spent = campaign.credit_spent + new.charged_minor
+  from public.call_logs as log
+  where log.organization_id = new.organization_id and log.id = new.call_log_id
+    and campaign.organization_id = log.organization_id and campaign.id = log.campaign_id;
+  return null;
+end
+$$;
+revoke all on function private.spend_campaign_credit() from public;
+comment on function private.spend_campaign_credit() is
+  'Trigger: what a call took of prepaid credit, or a correction gave back, is what its campaign has spent; a charge is there once, and so is this.';
+create trigger spend_campaign_credit after insert on public.call_charges
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+create trigger spend_campaign_credit after insert on private.call_corrections
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+
+
 create function private.check_holds(organization_id uuid default null) returns table (organization uuid, problem text)
 language sql stable security definer set search_path = ''
 as $$
@@ -1091,6 +1417,28 @@ $$;
 revoke all on function private.parse_instant(text) from public;
 comment on function private.parse_instant(text) is 'An RFC 3339 date and time; null if the text is not one.';
 
+create function private.parse_instants(given text[]) returns timestamptz[]
+language plpgsql stable set search_path = ''
+as $$
+begin
+  -- All at once; one by one only where one of them names a day that the calendar does not have.
+  return array(
+    select case
+      when text.said ~ '^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})$' then text.said::timestamptz
+    end
+    from unnest(given) with ordinality as text (said, position)
+    order by text.position
+  );
+exception
+  when datetime_field_overflow or invalid_datetime_format then
+    return array(
+      select private.parse_instant(text.said) from unnest(given) with ordinality as text (said, position) order by text.position
+    );
+end
+$$;
+revoke all on function private.parse_instants(text[]) from public;
+comment on function private.parse_instants(text[]) is 'RFC 3339 dates and times, each null where the text is none.';
+
 create function private.record_usage(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
@@ -1101,15 +1449,21 @@ declare
   sources text[];
   meters text[];
   quantities bigint[];
+  counts bigint[];
   occurred timestamptz[];
   hashes bytea[];
+  value_hashes bytea[];
   statuses text[];
   codes text[];
   stored integer[];
   corrected text[];
   days date[];
+  instants timestamptz[];
   place integer;
   original private.usage_keys;
+  meter public.meters;
+  said_in_all bigint;
+  has_corrections boolean;
 begin
   if request ? 'organization_id' and not request ? 'api_key' then
     -- From the platform's own queue.
@@ -1140,170 +1494,235 @@ begin
   if jsonb_array_length(given) > 1000 then
     perform private.raise_error(413, 'too_many_events', 'At most 1000 events are taken at once', 'events');
   end if;
+  instants := private.parse_instants(array(
+    select item.value ->> 'time' from jsonb_array_elements(given) with ordinality as item (value, position) order by item.position
+  ));
 
-  -- What is wrong with an event concerns that event alone.
-  with event as (
+  -- What is wrong with an event concerns that event alone. A count and a value that is counted need no quantity: it is one. Each step is
+  -- kept, so that what it reads is read once and not wherever a later one names it.
+  with event as materialized (
     select
       item.position,
       coalesce(item.value ->> 'specversion', '1.0') as specversion,
       item.value ->> 'id' as id,
       item.value ->> 'source' as source,
-      item.value ->> 'type' as meter,
+      item.value ->> 'type' as type,
       case
         when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
         then (item.value ->> 'quantity')::bigint
       end as quantity,
+      coalesce(jsonb_typeof(item.value -> 'quantity'), 'null') = 'null' as is_unsaid,
+      case when jsonb_typeof(item.value -> 'value') = 'string' then item.value ->> 'value' end as value,
       coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
       item.value -> 'corrects' as correction,
       item.value ->> 'corrects' as corrects,
       coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
-      private.parse_instant(item.value ->> 'time') as instant
+      instants[item.position] as instant
     from jsonb_array_elements(given) with ordinality as item (value, position)
   ),
-  judged as (
+  said as materialized (
     select
-      event.*,
+      event.position, event.specversion, event.id, event.source, event.type, event.is_correction, event.correction, event.corrects,
+      event.is_timed, event.instant, event.value,
       case
-        when event.specversion <> '1.0' then 'invalid_specversion'
-        when coalesce(event.id, '') = '' or length(event.id) > 255 then 'invalid_id'
-        when coalesce(event.source, '') = '' or length(event.source) > 255 then 'invalid_source'
-        when event.source = 'call' then 'reserved_source'
-        when meter.key is null or not meter.is_active then 'unknown_type'
-        when meter.is_reserved then 'reserved_type'
-        when event.quantity is null or event.quantity = 0 or event.quantity < 0 and not event.is_correction then 'invalid_quantity'
-        when event.is_correction and (jsonb_typeof(event.correction) <> 'string' or event.corrects in ('', event.id)) then 'invalid_corrects'
-        when event.is_timed and (event.instant is null or event.instant < '2000-01-01') then 'invalid_time'
-        when event.instant > at + interval '5 minutes' then 'time_in_future'
-      end as code
+        when event.is_unsaid and not event.is_correction and known.aggregation in ('count', 'unique') then 1
+        else event.quantity
+      end as quantity,
+      known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
     from event
-    left join public.meters as meter on meter.key = event.meter
+    left join public.meters as known on known.key = event.type
+  ),
+  judged as materialized (
+    select
+      said.*,
+      case
+        when said.specversion <> '1.0' then 'invalid_specversion'
+        when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
+        when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
+        when said.source = 'call' then 'reserved_source'
+        when not said.is_known then 'unknown_type'
+        when said.is_reserved then 'reserved_type'
+        when said.quantity is null
+          or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
+          or said.quantity < 0 and not said.is_correction
+          or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
+          then 'invalid_quantity'
+        when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
+          then 'invalid_value'
+        when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
+        when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
+        when said.instant > at + interval '5 minutes' then 'time_in_future'
+      end as code
+    from said
+  ),
+  -- Sorted once: an aggregate that is told to sort does it for itself.
+  ordered as (
+    select
+      judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
+      coalesce(judged.instant, at) as occurred_at,
+      case when judged.rounding = 'event' and not judged.is_correction then private.whole_pulses(judged.quantity, judged.pulse) else judged.quantity end
+        as counted,
+      case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end as value,
+      substring(sha256(convert_to(
+        concat_ws(
+          e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
+          case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end
+        ), 'UTF8'
+      )) for 16) as body_hash
+    from judged
+    order by judged.position
   )
   select
-    array_agg(coalesce(id, '') order by position), array_agg(coalesce(source, '') order by position),
-    array_agg(meter order by position), array_agg(quantity order by position),
-    array_agg(coalesce(instant, at) order by position),
-    array_agg(
-      private.usage_hash(concat_ws(e'\x1f', meter, quantity, coalesce(extract(epoch from instant)::text, 'now'), corrects)) order by position),
-    array_agg(corrects order by position), array_fill(null::date, array[count(*)::integer]), array_agg(code order by position),
-    array_agg(case when code is not null then 'rejected' end order by position)
-  into ids, sources, meters, quantities, occurred, hashes, corrected, days, codes, statuses
-  from judged;
+    array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
+    array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
+    array_agg(case when ordered.value is not null then substring(sha256(convert_to(ordered.value, 'UTF8')) for 16) end),
+    array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
+    array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null)
+  into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections
+  from ordered;
 
   -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
-  with fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
-    select
-      api_key.organization_id, first.source, first.id, first.hash, case when corrected[first.position] is null then meters[first.position] end,
-      case when corrected[first.position] is null then occurred[first.position] end,
-      case when corrected[first.position] is null then quantities[first.position] end
+  with first as materialized (
+    select distinct on (event.source, event.id) event.*
     from (
-      select distinct on (event.source, event.id) event.source, event.id, event.hash, event.position
-      from unnest(sources, ids, hashes, codes) with ordinality as event (source, id, hash, code, position)
-      where event.code is null
-      order by event.source, event.id, event.position
-    ) as first
+      select
+        given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
+        given.quantity, given.corrects, given.position
+      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
+        as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
+      where given.code is null
+    ) as event
+    order by event.source, event.id, event.position
+  ),
+  fresh as (
+    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+    select
+      api_key.organization_id, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
+      case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
+      case when first.corrects is null then nullif(first.quantity, first.counted) end
+    from first
     order by first.source, first.id
     on conflict on constraint usage_keys_pkey do nothing
     returning known.source, known.key
+  ),
+  placed as (
+    -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
+    select first.position::integer as position
+    from first
+    where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
+    order by first.position
   )
-  select array_agg(first.position order by first.position)
+  select array_agg(placed.position)
   into stored
-  from fresh
-  cross join lateral (
-    select min(event.position)::integer as position
-    from unnest(sources, ids, codes) with ordinality as event (source, id, code, position)
-    where event.source = fresh.source and event.id = fresh.key and event.code is null
-  ) as first;
+  from placed;
 
   -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
-  for place in
-    select item.position
-    from unnest(stored) as item (position)
-    where corrected[item.position] is not null
-    order by sources[item.position], corrected[item.position], item.position
-  loop
-    select known.*
-    into original
-    from private.usage_keys as known
-    where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
-    for no key update;
-    codes[place] := case
-      when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
-      when original.quantity + quantities[place] < 0 then 'correction_too_large'
-    end;
-    if codes[place] is null then
-      update private.usage_keys as known
-      set quantity = known.quantity + quantities[place]
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
-      occurred[place] := original.occurred_at;
-      days[place] := (
-        select event.day
-        from private.usage_events as event
-        where event.occurred_at = original.occurred_at
-          and event.organization_id = api_key.organization_id
-          and event.source = original.source
-          and event.key = original.key
-          and event.corrects is null
-      );
-    else
-      -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
-      delete from private.usage_keys as known
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
-      statuses[place] := 'rejected';
-      stored := array_remove(stored, place);
-    end if;
-  end loop;
+  if has_corrections then
+    for place in
+      select item.position
+      from unnest(stored) as item (position)
+      where corrected[item.position] is not null
+      order by sources[item.position] collate "C", corrected[item.position] collate "C", item.position
+    loop
+      select known.*
+      into original
+      from private.usage_keys as known
+      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+      for no key update;
+      select known.* into meter from public.meters as known where known.key = meters[place];
+      said_in_all := coalesce(original.reported, original.quantity) + quantities[place];
+      codes[place] := case
+        when original.quantity is null or original.meter_key <> meters[place] then 'unknown_corrected'
+        when said_in_all < 0 or said_in_all > 1 and meter.aggregation in ('count', 'unique') then 'correction_too_large'
+      end;
+      if codes[place] is null then
+        counts[place] := case meter.rounding when 'event' then private.whole_pulses(said_in_all, meter.pulse) else said_in_all end - original.quantity;
+        update private.usage_keys as known
+        set quantity = original.quantity + counts[place], reported = nullif(said_in_all, original.quantity + counts[place])
+        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+        occurred[place] := original.occurred_at;
+        days[place] := private.day_of_key(original);
+      else
+        -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
+        delete from private.usage_keys as known
+        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+        statuses[place] := 'rejected';
+        stored := array_remove(stored, place);
+      end if;
+    end loop;
+  end if;
 
-  with event as (
-    select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
-    from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
-  )
-  select array_agg(
-    case
-      when event.status is not null then event.status
-      when event.is_stored then 'stored'
-      when known.body_hash = event.hash then 'duplicate'
-      when known.key is null then 'rejected'
-      else 'conflict'
-    end order by event.position)
-  into statuses
-  from event
-  left join private.usage_keys as known
-    on known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id;
+  if cardinality(stored) = cardinality(ids) then
+    statuses := array_fill('stored'::text, array[cardinality(ids)]);
+  else
+    with event as (
+      select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
+      from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
+    ),
+    ordered as (
+      select
+        case
+          when event.status is not null then event.status
+          when event.is_stored then 'stored'
+          when known.body_hash = event.hash then 'duplicate'
+          when known.key is null then 'rejected'
+          else 'conflict'
+        end as status
+      from event
+      left join private.usage_keys as known
+        on event.status is null and not event.is_stored
+        and known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id
+      order by event.position
+    )
+    select array_agg(ordered.status)
+    into statuses
+    from ordered;
+  end if;
 
-  if cardinality(stored) > 0 then
+  if cardinality(stored) = cardinality(ids) then
+    perform private.count_usage(
+      api_key.organization_id, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
+      case when has_corrections then days end, value_hashes
+    );
+  elsif cardinality(stored) > 0 then
     perform private.count_usage(
       api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(quantities[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]))
+      array_agg(counts[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]),
+      array_agg(value_hashes[position]))
     from unnest(stored) as position;
   end if;
 
   return jsonb_build_object('results', (
     select jsonb_agg(
-      jsonb_strip_nulls(jsonb_build_object(
-        'id', result.id,
-        'status', result.status,
-        'code', case when result.status = 'conflict' then 'idempotency_conflict' else result.code end,
-        'message', case
-          when result.status = 'conflict' then 'An event with this source and id, but another body, was stored before'
-          else case result.code
-            when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
-            when 'invalid_id' then 'id must be a text of 1 to 255 characters'
-            when 'invalid_source' then 'source must be a text of 1 to 255 characters'
-            when 'reserved_source' then 'The source "call" belongs to the platform'
-            when 'unknown_type' then 'type is not the key of an active meter'
-            when 'reserved_type' then 'Calls are counted by the platform, not by events'
-            when 'invalid_quantity' then 'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction'
-            when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
-            when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
-            when 'correction_too_large' then 'The event that it corrects would count less than nothing'
-            when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
-            when 'time_in_future' then 'time lies more than five minutes ahead'
+      case
+        when result.status in ('stored', 'duplicate') then jsonb_build_object('id', result.id, 'status', result.status)
+        else jsonb_strip_nulls(jsonb_build_object(
+          'id', result.id,
+          'status', result.status,
+          'code', case when result.status = 'conflict' then 'idempotency_conflict' else result.code end,
+          'message', case
+            when result.status = 'conflict' then 'An event with this source and id, but another body, was stored before'
+            else case result.code
+              when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
+              when 'invalid_id' then 'id must be a text of 1 to 255 characters'
+              when 'invalid_source' then 'source must be a text of 1 to 255 characters'
+              when 'reserved_source' then 'The source "call" belongs to the platform'
+              when 'unknown_type' then 'type is not the key of an active meter'
+              when 'reserved_type' then 'The platform counts this itself, not by events'
+              when 'invalid_quantity' then
+                'data.quantity must be a whole number from 1 to 999999999999999, or less than 0 in a correction; 1 or nothing where events or '
+                'values are counted, and 0 too where the largest or the latest counts'
+              when 'invalid_value' then 'data.value must be a text of 1 to 255 characters: different values are counted'
+              when 'invalid_corrects' then 'corrects must be the id of another event of the same source, or be left out'
+              when 'unknown_corrected' then 'corrects names no event of this source and type that was stored before, or names a correction'
+              when 'correction_too_large' then 'The event that it corrects would count less than nothing, or twice'
+              when 'invalid_time' then 'time must be an RFC 3339 date and time, or be left out'
+              when 'time_in_future' then 'time lies more than five minutes ahead'
+            end
           end
-        end
-      ))
-      order by result.position)
-    from unnest(ids, statuses, codes) with ordinality as result (id, status, code, position)
+        ))
+      end)
+    from unnest(ids, statuses, codes) as result (id, status, code)
   ));
 end
 $$;
@@ -1320,7 +1739,7 @@ $$;
 revoke all on function public.record_usage(jsonb) from public, anon, authenticated;
 grant execute on function public.record_usage(jsonb) to service_role;
 comment on function public.record_usage(jsonb) is
-  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity","corrects"?}]} gives '
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","events":[{"specversion"?,"id","source","type","time"?,"quantity"?,"value"?,"corrects"?}]} gives '
   '{"results":[{"id","status","code"?,"message"?}]}.';
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
@@ -1355,6 +1774,7 @@ begin
           'meter', meter.key,
           'name', meter.name,
           'unit', meter.unit,
+          'aggregation', meter.aggregation,
           'used', coalesce(log.usage_count, 0),
           'reserved', coalesce(log.reserved, 0),
           'included', nullif(term.included_units, -1),
@@ -1362,15 +1782,17 @@ begin
           'overage', case
             when term.included_units >= 0 then greatest(coalesce(log.usage_count - log.prepaid, 0) - term.included_units, 0)
             else 0
-          end
+          end,
+          'over_cap', coalesce(log.usage_count > private.meter_cap(term), false)
         )
         order by meter.position, meter.key)
       from public.meters as meter
-      left join public.plan_price_meters as term
-        on term.meter_key = meter.key and term.plan_price_id = subscription.plan_price_id
+      left join public.plan_price_meters as own
+        on own.meter_key = meter.key and own.plan_price_id = subscription.plan_price_id
+      left join lateral private.agreed_term(own, subscription) as term on own.meter_key is not null
       left join public.usage_logs as log
         on log.feature_key = meter.key and log.organization_id = organization and log.period_start = period.period_start
-      where term.meter_key is not null or log.id is not null
+      where meter.source <> 'rows' and (own.meter_key is not null or log.id is not null)
     ), '[]')
   );
 end
@@ -1388,6 +1810,42 @@ $$;
 revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
+
+create function private.get_usage_overview(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('usage.view');
+begin
+  return private.get_usage(at) || jsonb_build_object('standing', (
+    select jsonb_agg(
+      jsonb_build_object(
+        -- A glance counts no further than this.
+        'meter', meter.key, 'name', meter.name, 'unit', meter.unit, 'used', private.count_standing(organization, meter.key, 100000),
+        'limit', private.plan_limit(organization, 'max_' || meter.key)
+      )
+      order by meter.position, meter.key)
+    from public.meters as meter
+    where meter.source = 'rows' and meter.is_active
+  ));
+end
+$$;
+revoke all on function private.get_usage_overview(timestamptz) from public;
+grant execute on function private.get_usage_overview(timestamptz) to authenticated;
+comment on function private.get_usage_overview(timestamptz) is
+  'As get_usage(), with what the caller''s organization has now of what its plan has room for: users, projects, campaigns, leads, stores; null '
+  'in limit is unlimited.';
+
+create function public.get_usage_overview() returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.get_usage_overview(private.clock_now())
+$$;
+revoke all on function public.get_usage_overview() from public, anon;
+grant execute on function public.get_usage_overview() to authenticated;
+comment on function public.get_usage_overview() is
+  'As get_usage(), with the rows of the caller''s organization against its plan: "standing": [{"meter","name","unit","used","limit"}], counted '
+  'up to 100,000. Needs usage.view.';
 
 create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -1456,9 +1914,34 @@ as $$
     from private.usage_events as own
     where own.organization_id = $1 or $1 is null
     group by own.organization_id, own.meter_key, own.day
+    union all
+    -- What the events of dropped months came to.
+    select own.organization_id, own.meter_key, own.day, own.quantity, own.events
+    from private.usage_seals as own
+    where own.organization_id = $1 or $1 is null
+  ),
+  by_day as (
+    select event.organization_id, event.meter_key, event.day, sum(event.quantity) as quantity, sum(event.events) as events
+    from event
+    group by event.organization_id, event.meter_key, event.day
   ),
   day as (
     select own.* from public.usage_days as own where own.organization_id = $1 or $1 is null
+  ),
+  -- What is not summed is looked up again: the largest, the latest, the different ones.
+  looked_up as (
+    select
+      reading.organization_id, reading.meter_key, reading.day,
+      case known.aggregation
+        when 'max' then max(reading.quantity)
+        when 'unique' then count(distinct reading.value_hash) filter (where reading.quantity > 0)
+        else (array_agg(reading.quantity order by reading.occurred_at desc, reading.source desc, reading.key desc))[1]
+      end as quantity,
+      sum(reading.quantity) as added
+    from private.usage_readings as reading
+    join public.meters as known on known.key = reading.meter_key
+    where reading.organization_id = $1 or $1 is null
+    group by reading.organization_id, reading.meter_key, reading.day, known.aggregation
   ),
   known as (
     -- A call is one key of two meters.
@@ -1475,22 +1958,32 @@ as $$
     select own.* from public.usage_logs as own where own.organization_id = $1 or $1 is null
   )
   select
-    coalesce(event.organization_id, day.organization_id), coalesce(event.meter_key, day.meter_key),
+    coalesce(by_day.organization_id, day.organization_id), coalesce(by_day.meter_key, day.meter_key),
     format(
-      'on %s: %s in %s events, %s in %s by day', coalesce(event.day, day.day), coalesce(event.quantity, 0), coalesce(event.events, 0),
-      coalesce(day.quantity, 0), coalesce(day.events, 0)
+      'on %s: %s in %s events, %s in %s by day', coalesce(by_day.day, day.day), coalesce(looked_up.quantity, by_day.quantity, 0),
+      coalesce(by_day.events, 0), coalesce(day.quantity, 0), coalesce(day.events, 0)
     )
-  from event
-  full join day on day.organization_id = event.organization_id and day.meter_key = event.meter_key and day.day = event.day
-  where (coalesce(event.quantity, 0), coalesce(event.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  from by_day
+  full join day on day.organization_id = by_day.organization_id and day.meter_key = by_day.meter_key and day.day = by_day.day
+  left join looked_up
+    on looked_up.organization_id = coalesce(by_day.organization_id, day.organization_id)
+    and looked_up.meter_key = coalesce(by_day.meter_key, day.meter_key)
+    and looked_up.day = coalesce(by_day.day, day.day)
+  where (coalesce(looked_up.quantity, by_day.quantity, 0), coalesce(by_day.events, 0)) <> (coalesce(day.quantity, 0), coalesce(day.events, 0))
+  union all
+  select looked_up.organization_id, looked_up.meter_key, format('on %s: %s in events, %s in readings', looked_up.day, coalesce(by_day.quantity, 0), looked_up.added)
+  from looked_up
+  left join by_day
+    on by_day.organization_id = looked_up.organization_id and by_day.meter_key = looked_up.meter_key and by_day.day = looked_up.day
+  where looked_up.added <> coalesce(by_day.quantity, 0)
   union all
   select
     coalesce(total.organization_id, known.organization_id), coalesce(total.meter_key, known.meter_key),
     format('in all: %s by events, %s by keys', coalesce(total.quantity, 0), coalesce(known.quantity, 0))
   from (
-    select event.organization_id, event.meter_key, sum(event.quantity) as quantity
-    from event
-    group by event.organization_id, event.meter_key
+    select by_day.organization_id, by_day.meter_key, sum(by_day.quantity) as quantity
+    from by_day
+    group by by_day.organization_id, by_day.meter_key
   ) as total
   full join known on known.organization_id = total.organization_id and known.meter_key = total.meter_key
   where coalesce(total.quantity, 0) <> coalesce(known.quantity, 0)
@@ -1499,15 +1992,25 @@ as $$
     counter.organization_id, counter.feature_key,
     format(
       'from %s to %s: %s counted, %s prepaid, by day %s and %s', counter.period_start, counter.period_end - 1, counter.usage_count,
-      counter.prepaid, coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0)
+      counter.prepaid, counter.by_day, coalesce(counter.prepaid_by_day, 0)
     )
-  from counter
-  left join day
-    on day.organization_id = counter.organization_id
-    and day.meter_key = counter.feature_key
-    and day.day >= counter.period_start and day.day < counter.period_end
-  group by counter.organization_id, counter.id, counter.feature_key, counter.period_start, counter.period_end, counter.usage_count, counter.prepaid
-  having (counter.usage_count, counter.prepaid) <> (coalesce(sum(day.quantity), 0), coalesce(sum(day.prepaid), 0))
+  from (
+    select
+      own.organization_id, own.feature_key, own.period_start, own.period_end, own.usage_count, own.prepaid, sum(day.prepaid) as prepaid_by_day,
+      case
+        when known_meter.aggregation in ('sum', 'count') then coalesce(sum(day.quantity), 0)
+        else private.period_usage(own.organization_id, own.feature_key, own.period_start, own.period_end)
+      end as by_day
+    from counter as own
+    join public.meters as known_meter on known_meter.key = own.feature_key
+    left join day
+      on day.organization_id = own.organization_id
+      and day.meter_key = own.feature_key
+      and day.day >= own.period_start and day.day < own.period_end
+    group by
+      own.organization_id, own.id, own.feature_key, own.period_start, own.period_end, own.usage_count, own.prepaid, known_meter.aggregation
+  ) as counter
+  where (counter.usage_count, counter.prepaid) <> (counter.by_day, coalesce(counter.prepaid_by_day, 0))
   union all
   select day.organization_id, day.meter_key, format('%s belongs to no period', day.day)
   from day
@@ -1627,15 +2130,17 @@ begin
     if log.period_start = from_day then
       update public.usage_logs as counter set period_end = cut_usage_periods.period_end where counter.id = log.id;
     elsif log.period_start < from_day then
-      select coalesce(sum(total.quantity), 0)::bigint, coalesce(sum(total.prepaid), 0)::bigint
-      into moved, moved_prepaid
+      select coalesce(sum(total.prepaid), 0)::bigint
+      into moved_prepaid
       from public.usage_days as total
       where total.organization_id = cut_usage_periods.organization_id
         and total.meter_key = log.feature_key
         and total.day >= from_day and total.day < log.period_end;
+      moved := private.period_usage(log.organization_id, log.feature_key, from_day, log.period_end);
       update public.usage_logs as counter
       set
-        period_end = least(counter.period_end, from_day), usage_count = counter.usage_count - moved,
+        period_end = least(counter.period_end, from_day),
+        usage_count = private.period_usage(log.organization_id, log.feature_key, log.period_start, least(log.period_end, from_day)),
         prepaid = counter.prepaid - moved_prepaid, closed_at = at
       where counter.id = log.id;
       if moved > 0 then
@@ -1649,6 +2154,20 @@ $$;
 revoke all on function private.cut_usage_periods(uuid, date, date, timestamptz) from public;
 comment on function private.cut_usage_periods(uuid, date, date, timestamptz) is
   'Ends the open usage periods of an organization at a local day, closes them, and moves what was used since that day to the new period.';
+
+create function private.price_charges(price_id uuid) returns boolean
+language sql stable set search_path = ''
+as $$
+  select exists (
+    select from public.plan_prices as price where price.id = $1 and (price.base_minor > 0 or price.minimum_minor > 0)
+  ) or exists (
+    select
+    from public.plan_price_meters as term
+    where term.plan_price_id = $1 and (term.overage_price_minor > 0 or term.tiers is not null)
+  )
+$$;
+revoke all on function private.price_charges(uuid) from public;
+comment on function private.price_charges(uuid) is 'Whether an invoice may come of a price.';
 
 create function private.subscribe_organization(
   organization_id uuid, plan_slug text, status public.subscription_status, at timestamptz,
@@ -1677,7 +2196,7 @@ begin
   end if;
 
   -- The newest price on sale, in the organization's own currency where the plan has one.
-  select offer.id, offer.plan_id, offer.billing_cycle, offer.base_minor, plan.trial_days
+  select offer.id, offer.plan_id, offer.billing_cycle, offer.base_minor, offer.billed_in, plan.trial_days
   into price
   from public.plan_prices as offer
   join public.subscription_plans as plan on plan.id = offer.plan_id
@@ -1700,7 +2219,7 @@ begin
 
   if live.plan_price_id = price.id then
     update public.subscriptions as subscription
-    set status = subscribe_organization.status, next_plan_price_id = null,
+    set status = subscribe_organization.status, next_plan_price_id = null, paused_at = null,
       trial_ends_at = case
         when subscribe_organization.status = 'trialing'
         then coalesce(subscription.trial_ends_at, at + make_interval(days => price.trial_days))
@@ -1710,14 +2229,7 @@ begin
     return live.id;
   end if;
 
-  if live.id is not null and (
-    exists (select from public.plan_prices as old where old.id = live.plan_price_id and old.base_minor > 0)
-    or exists (
-      select
-      from public.plan_price_meters as term
-      where term.plan_price_id = live.plan_price_id and term.overage_price_minor > 0
-    )
-  ) then
+  if live.id is not null and private.price_charges(live.plan_price_id) then
     -- A period that costs something is billed as it was sold; the new price takes over when it has ended.
     if live.billing_cycle <> cycle then
       perform private.raise_error(409, 'billing_cycle_differs', 'The billing cycle changes with a new subscription only', 'cycle');
@@ -1728,11 +2240,22 @@ begin
     return live.id;
   end if;
 
-  -- Never into days that are billed already.
-  select greatest((at at time zone organization.timezone)::date, max(log.period_end))
-  into today
-  from public.usage_logs as log
-  where log.organization_id = subscribe_organization.organization_id and log.closed_at is not null;
+  -- Never into days that are billed already, or that the last subscription still bills.
+  select greatest(
+    (at at time zone organization.timezone)::date,
+    (
+      select max(log.period_end)
+      from public.usage_logs as log
+      where log.organization_id = subscribe_organization.organization_id and log.closed_at is not null
+    ),
+    (
+      select max((ended.current_period_end at time zone ended.timezone)::date)
+      from public.subscriptions as ended
+      where ended.organization_id = subscribe_organization.organization_id
+        and ended.status = 'cancelled' and ended.next_invoice_at is not null
+    )
+  )
+  into today;
   if subscribe_organization.status = 'trialing' then
     trial_end := at + make_interval(days => price.trial_days);
   end if;
@@ -1749,7 +2272,7 @@ begin
 
   if live.id is not null then
     update public.subscriptions as subscription
-    set status = 'cancelled', cancelled_at = at, next_invoice_at = null
+    set status = 'cancelled', cancelled_at = at, next_invoice_at = null, paused_at = null
     where subscription.id = live.id;
   end if;
   perform private.cut_usage_periods(organization_id, starts, ends, at);
@@ -1762,9 +2285,13 @@ begin
     subscribe_organization.organization_id, price.plan_id, price.id, subscribe_organization.status, cycle, organization.timezone,
     anchor, case when starts < anchor then -1 else 0 end,
     private.local_midnight(starts, organization.timezone), private.local_midnight(ends, organization.timezone),
-    trial_end, private.local_midnight(ends, organization.timezone)
+    trial_end,
+    -- What is billed in advance is billed when it begins; a trial has no base price.
+    private.local_midnight(
+      case when price.billed_in = 'advance' and price.base_minor > 0 and starts = anchor then starts else ends end, organization.timezone)
   )
   returning id into subscription_id;
+  perform private.grant_monthly_credit(array[subscription_id], at);
   return subscription_id;
 end
 $$;
@@ -2198,6 +2725,75 @@ $$;
 comment on function private.expire_credit(jsonb, timestamptz) is
   'Takes out of the wallets what has expired. A wallet that somebody else has locked does it itself, or the next run does.';
 
+create function private.grant_monthly_credit(subscription_ids uuid[], at timestamptz) returns integer
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  due record;
+  granted integer := 0;
+begin
+  -- The month that `at` is in, from the anchor, also within a year. A month that nobody looked at is over: what it would have granted has
+  -- expired. Wallets are locked in one order.
+  for due in
+    select
+      subscription.id, subscription.organization_id, price.currency, price.monthly_credit_minor as amount_minor,
+      private.local_midnight(month.starts_on, subscription.timezone) as starts_at,
+      private.local_midnight(month.ends_on, subscription.timezone) as ends_at,
+      'monthly ' || subscription.id || ' ' || month.starts_on as key
+    from public.subscriptions as subscription
+    join public.plan_prices as price on price.id = subscription.plan_price_id and price.monthly_credit_minor > 0
+    cross join lateral (
+      select
+        private.period_boundary(subscription.anchor_on, 'monthly', number.month) as starts_on,
+        private.period_boundary(subscription.anchor_on, 'monthly', number.month + 1) as ends_on
+      from generate_series(
+        greatest((at::date - subscription.anchor_on) / 31 - 1, 0), greatest((at::date - subscription.anchor_on) / 28 + 1, 0)
+      ) as number (month)
+    ) as month
+    where (subscription.id = any (subscription_ids) or subscription_ids is null)
+      and subscription.status in ('active', 'past_due')
+      and private.local_midnight(month.starts_on, subscription.timezone) <= at
+      and private.local_midnight(month.ends_on, subscription.timezone) > at
+      and not exists (
+        select
+        from public.credit_transactions as written
+        where written.organization_id = subscription.organization_id
+          and written.idempotency_key = 'monthly ' || subscription.id || ' ' || month.starts_on
+      )
+    order by subscription.organization_id
+  loop
+    perform private.post_credit(
+      due.organization_id, 'monthly_grant', due.currency, due.amount_minor, due.key, at, due.ends_at, 'subscription', due.id,
+      'Included in the plan'
+    );
+    granted := granted + 1;
+  end loop;
+  return granted;
+end
+$$;
+comment on function private.grant_monthly_credit(uuid[], timestamptz) is
+  'Grants the credit that the prices of these subscriptions, of all where none are named, include in the month of `at`, once a month. It '
+  'expires when the next month begins. A trial has none.';
+
+create function private.renew_credit(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  expired jsonb := private.expire_credit(request, at);
+begin
+  return expired || jsonb_build_object('granted', private.grant_monthly_credit(null, at));
+end
+$$;
+comment on function private.renew_credit(jsonb, timestamptz) is
+  'Takes out what has expired and grants what the month brings: for the months of a yearly price, and for whom a month began while nothing ran.';
+
+create function public.renew_credit(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.renew_credit($1, private.clock_now())
+$$;
+comment on function public.renew_credit(jsonb) is 'For usage-metering, by schedule. {"v":1,"limit":500} gives {"granted":n,"expired":n,"more":bool}.';
+
 create function public.expire_credit(jsonb) returns jsonb
 language sql set search_path = ''
 as $$
@@ -2259,9 +2855,12 @@ revoke all on function
   private.post_credit(uuid, public.credit_transaction_type, text, bigint, text, timestamptz, timestamptz, text, uuid, text),
   private.debit_credit(uuid, text, bigint, text, timestamptz, boolean, public.credit_transaction_type, text, uuid, text),
   private.refund_credit(uuid, uuid, bigint, text, timestamptz, text), private.expire_credit(jsonb, timestamptz),
-  private.check_credit(uuid), public.expire_credit(jsonb)
+  private.check_credit(uuid), public.expire_credit(jsonb), private.grant_monthly_credit(uuid[], timestamptz),
+  private.renew_credit(jsonb, timestamptz), public.renew_credit(jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb) to service_role;
+grant execute on function
+  private.expire_credit(jsonb, timestamptz), public.expire_credit(jsonb), private.renew_credit(jsonb, timestamptz), public.renew_credit(jsonb)
+to service_role;
 
 
 -- What a plan allows --------------------------------------------------------------------------------------------------------------
@@ -2331,6 +2930,13 @@ begin
       'id', subscription.id, 'status', subscription.status, 'billing_cycle', subscription.billing_cycle,
       'current_period_start', subscription.current_period_start, 'current_period_end', subscription.current_period_end,
       'trial_ends_at', subscription.trial_ends_at, 'cancel_at_period_end', subscription.cancel_at_period_end,
+      'paused_at', subscription.paused_at, 'past_due_since', subscription.past_due_since,
+      'next_plan', (
+        select following.slug
+        from public.plan_prices as taking_over
+        join public.subscription_plans as following on following.id = taking_over.plan_id
+        where taking_over.id = subscription.next_plan_price_id
+      ),
       'plan', jsonb_build_object(
         'id', plan.id, 'slug', plan.slug, 'name', plan.name,
         'features', plan.features || coalesce(nullif(subscription.metadata -> 'custom_limits', 'null'), '{}')

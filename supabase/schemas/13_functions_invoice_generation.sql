@@ -19,9 +19,35 @@ as $$
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
+create function private.billable_units(quantity bigint, meter public.meters) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return case when meter.rounding = 'period' then private.whole_pulses(quantity, meter.pulse) else quantity end;
+end
+$$;
+comment on function private.billable_units(bigint, public.meters) is
+  'What a period''s quantity is on its bill: up to started pulses where its meter says so, else as it is.';
+
+create function private.cycle_unit(cycle public.billing_cycle) returns text
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return case cycle when 'yearly' then 'year' when 'quarterly' then 'quarter' else 'month' end;
+end
+$$;
+comment on function private.cycle_unit(public.billing_cycle) is 'What a billing period is called on an invoice.';
+
+create function private.describe_part(days integer, period_from timestamptz, period_to timestamptz, timezone text) returns text
+language sql stable set search_path = ''
+as $$
+  select days || ' of ' || (period_to at time zone timezone)::date - (period_from at time zone timezone)::date || ' days'
+$$;
+comment on function private.describe_part(integer, timestamptz, timestamptz, text) is 'How much of a billing period is billed, as a line says it.';
+
 create type private.priced_line as (
   position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
-  amount_minor bigint, line_id uuid
+  amount_minor bigint, line_id uuid, first_day date, last_day date
 );
 comment on type private.priced_line is 'A line of an invoice that may be made.';
 
@@ -32,9 +58,30 @@ create type private.priced_adjustment as (meter_key text, period_start date, lin
 comment on type private.priced_adjustment is
   'A period billed before that an invoice which may be made settles, with the line that says so; without one it comes to nothing.';
 
-create function private.price_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz)
+create function private.following_period(
+  subscription public.subscriptions, cycle public.billing_cycle, out anchor_on date, out period_no integer, out period_end date
+)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if cycle = subscription.billing_cycle then
+    anchor_on := subscription.anchor_on;
+    period_no := subscription.period_no + 1;
+  else
+    anchor_on := (subscription.current_period_end at time zone subscription.timezone)::date;
+    period_no := 0;
+  end if;
+  period_end := private.period_boundary(anchor_on, cycle, period_no + 1);
+end
+$$;
+comment on function private.following_period(public.subscriptions, public.billing_cycle) is
+  'The period after the current one: the next from the anchor, or, where the cycle changes, the first from a new one.';
+
+create function private.price_periods(
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
+)
 returns table (
-  organization_id uuid, subscription_id uuid, currency text, period_start timestamptz, period_end timestamptz, timezone text,
+  organization_id uuid, subscription_id uuid, kind text, currency text, period_start timestamptz, period_end timestamptz, timezone text,
   first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
   lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
 )
@@ -58,6 +105,22 @@ begin
       plan.name as plan_name,
       price.currency,
       price.base_minor,
+      price.minimum_minor,
+      case
+        when items_only then 'change'
+        when subscription.next_invoice_at < subscription.current_period_end then 'advance'
+        else 'period'
+      end as mode,
+      whole.period_from, whole.period_to,
+      -- What the base price comes to in the period as it is: cut short, or begun late.
+      case
+        when subscription.period_no < 0 then 0
+        when (subscription.current_period_start, subscription.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
+        else private.prorate(
+          price.base_minor, extract(epoch from subscription.current_period_end - subscription.current_period_start),
+          extract(epoch from whole.period_to - whole.period_from)
+        )
+      end as base_amount,
       (subscription.current_period_start at time zone subscription.timezone)::date as first_day,
       (subscription.current_period_end at time zone subscription.timezone)::date as next_day,
       jsonb_strip_nulls(jsonb_build_object(
@@ -84,6 +147,15 @@ begin
     from public.subscriptions as subscription
     join public.subscription_plans as plan on plan.id = subscription.plan_id
     join public.plan_prices as price on price.id = subscription.plan_price_id
+    cross join lateral (
+      select
+        private.local_midnight(
+          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no), subscription.timezone
+        ) as period_from,
+        private.local_midnight(
+          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 1), subscription.timezone
+        ) as period_to
+    ) as whole
     join public.organizations as organization on organization.id = subscription.organization_id
     left join private.gst_states as place
       on organization.country_code = 'IN'
@@ -96,32 +168,61 @@ begin
   used as materialized (
     -- From the days, which are the evidence, and not from the counter that quotas were judged by.
     select
-      ended.invoice_id, term.*, meter.name, meter.unit, meter.position,
+      ended.invoice_id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
+      meter.position,
       nullif(term.included_units, -1) as allowance,
       -- What prepaid credit paid is settled: it is neither included nor billed again.
-      coalesce((
-        select sum(total.quantity - total.prepaid)
-        from public.usage_days as total
-        where total.organization_id = ended.organization_id
-          and total.meter_key = term.meter_key
-          and total.day >= ended.first_day and total.day < ended.next_day
-      ), 0)::bigint as quantity
+      private.billable_units(
+        case
+          when meter.aggregation in ('sum', 'count') then coalesce((
+            select sum(total.quantity - total.prepaid)
+            from public.usage_days as total
+            where total.organization_id = ended.organization_id
+              and total.meter_key = term.meter_key
+              and total.day >= ended.first_day and total.day < ended.next_day
+          ), 0)::bigint
+          else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
+        end,
+        meter
+      ) as quantity
     from ended
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
+    where ended.mode = 'period'
+  ),
+  beyond as materialized (
+    select
+      used.invoice_id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
+      used.overage_price_minor as unit_price_minor, used.overage_unit as price_units,
+      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit) as amount_minor, used.unit,
+      used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit) as description
+    from used
+    where used.quantity > used.allowance and used.overage_price_minor is not null and used.pricing_model = 'per_unit'
+    union all
+    select
+      used.invoice_id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
+      rated.amount_minor, case rated.kind when 'fee' then 'fee' else used.unit end,
+      case
+        when rated.kind = 'fee' then used.name || ', fee of tier ' || rated.tier
+        else used.name || ' beyond the plan' || coalesce(', tier ' || rated.tier, '') || ': ' || private.describe_quantity(rated.units, used.unit)
+      end
+        || case used.pricing_model
+          when 'package' then ' in ' || private.started_units(rated.units, rated.price_units) || ' × ' || rated.price_units
+          else ''
+        end
+    from used
+    cross join lateral private.rate_term(used.term, used.quantity) as rated
+    where used.pricing_model <> 'per_unit'
   ),
   late as materialized (
     -- Periods that were billed before and have changed since, each at its own price.
     select
       ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
       term.overage_price_minor, term.overage_unit,
-      greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)
-        - greatest(log.billed_count - nullif(term.included_units, -1), 0) as quantity,
-      private.divide_half_away(
-        greatest(log.usage_count - log.prepaid - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
-        - private.divide_half_away(
-          greatest(log.billed_count - nullif(term.included_units, -1), 0)::numeric * term.overage_price_minor, term.overage_unit)
-        as amount_minor,
+      greatest(private.billable_units(log.usage_count - log.prepaid, meter) - nullif(term.included_units, -1), 0)
+        - greatest(private.billable_units(log.billed_count, meter) - nullif(term.included_units, -1), 0) as quantity,
+      private.rate_term_total(term, private.billable_units(log.usage_count - log.prepaid, meter))
+        - private.rate_term_total(term, private.billable_units(log.billed_count, meter)) as amount_minor,
       log.period_end
     from ended
     join lateral (
@@ -136,57 +237,110 @@ begin
     join public.plan_prices as price on price.id = log.plan_price_id and price.currency = ended.currency
     join public.meters as meter on meter.key = log.feature_key
     left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
+    where ended.mode = 'period'
+  ),
+  waiting as materialized (
+    select ended.invoice_id, item.*
+    from ended
+    join private.invoice_items as item
+      on item.organization_id = ended.organization_id
+      and item.subscription_id = ended.id
+      and item.currency = ended.currency
+      and item.settled_at is null
   ),
   current_item as materialized (
     select
-      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 'base' as kind, null::text as meter_key,
-      ended.plan_name || ' plan, ' || ended.billing_cycle || case when ended.period_no < 0 then ' (trial)' else '' end as description,
-      1::bigint as quantity, case ended.billing_cycle when 'yearly' then 'year' else 'month' end as unit,
+      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind, null::text as meter_key,
+      ended.plan_name || ' plan, ' || ended.billing_cycle || case
+        when ended.period_no < 0 then ' (trial)'
+        when (ended.current_period_start, ended.current_period_end) <> (ended.period_from, ended.period_to) then ', ' || private.describe_part(
+          ended.next_day - ended.first_day, ended.period_from, ended.period_to, ended.timezone)
+        else ''
+      end as description,
+      1::bigint as quantity, private.cycle_unit(ended.billing_cycle) as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
-      case when ended.period_no < 0 then 0 else ended.base_minor end as amount_minor
+      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day
     from ended
+    where ended.mode <> 'change' and ended.base_billed_from is null
+    union all
+    -- The next period's base price, where it is billed in advance and there will be one.
+    select
+      ended.invoice_id, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
+      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1
+    from ended
+    join public.subscriptions as own on own.id = ended.id
+    join public.plan_prices as next_price on next_price.id = coalesce(ended.next_plan_price_id, ended.plan_price_id)
+    join public.subscription_plans as taking_over on taking_over.id = next_price.plan_id
+    cross join lateral private.following_period(own, next_price.billing_cycle) as following
+    where ended.mode = 'period' and not ended.cancel_at_period_end and ended.status <> 'paused'
+      and next_price.billed_in = 'advance' and next_price.base_minor > 0 and next_price.currency = ended.currency
     union all
     select
-      used.invoice_id, null, 1, used.position, 'included', used.meter_key,
+      used.invoice_id, null, 1, used.position, 1, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
-      least(used.quantity, used.allowance), used.unit, 0, 1, 0
+      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null
     from used
     where used.allowance is null or used.allowance > 0
     union all
     select
-      used.invoice_id, null, 2, used.position, 'overage', used.meter_key,
-      used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit),
-      used.quantity - used.allowance, used.unit, used.overage_price_minor, used.overage_unit,
-      private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit)
-    from used
-    where used.quantity > used.allowance and used.overage_price_minor is not null
+      beyond.invoice_id, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
+      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null
+    from beyond
+    union all
+    -- What is missing to the minimum, of the time in which its price held.
+    select
+      committed.invoice_id, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
+      committed.missing, null, null
+    from (
+      select
+        ended.invoice_id,
+        private.prorate(
+          ended.minimum_minor, extract(epoch from ended.current_period_end - coalesce(ended.base_billed_from, ended.current_period_start)),
+          extract(epoch from ended.period_to - ended.period_from)
+        ) - coalesce(ended.base_billed_minor, ended.base_amount)
+          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.invoice_id = ended.invoice_id), 0)::bigint as missing
+      from ended
+      where ended.mode = 'period' and ended.minimum_minor is not null and ended.period_no >= 0
+    ) as committed
+    where committed.missing > 0
+  ),
+  outcome as materialized (
+    select whole.invoice_id, sum(whole.amount_minor) as amount_minor
+    from (
+      select current_item.invoice_id, current_item.amount_minor from current_item
+      union all
+      select late.invoice_id, late.amount_minor from late
+      union all
+      select waiting.invoice_id, waiting.amount_minor from waiting
+    ) as whole
+    group by whole.invoice_id
   ),
   adjustable as materialized (
     -- What an invoice would have to give back more than it charges waits for the next one.
     select late.*
     from late
-    join (
-      select whole.invoice_id, sum(whole.amount_minor) as amount_minor
-      from (
-        select current_item.invoice_id, current_item.amount_minor from current_item
-        union all
-        select late.invoice_id, coalesce(late.amount_minor, 0) from late
-      ) as whole
-      group by whole.invoice_id
-    ) as outcome using (invoice_id)
-    where outcome.amount_minor > 0 or coalesce(late.amount_minor, 0) = 0
+    join outcome using (invoice_id)
+    where outcome.amount_minor > 0 or late.amount_minor = 0
   ),
   item as materialized (
     select current_item.* from current_item
     union all
     select
-      adjustable.invoice_id, adjustable.line_id, 3, adjustable.position, 'adjustment', adjustable.feature_key,
+      adjustable.invoice_id, adjustable.line_id, 5, adjustable.position, 1, 'adjustment', adjustable.feature_key,
       adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
         || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
-      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor
+      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor, null, null
     from adjustable
     where adjustable.amount_minor <> 0
+    union all
+    select
+      waiting.invoice_id, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0, 1 + waiting.number, waiting.kind, null,
+      waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor, waiting.price_units, waiting.amount_minor,
+      waiting.first_day, waiting.last_day
+    from waiting
+    join outcome using (invoice_id)
+    where outcome.amount_minor > 0
   ),
   subtotal as materialized (
     select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
@@ -211,13 +365,13 @@ begin
       array_agg(
         (
           item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
-          item.amount_minor, item.line_id
+          item.amount_minor, item.line_id, item.first_day, item.last_day
         )::private.priced_line
         order by item.number) as lines
     from (
       select
         item.*,
-        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.description))::integer as number
+        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
       from item
     ) as item
     group by item.invoice_id
@@ -233,12 +387,21 @@ begin
     group by tax.invoice_id
   )
   select
-    ended.organization_id, ended.id, ended.currency, ended.current_period_start, ended.current_period_end, ended.timezone,
-    ended.first_day, ended.next_day - 1, subtotal.amount_minor, coalesce(row_tax.amount_minor, 0),
+    ended.organization_id, ended.id, ended.mode, ended.currency,
+    case ended.mode
+      when 'change' then greatest(at, (
+        select max(changed.period_start) + interval '1 microsecond'
+        from public.invoices as changed
+        where changed.organization_id = ended.organization_id and changed.subscription_id = ended.id and changed.kind = 'change'
+      ))
+      else ended.current_period_start
+    end,
+    ended.current_period_end, ended.timezone,
+    case ended.mode when 'change' then (at at time zone ended.timezone)::date else ended.first_day end, ended.next_day - 1, coalesce(subtotal.amount_minor, 0), coalesce(row_tax.amount_minor, 0),
     jsonb_strip_nulls(
       to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
     ),
-    ended.customer, row_line.lines, coalesce(row_tax.taxes, '{}'),
+    ended.customer, coalesce(row_line.lines, '{}'), coalesce(row_tax.taxes, '{}'),
     array(
       select
         (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
@@ -246,23 +409,27 @@ begin
       where adjustable.invoice_id = ended.invoice_id
     )
   from ended
-  join subtotal using (invoice_id)
-  join row_line using (invoice_id)
+  left join subtotal using (invoice_id)
+  left join row_line using (invoice_id)
   left join row_tax using (invoice_id);
 end
 $$;
-comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz) is
-  'What the current period of each subscription costs, from its price and its days: the one place where an invoice is priced, for the '
-  'run and for who asks beforehand. In arrears, base included; a trial period has no base price; what came late to earlier periods adjusts it.';
+comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
+  'What the next invoice of each subscription says: the one place where an invoice is priced, for the run and for who asks beforehand. The '
+  'current period''s base price, where it is not billed yet, what was used, the minimum, what came late to earlier periods, what waits, and '
+  'the next period''s base price where it is billed in advance. The first base price in advance comes alone, and so does, if that is asked '
+  'for, what waits. A trial period has no base price.';
 
-create function private.bill_periods(subscription_ids uuid[], issuer private.billing_issuer, at timestamptz) returns uuid[]
+create function private.bill_periods(
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
+) returns uuid[]
 language plpgsql set search_path = ''
 as $$
 declare
   drafts uuid[];
 begin
   with period as materialized (
-    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at) as priced
+    select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at, items_only) as priced
   ),
   priced as materialized (
     -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
@@ -270,11 +437,11 @@ begin
   ),
   draft as (
     insert into public.invoices (
-      id, organization_id, subscription_id, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
+      id, organization_id, subscription_id, kind, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
       tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
-      priced.id, priced.organization_id, priced.subscription_id, priced.currency, priced.period_start, priced.period_end,
+      priced.id, priced.organization_id, priced.subscription_id, priced.kind, priced.currency, priced.period_start, priced.period_end,
       priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
       priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
     from priced
@@ -282,13 +449,21 @@ begin
   ),
   line as (
     insert into public.invoice_lines (
-      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor
+      id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor,
+      first_day, last_day
     )
     select
       coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
-      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day
     from priced
     cross join lateral unnest(priced.lines) as item
+  ),
+  taken as (
+    update private.invoice_items as waiting
+    set settled_at = at
+    from priced
+    cross join lateral unnest(priced.lines) as item
+    where waiting.organization_id = priced.organization_id and waiting.id = item.line_id and waiting.settled_at is null
   ),
   levied as (
     insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
@@ -320,9 +495,60 @@ begin
   return coalesce(drafts, '{}');
 end
 $$;
-comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz) is
-  'Drafts one invoice for the current period of each subscription; none for a period that costs nothing. What came late to periods that '
+comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
+  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that costs nothing. What came late to periods that '
   'were billed before is adjusted.';
+
+create function private.open_invoices(drafts uuid[], issuer private.billing_issuer, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  month text;
+  invoices jsonb;
+begin
+  month := private.series_month(at, issuer.timezone);
+  with block as materialized (
+    select private.take_invoice_numbers(month, cardinality(drafts)) as first
+  ),
+  numbered as (
+    select draft.id, block.first + (row_number() over (order by draft.period_start, draft.id))::integer - 1 as number
+    from public.invoices as draft, block
+    where draft.id = any (drafts)
+  ),
+  opened as (
+    update public.invoices as invoice
+    set
+      status = 'open',
+      invoice_number = private.invoice_number(month, numbered.number),
+      finalized_at = at,
+      invoice_date = (at at time zone issuer.timezone)::date,
+      due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
+    from numbered
+    where invoice.id = numbered.id
+    returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
+  ),
+  announced as (
+    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    select
+      opened.organization_id, 'invoice.finalized', opened.id::text,
+      jsonb_build_object(
+        'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
+        'currency', opened.currency
+      ),
+      at
+    from opened
+  )
+  select jsonb_agg(
+    jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
+    order by opened.invoice_number)
+  into invoices
+  from opened;
+  return coalesce(invoices, '[]');
+end
+$$;
+comment on function private.open_invoices(uuid[], private.billing_issuer, timestamptz) is
+  'Drafts become invoices, with consecutive numbers of the issuer''s month, and are told of. The series is locked from here to the end of '
+  'the transaction: to be called last.';
 
 create function private.close_periods(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
@@ -336,7 +562,8 @@ declare
   drafts uuid[] := '{}';
   closed integer := 0;
   patience text := current_setting('lock_timeout');
-  month text;
+  opening uuid[];
+  alone uuid := private.read_uuid(request, 'subscription_id');
   invoices jsonb := '[]';
 begin
   select * into issuer from private.billing_issuer;
@@ -355,10 +582,15 @@ begin
     for no key update skip locked
   );
 
+  if alone is null then
+    perform private.dun_invoices(issuer, batch, at);
+  end if;
+
   claimed := array(
     select subscription.id
     from public.subscriptions as subscription
     where subscription.next_invoice_at <= at and subscription.billing_hold is null
+      and (alone is null or subscription.id = alone)
     order by subscription.next_invoice_at, subscription.id
     limit batch
     for no key update skip locked
@@ -372,6 +604,23 @@ begin
       where subscription.id = any (claimed) and subscription.next_invoice_at <= at and subscription.billing_hold is null
     );
     exit when cardinality(due) = 0 or closed >= 4 * batch;
+
+    -- What is billed in advance is billed once when it begins; from then on with the period before it.
+    opening := array(
+      select subscription.id
+      from public.subscriptions as subscription
+      where subscription.id = any (due) and subscription.next_invoice_at < subscription.current_period_end
+    );
+    if cardinality(opening) > 0 then
+      drafts := drafts || private.bill_periods(opening, issuer, at);
+      update public.subscriptions as subscription
+      set
+        next_invoice_at = subscription.current_period_end,
+        base_billed_from = coalesce(subscription.base_billed_from, subscription.current_period_start),
+        base_billed_minor = coalesce(subscription.base_billed_minor, private.period_base(subscription))
+      where subscription.id = any (opening);
+      due := array(select ended.id from unnest(due) as ended (id) where ended.id <> all (opening));
+    end if;
 
     -- The counters are the gate. Whoever still writes into the period holds one of them and is waited for; whoever comes after
     -- finds it closed. So each has to exist.
@@ -419,14 +668,18 @@ begin
       join public.usage_logs as log
         on log.organization_id = subscription.organization_id
         and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
+      join public.meters as meter on meter.key = log.feature_key
       where subscription.id = any (due)
-        and (log.usage_count, log.prepaid) <> (
-          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
-          from public.usage_days as total
-          where total.organization_id = log.organization_id
-            and total.meter_key = log.feature_key
-            and total.day >= log.period_start and total.day < log.period_end
-        )
+        and case
+          when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
+            select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
+            from public.usage_days as total
+            where total.organization_id = log.organization_id
+              and total.meter_key = log.feature_key
+              and total.day >= log.period_start and total.day < log.period_end
+          )
+          else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
+        end
     );
     if cardinality(held) > 0 then
       update public.subscriptions as subscription
@@ -454,15 +707,19 @@ begin
 
     with following as (
       select
-        subscription.id,
-        coalesce(price.id, subscription.plan_price_id) as plan_price_id,
-        coalesce(price.plan_id, subscription.plan_id) as plan_id,
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 2),
-          subscription.timezone
-        ) as period_end
+        subscription.id, price.id as plan_price_id, price.plan_id, price.billing_cycle, next_period.anchor_on, next_period.period_no,
+        private.local_midnight(next_period.period_end, subscription.timezone) as period_end,
+        case
+          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
+          when price.billed_in <> 'advance' or price.base_minor = 0 or subscription.status = 'paused' then 'later'
+          when price.currency = old.currency then 'billed'
+          else 'now'
+        end as base,
+        price.base_minor
       from public.subscriptions as subscription
-      left join public.plan_prices as price on price.id = subscription.next_plan_price_id
+      join public.plan_prices as old on old.id = subscription.plan_price_id
+      join public.plan_prices as price on price.id = coalesce(subscription.next_plan_price_id, subscription.plan_price_id)
+      cross join lateral private.following_period(subscription, price.billing_cycle) as next_period
       where subscription.id = any (due)
     )
     update public.subscriptions as subscription
@@ -470,19 +727,32 @@ begin
       plan_price_id = following.plan_price_id,
       plan_id = following.plan_id,
       next_plan_price_id = null,
-      period_no = subscription.period_no + 1,
+      billing_cycle = following.billing_cycle,
+      anchor_on = following.anchor_on,
+      period_no = following.period_no,
       current_period_start = subscription.current_period_end,
       current_period_end = following.period_end,
-      next_invoice_at = following.period_end
+      base_billed_from = case following.base when 'billed' then subscription.current_period_end end,
+      base_billed_minor = case following.base when 'billed' then following.base_minor end,
+      -- A paused one waits for whoever resumes it.
+      next_invoice_at = case
+        when subscription.status = 'paused' then null
+        when following.base = 'now' then subscription.current_period_end
+        else following.period_end
+      end
     from following
     where subscription.id = following.id and not subscription.cancel_at_period_end;
 
     -- What was cancelled stops in its last period.
     update public.subscriptions as subscription
-    set status = 'cancelled', cancelled_at = subscription.current_period_end, next_invoice_at = null
+    set
+      status = 'cancelled', cancelled_at = coalesce(subscription.cancelled_at, subscription.current_period_end), next_invoice_at = null,
+      paused_at = null
     where subscription.id = any (due) and subscription.cancel_at_period_end;
     closed := closed + cardinality(due);
   end loop;
+
+  perform private.grant_monthly_credit(claimed, at);
 
   -- Next months' partitions, before they are needed. If somebody is in the way or makes them too, the next run looks again.
   begin
@@ -495,43 +765,7 @@ begin
 
   -- Numbers come last: the series is locked from here to the end of the transaction and not a moment longer.
   if cardinality(drafts) > 0 then
-    month := private.series_month(at, issuer.timezone);
-    with block as materialized (
-      select private.take_invoice_numbers(month, cardinality(drafts)) as first
-    ),
-    numbered as (
-      select draft.id, block.first + (row_number() over (order by draft.period_start, draft.id))::integer - 1 as number
-      from public.invoices as draft, block
-      where draft.id = any (drafts)
-    ),
-    opened as (
-      update public.invoices as invoice
-      set
-        status = 'open',
-        invoice_number = private.invoice_number(month, numbered.number),
-        finalized_at = at,
-        invoice_date = (at at time zone issuer.timezone)::date,
-        due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
-      from numbered
-      where invoice.id = numbered.id
-      returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
-    ),
-    announced as (
-      insert into private.outbox (organization_id, topic, key, payload, created_at)
-      select
-        opened.organization_id, 'invoice.finalized', opened.id::text,
-        jsonb_build_object(
-          'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
-          'currency', opened.currency
-        ),
-        at
-      from opened
-    )
-    select jsonb_agg(
-      jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
-      order by opened.invoice_number)
-    into invoices
-    from opened;
+    invoices := private.open_invoices(drafts, issuer, at);
   end if;
 
   return jsonb_build_object(
@@ -552,9 +786,12 @@ comment on function public.close_periods(jsonb) is
   'For invoice-generation. {"v":1,"limit":500} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
 
 revoke all on function
-  private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text),
-  private.price_periods(uuid[], private.billing_issuer, timestamptz), private.bill_periods(uuid[], private.billing_issuer, timestamptz),
-  private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
+  private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text), private.billable_units(bigint, public.meters),
+  private.cycle_unit(public.billing_cycle), private.describe_part(integer, timestamptz, timestamptz, text),
+  private.following_period(public.subscriptions, public.billing_cycle),
+  private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean),
+  private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean),
+  private.open_invoices(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
 from public, anon, authenticated;
 grant execute on function private.close_periods(jsonb, timestamptz), public.close_periods(jsonb) to service_role;
 

@@ -400,6 +400,11 @@ begin
     updated.recording_url := told ->> 'recording_url';
     ranks := ranks || jsonb_build_object('recording_url', rank);
   end if;
+  if told #>> '{recording,path}' is not null and private.take_object(attempt, told -> 'recording', at) then
+    updated.recording_url := told #>> '{recording,path}';
+    -- No link of any later event takes its place.
+    ranks := ranks || jsonb_build_object('recording_url', 9);
+  end if;
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
     ranks := ranks || jsonb_build_object('language', rank);

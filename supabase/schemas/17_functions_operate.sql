@@ -115,7 +115,8 @@ $$;
 comment on function public.apply_event(jsonb) is
   '{"v":1,"source","source_id","verified":true,"headers","body","events":[{"kind","dedupe_key","attempt_id"?,"payload":{"type",…},'
   '"unmapped"?:[{"field","value"}],"note"?}]} -> {"result":"applied|duplicate|ignored|orphan|failed","organization_id","results"? of several,'
-  '"recordings"?:[{"organization_id","id"}] to copy}. A single event may stand at the top, a call as "call":{…}.';
+  '"recordings"?:[{"organization_id","id"}] to copy}. A single event may stand at the top, a call as "call":{…}. What waited on a queue says '
+  'when it had come, "received_at".';
 
 -- Replaces the one before: the sweep also finds recordings that nobody copied, and objects that are to be gone.
 create or replace function public.sweep_events(jsonb) returns jsonb
@@ -219,6 +220,11 @@ begin
     continue when copy.state <> 'pending' or copy.lease_token is distinct from token;
     settled := settled + 1;
     if outcome ->> 'result' = 'copied' then
+      -- An agent's object, or one of another kind, that lay there before.
+      insert into private.storage_deletions (path, requested_at)
+      select copy.path, at
+      where copy.path <> outcome ->> 'path'
+      on conflict (path) do nothing;
       update private.recordings as waiting
       set
         state = 'copied', reason = null, path = outcome ->> 'path', bytes = (outcome ->> 'bytes')::bigint,
@@ -255,6 +261,58 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.record_recordings(jsonb) is
   '{"v":1,"lease_token":uuid,"results":[{"id":attempt,"result":"copied|refused|failed","reason"?,"path"?,"bytes"?,"content_type"?}]} -> {"settled":n}.';
+
+create function private.hold_object(object_path text, at timestamptz) returns void
+language sql volatile security definer set search_path = '' as $$
+  insert into private.storage_deletions (path, requested_at, next_try_at)
+  select object_path, at, now() + interval '7 days'
+  where not exists (select from private.recordings as taken where taken.path = object_path)
+  on conflict (path) do nothing
+$$;
+comment on function private.hold_object(text, timestamptz) is
+  'An object that came with an event is to go in a week, unless a call takes it as its recording: what is about no call of ours, or never applied, is '
+  'not kept for ever.';
+
+create function private.take_object(attempt public.call_logs, object jsonb, at timestamptz) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  object_path constant text := object ->> 'path';
+  known       private.recordings;
+begin
+  select waiting.* into known from private.recordings as waiting where waiting.attempt_id = attempt.id for update;
+  -- One that a worker is about to delete is as good as gone.
+  perform from private.storage_deletions as held where held.path = object_path and held.tries = 0 for update;
+  if not found then
+    return false;
+  end if;
+  -- The carrier's own recording stays, as does the longer one of two of an agent's.
+  if attempt.erased_at is not null or not attempt.record_call or attempt.recording_id is not null
+    or known.state = 'copied' and known.bytes >= (object ->> 'bytes')::bigint
+  then
+    update private.storage_deletions as held set next_try_at = now() where held.path = object_path;
+    return false;
+  end if;
+  insert into private.storage_deletions (path, requested_at)
+  select known.path, at
+  where known.path is not null
+  on conflict (path) do nothing;
+  insert into private.recordings as mine (
+    organization_id, attempt_id, state, next_try_at, path, bytes, content_type, created_at, settled_at
+  )
+  values (
+    attempt.organization_id, attempt.id, 'copied', null, object_path, (object ->> 'bytes')::bigint, object ->> 'content_type', at, at
+  )
+  on conflict (attempt_id) do update
+  set
+    state = 'copied', url = null, reason = null, next_try_at = null, lease_token = null, path = excluded.path, bytes = excluded.bytes,
+    content_type = excluded.content_type, settled_at = at;
+  delete from private.storage_deletions as held where held.path = object_path;
+  return true;
+end
+$$;
+comment on function private.take_object(public.call_logs, jsonb, timestamptz) is
+  'The sound that an agent sent along, {"path","bytes","content_type"}, becomes the recording of its call, where consent was given and the carrier told of '
+  'none; else the object goes. The caller has locked the leg.';
 
 create function private.open_recording(call_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -611,13 +669,159 @@ comment on function public.count_events(jsonb) is '{"v":1,"organization_id"?,"si
 
 -- Retention -----------------------------------------------------------------------------------------------------------------------
 
+-- The statements that apply_retention() puts together, of private.retention_rules and the catalog alone: nobody calls these but it.
+create function private.drop_month(part regclass) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  execute format('drop table %s', part);
+end
+$$;
+comment on function private.drop_month(regclass) is 'Drops one month of a table that is split by month.';
+
+create function private.delete_before(part regclass, key_name name, oldest timestamptz) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  done bigint;
+begin
+  execute format('delete from %s where %I < $1', part, key_name) using oldest;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.delete_before(regclass, name, timestamptz) is 'Deletes what is too old and in no month''s partition: how many rows.';
+
+create function private.first_time(split regclass, key_name name) returns timestamptz
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  found_at timestamptz;
+begin
+  execute format('select min(%I) from %s', key_name, split) into found_at;
+  return found_at;
+end
+$$;
+comment on function private.first_time(regclass, name) is 'The time of the oldest row.';
+
+create function private.strip_between(split regclass, key_name name, columns text[], since timestamptz, until timestamptz) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  done bigint;
+begin
+  execute format(
+    'update %s set %s where %I >= $1 and %I < $2 and status not in (''failed'', ''dead'') and (%s)',
+    split,
+    (select string_agg(format('%I = null', stripping.name), ', ') from unnest(columns) as stripping (name)),
+    key_name, key_name,
+    (select string_agg(format('%I is not null', stripping.name), ' or ') from unnest(columns) as stripping (name))
+  )
+  using since, until;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.strip_between(regclass, name, text[], timestamptz, timestamptz) is
+  'Empties columns of the rows of a time, but for those that wait for a person: how many rows.';
+
+create function private.count_astray(part regclass) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  found_rows bigint;
+begin
+  execute format('select count(*) from (select from %s limit 1000) as astray', part) into found_rows;
+  return found_rows;
+end
+$$;
+comment on function private.count_astray(regclass) is 'Rows that no month''s partition took, a thousand at most.';
+
+create function private.seal_usage(part regclass, before timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  execute format(
+    'insert into private.usage_seals as seal (organization_id, meter_key, day, quantity, events)
+     select event.organization_id, event.meter_key, event.day, sum(event.quantity)::bigint, count(*)
+     from %s as event
+     where event.occurred_at < $1
+     group by event.organization_id, event.meter_key, event.day
+     on conflict on constraint usage_seals_pkey
+     do update set quantity = seal.quantity + excluded.quantity, events = seal.events + excluded.events',
+    part
+  ) using before;
+end
+$$;
+comment on function private.seal_usage(regclass, timestamptz) is
+  'Writes down what the usage events of a partition came to, before the same transaction takes them away.';
+
+create function private.forget_events(rule private.retention_rules, most integer, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set enable_seqscan = off as $$
+declare
+  oldest   constant timestamptz := (date_trunc('month', at at time zone 'UTC') - make_interval(months => rule.keep_months)) at time zone 'UTC';
+  cutoff   constant timestamptz := date_trunc('hour', at - rule.strip_after);
+  reached  timestamptz;
+  stripped bigint := 0;
+  deleted  bigint := 0;
+begin
+  if rule.strip_after is not null and cutoff > coalesce(rule.stripped_until, '-infinity') then
+    with old as (
+      select told.id, told.organization_id
+      from private.outbox as told
+      where told.created_at >= coalesce(rule.stripped_until, '-infinity') and told.created_at < cutoff and told.payload <> '{}'
+        -- What an endpoint still waits for keeps what it carries; one that is switched off waits no longer.
+        and not exists (
+          select
+          from public.webhook_endpoints as endpoint
+          join public.event_deliveries as delivery on delivery.endpoint_id = endpoint.id and delivery.event_id = told.id
+          where endpoint.organization_id = told.organization_id and endpoint.enabled and delivery.status in ('pending', 'failed')
+        )
+      order by told.created_at
+      limit most
+    ),
+    gone as (
+      delete from public.event_deliveries as delivery
+      using old, public.webhook_endpoints as endpoint
+      where endpoint.organization_id = old.organization_id and delivery.endpoint_id = endpoint.id and delivery.event_id = old.id
+        and delivery.status in ('pending', 'failed')
+    ),
+    emptied as (
+      update private.outbox as told
+      set payload = '{}', dispatched_at = case when told.sequence is not null then coalesce(told.dispatched_at, at) else told.dispatched_at end
+      from old
+      where told.id = old.id
+      returning told.created_at
+    )
+    select count(*), max(emptied.created_at) into stripped, reached from emptied;
+    update private.retention_rules as known
+    set stripped_until = case when stripped < most then cutoff else reached end
+    where known.table_name = rule.table_name;
+  end if;
+  if rule.keep_months is not null and rule.table_name = 'private.outbox' then
+    delete from private.outbox as told
+    where told.id in (select old.id from private.outbox as old where old.created_at < oldest order by old.created_at limit most);
+    get diagnostics deleted = row_count;
+  elsif rule.keep_months is not null then
+    delete from public.event_deliveries as delivery
+    where delivery.id in (
+      select old.id
+      from public.event_deliveries as old
+      join public.webhook_endpoints as endpoint on endpoint.id = old.endpoint_id
+      where old.created_at < oldest and (old.status in ('delivered', 'dead') or not endpoint.enabled)
+      order by old.created_at
+      limit most
+    );
+    get diagnostics deleted = row_count;
+  end if;
+  return jsonb_build_object('stripped', stripped, 'deleted', deleted, 'more', stripped = most or deleted = most);
+end
+$$;
+comment on function private.forget_events(private.retention_rules, integer, timestamptz) is
+  'Empties events out that are old enough and waited for by nobody, and deletes them, or the log of their deliveries, when their time is over; so many rows at most.';
+
 create function private.apply_retention(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
+  most     constant integer := least(greatest(coalesce((request ->> 'rows')::integer, 20000), 1), 100000);
   days     constant integer := least(greatest(coalesce((request ->> 'days')::integer, 7), 1), 366);
   rule     private.retention_rules;
   parent   text;
-  key_name text;
+  key_name name;
   part     record;
   oldest   timestamptz;
   cutoff   timestamptz;
@@ -626,12 +830,21 @@ declare
   deleted  bigint := 0;
   dropped  jsonb := '[]'::jsonb;
   unplaced jsonb := '{}'::jsonb;
+  told     jsonb;
+  more     boolean := false;
 begin
   -- Whoever reads or writes the table for long is not made to wait behind this: there is a next run.
   perform set_config('lock_timeout', '2s', true);
   for rule in
     select known.* from private.retention_rules as known where to_regclass(known.table_name) is not null order by known.table_name for update
   loop
+    if rule.table_name in ('private.outbox', 'public.event_deliveries') then
+      told := private.forget_events(rule, most, at);
+      stripped := stripped + (told ->> 'stripped')::bigint;
+      deleted := deleted + (told ->> 'deleted')::bigint;
+      more := more or (told ->> 'more')::boolean;
+      continue;
+    end if;
     select attribute.attname into key_name
     from pg_catalog.pg_partitioned_table as split
     join pg_catalog.pg_attribute as attribute on attribute.attrelid = split.partrelid and attribute.attnum = split.partattrs[0]
@@ -651,33 +864,29 @@ begin
         order by child.relname
       loop
         begin
-          execute format('drop table private.%I', part.name);
+          if rule.table_name = 'private.usage_events' then
+            perform private.seal_usage(to_regclass(format('private.%I', part.name)), oldest);
+          end if;
+          perform private.drop_month(to_regclass(format('private.%I', part.name)));
           dropped := dropped || to_jsonb('private.' || part.name);
         exception when lock_not_available then
           raise notice '% is in use; it is dropped at the next run', part.name;
         end;
       end loop;
-      execute format('delete from private.%I where %I < $1', parent || '_default', key_name) using oldest;
-      get diagnostics done = row_count;
-      deleted := deleted + done;
+      if rule.table_name = 'private.usage_events' then
+        perform private.seal_usage(to_regclass(format('private.%I', parent || '_default')), oldest);
+      end if;
+      deleted := deleted + private.delete_before(to_regclass(format('private.%I', parent || '_default')), key_name, oldest);
     end if;
 
     if rule.strip_after is not null and cardinality(rule.strip_columns) > 0 then
       if rule.stripped_until is null then
-        execute format('select min(%I) from %s', key_name, rule.table_name) into rule.stripped_until;
+        rule.stripped_until := private.first_time(rule.table_name::regclass, key_name);
       end if;
       cutoff := least(date_trunc('hour', at - rule.strip_after), rule.stripped_until + make_interval(days => days));
       if cutoff > rule.stripped_until then
-        execute format(
-          'update %s set %s where %I >= $1 and %I < $2 and status not in (''failed'', ''dead'') and (%s)',
-          rule.table_name,
-          (select string_agg(format('%I = null', stripping.name), ', ') from unnest(rule.strip_columns) as stripping (name)),
-          key_name, key_name,
-          (select string_agg(format('%I is not null', stripping.name), ' or ') from unnest(rule.strip_columns) as stripping (name))
-        )
-        using rule.stripped_until, cutoff;
-        get diagnostics done = row_count;
-        stripped := stripped + done;
+        stripped := stripped
+          + private.strip_between(rule.table_name::regclass, key_name, rule.strip_columns, rule.stripped_until, cutoff);
         update private.retention_rules as known set stripped_until = cutoff where known.table_name = rule.table_name;
       end if;
     end if;
@@ -690,12 +899,28 @@ begin
     where child.relnamespace = 'private'::regnamespace and pg_get_expr(child.relpartbound, child.oid) = 'DEFAULT'
     order by child.relname
   loop
-    execute format('select count(*) from (select from private.%I limit 1000) as astray', part.name) into done;
+    done := private.count_astray(to_regclass(format('private.%I', part.name)));
     if done > 0 then
       unplaced := unplaced || jsonb_build_object(part.parent, done);
     end if;
   end loop;
-  return jsonb_build_object('dropped', dropped, 'deleted', deleted, 'stripped', stripped, 'unplaced', unplaced);
+  -- No queue holds an event for so long.
+  delete from private.erased_persons as known where known.erased_at < at - interval '90 days';
+
+  -- Old usage may come at any time: its month is made for it, a few of them a run, and whoever is in the way has it done by the next.
+  for oldest in
+    select distinct date_trunc('month', event.occurred_at at time zone 'UTC') at time zone 'UTC' as month
+    from private.usage_events_default as event
+    order by month
+    limit 12
+  loop
+    begin
+      perform private.ensure_partitions('private.usage_events', oldest, 0);
+    exception when lock_not_available or deadlock_detected then
+      raise notice 'usage_events is in use; the month of % is made at the next run', oldest;
+    end;
+  end loop;
+  return jsonb_build_object('dropped', dropped, 'deleted', deleted, 'stripped', stripped, 'unplaced', unplaced, 'more', more);
 end
 $$;
 comment on function private.apply_retention(jsonb, timestamptz) is
@@ -707,7 +932,8 @@ language sql volatile security invoker set search_path = '' as $$
   select private.apply_retention($1, private.clock_now())
 $$;
 comment on function public.apply_retention(jsonb) is
-  '{"v":1,"days":7} -> {"dropped":[partition],"deleted":n,"stripped":n,"unplaced":{table: n}}. Empties at most so many days'' rows at once.';
+  '{"v":1,"days":7,"rows":20000} -> {"dropped":[partition],"deleted":n,"stripped":n,"unplaced":{table: n},"more"}. Empties at most so many days'' rows '
+  'of what comes in, and so many rows of what goes out, at once; more: call again.';
 
 
 -- Erasure -------------------------------------------------------------------------------------------------------------------------
@@ -751,7 +977,7 @@ from (
     ('public.orders', 'customer_email customer_phone customer_first_name customer_last_name customer_external_id shipping_address billing_address tracking_number tracking_url customer_notes internal_notes sync_hash', 'order', 'id', 'null', null),
     ('public.orders', 'platform_data', 'order', 'id', 'object', null),
     ('public.order_line_items', 'properties', 'order', 'order_id', 'object', null),
-    ('private.webhook_events', 'headers body payload', 'event', 'id', 'null', null),
+    ('private.webhook_events', 'headers body payload error', 'event', 'id', 'null', null),
     ('private.recordings', 'url reason', 'attempt', 'attempt_id', 'null', null),
     ('private.unmapped_values', 'value', 'content', null, 'delete', null),
     ('public.audit_logs', 'metadata', 'content', null, 'scrub', null),
@@ -759,7 +985,6 @@ from (
     ('public.usage_logs', 'metadata', 'content', null, 'scrub', null),
     ('public.call_logs', 'refusal_reason disconnect_reason transfer_department', 'content', null, 'scrub', null),
     ('private.outbox', 'payload last_error', 'content', null, 'scrub', null),
-    ('private.webhook_events', 'error', 'content', null, 'scrub', null),
     ('public.impersonation_sessions', 'reason', 'content', null, 'scrub', null),
     ('public.campaign_leads', 'skip_reason', 'content', null, 'scrub', null),
     ('public.call_queue', 'wait_reason', 'content', null, 'scrub', null),
@@ -789,6 +1014,7 @@ from (
     ('private.recordings', 'path', 'none', null, 'kept', 'Organization and attempt; the object goes.'),
     ('private.storage_deletions', '*', 'none', null, 'kept', 'Objects that are about to go, by organization and attempt.'),
     ('private.erased_numbers', '*', 'none', null, 'kept', 'The salted hash by which an erased person is not called again.'),
+    ('private.erased_persons', '*', 'none', null, 'kept', 'Salted hashes, for as long as a queue may hold an event of before.'),
     ('public.audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the organization''s own people did what.'),
     ('public.platform_audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the operator''s own people did what.'),
     ('public.usage_logs', 'feature_key', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
@@ -812,6 +1038,8 @@ from (
     ('public.subscriptions', '*', 'none', null, 'kept', 'A fiscal row: the organization''s own bill, kept by law.'),
     ('private.usage_events', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
     ('private.usage_keys', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('private.usage_readings', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
+    ('private.usage_seals', '*', 'none', null, 'kept', 'What was counted, for the bill: sums by day.'),
     ('public.usage_days', '*', 'none', null, 'kept', 'What was counted, for the bill: a key of the counting system and an amount.'),
     ('public.organizations', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
     ('public.profiles', '*', 'none', null, 'kept', 'An account of the system or the organization itself; its owner ends it.'),
@@ -863,6 +1091,9 @@ from (
     ('public.call_charges', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('public.privacy_requests', '*', 'none', null, 'kept', 'Evidence that somebody asked, by the platform''s ids.'),
     ('private.usage_adjustments', '*', 'none', null, 'kept', 'What was counted, for the bill: ids and amounts.'),
+    ('private.invoice_items', '*', 'none', null, 'kept', 'A fiscal row: what a line of the organization''s own bill will say.'),
+    ('private.dunning_policy', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.billing_requests', '*', 'none', null, 'kept', 'What an organization asked of its own subscription, for thirty days.'),
     ('private.call_corrections', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
     ('private.call_holds', '*', 'none', null, 'kept', 'Amounts.'),
     ('private.lead_requests', '*', 'none', null, 'kept', 'Ids, codes and hashes.'),
@@ -1023,6 +1254,110 @@ comment on function private.keep_activity_erased() is 'Trigger: what happens wit
 create trigger keep_erased before insert on public.lead_activities
   for each row execute function private.keep_activity_erased();
 
+create function private.customer_key(store uuid, external_id text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select case when external_id not like 'erased:%' then 'customer|' || store || '|' || external_id end
+$$;
+comment on function private.customer_key(uuid, text) is 'What a shop''s name for a customer is called in private.erased_persons.';
+
+create function private.was_erased(event private.webhook_events, since timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  shop uuid;
+begin
+  if not exists (
+    select
+    from private.erased_persons as known
+    where (known.organization_id = event.organization_id or event.organization_id is null) and known.erased_at >= since
+  ) then
+    return false;
+  end if;
+  shop := (select source.store_id from public.webhook_sources as source where source.id = private.to_uuid(event.source_id));
+  return exists (
+    select
+    from (
+      select unnest(private.person_keys(event.body, event.payload::text)) as key
+      union all select private.customer_key(shop, event.payload #>> '{customer,external_id}')
+      union all select private.customer_key(shop, event.payload #>> '{order,customer_external_id}')
+    ) as named
+    join private.erased_persons as known
+      on known.key_hash = private.hash_number(named.key) and known.erased_at >= since
+      and (known.organization_id = event.organization_id or event.organization_id is null)
+  );
+end
+$$;
+comment on function private.was_erased(private.webhook_events, timestamptz) is
+  'Whether an event names somebody whom its organization, or any where it is nobody''s, has erased since it came.';
+
+-- The statements that erase() puts together, of private.personal_data alone, which migrations write: nobody calls these two but it.
+create function private.empty_listed(
+  table_name text, found_by text, via text, assignments text, organization uuid, ids uuid[], phones text[]
+) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  statement text;
+  done      bigint;
+begin
+  if assignments is null then
+    statement := format('delete from %s where organization_id = $1 and %I ', table_name::regclass, via);
+  else
+    statement := format('update %s set %s where organization_id = $1 and %I ', table_name::regclass, assignments, via);
+  end if;
+  if found_by = 'event' then
+    statement := replace(statement, 'organization_id = $1', '(organization_id = $1 or organization_id is null)');
+  end if;
+  if found_by = 'phone' then
+    execute statement || '= any ($2)' using organization, phones;
+  else
+    execute statement || '= any ($2)' using organization, ids;
+  end if;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.empty_listed(text, text, text, text, uuid, uuid[], text[]) is
+  'Empties the listed columns of a table in an organization''s rows of the person, or deletes the rows: how many.';
+
+create function private.scrub_listed(
+  table_name text, column_name text, treatment text, organization uuid, by_phone text, by_email text
+) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  type             text;
+  has_organization boolean;
+  scope            text;
+  done             bigint;
+begin
+  select
+    pg_catalog.format_type(attribute.atttypid, null),
+    exists (
+      select
+      from pg_catalog.pg_attribute as owner
+      where owner.attrelid = attribute.attrelid and owner.attname = 'organization_id' and not owner.attisdropped
+    )
+  into strict type, has_organization
+  from pg_catalog.pg_attribute as attribute
+  where attribute.attrelid = scrub_listed.table_name::regclass and attribute.attname = scrub_listed.column_name and not attribute.attisdropped;
+  scope := case when has_organization then '(organization_id = $1 or organization_id is null) and ' else '$1 is not null and ' end
+    || format('(%1$I::text ~ $2 or lower(%1$I::text) ~ $3)', scrub_listed.column_name);
+  if treatment = 'delete' then
+    execute format('delete from %s where %s', scrub_listed.table_name::regclass, scope) using organization, by_phone, by_email;
+  else
+    -- A number may stand in JSON without quotes, so a digit takes its place there.
+    execute format(
+      'update %1$s set %2$I = coalesce(regexp_replace(coalesce(regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text), $3, ''erased'', ''gi''), '
+      'regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text)::%4$s where %5$s',
+      scrub_listed.table_name::regclass, scrub_listed.column_name, case type when 'jsonb' then '0' else 'erased' end, type, scope
+    )
+    using organization, by_phone, by_email;
+  end if;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
+comment on function private.scrub_listed(text, text, text, uuid, text, text) is
+  'Cuts a person''s numbers and addresses out of a listed column wherever an organization''s rows name them, or deletes the rows: how many.';
+
 create function private.erase(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -1043,9 +1378,8 @@ declare
   emails        text[];
   by_phone      text;
   by_email      text;
+  keys          text[];
   target        record;
-  statement     text;
-  scope         text;
   done          bigint;
   rows_of       jsonb := '{}'::jsonb;
 begin
@@ -1152,20 +1486,28 @@ begin
   if exists (select from public.call_logs as log where log.id = any (attempts) and log.status <> 'ended') then
     perform private.raise_error(409, 'call_in_progress', 'The person is being called now; once the call has ended they can be erased');
   end if;
+  keys := private.person_keys(variadic phones || emails);
+  -- Each by an index; the keys find all that the patterns would, and now and then an order's number.
   events := array(
     select event.id
     from private.webhook_events as event
-    where (event.organization_id = organization or event.organization_id is null)
+    where event.attempt_id = any (attempts) and (event.organization_id = organization or event.organization_id is null)
+    union
+    select event.id
+    from private.webhook_events as event
+    where private.person_keys(event.body, event.payload::text, event.headers::text, event.error) && array_append(keys, '*')
+      and (event.organization_id = organization or event.organization_id is null)
       and (
-        event.attempt_id = any (attempts)
-        or whole_store and event.source_id in (
-          select source.id::text from public.webhook_sources as source where source.organization_id = organization and source.store_id = store
-        )
-        or event.body ~ by_phone or lower(event.body) ~ by_email
+        event.body ~ by_phone or lower(event.body) ~ by_email
         or event.payload::text ~ by_phone or lower(event.payload::text) ~ by_email
         or event.headers::text ~ by_phone or lower(event.headers::text) ~ by_email
         or event.error ~ by_phone or lower(event.error) ~ by_email
       )
+    union
+    select key.event_id
+    from public.webhook_sources as source
+    join private.webhook_event_keys as key on key.source = source.provider and key.source_id = source.id::text
+    where whole_store and source.organization_id = organization and source.store_id = store
   );
 
   perform set_config('trunkline.erasing', 'on', true);
@@ -1182,11 +1524,27 @@ begin
     where suppression.organization_id = organization and suppression.phone_number = any (phones)
     on conflict do nothing;
   end if;
+  -- What waits on a queue, or comes again from there, brings nobody back.
+  insert into private.erased_persons as known (organization_id, key_hash, erased_at)
+  select distinct organization, private.hash_number(named.key), at
+  from (
+    select unnest(keys) as key
+    union all
+    select private.customer_key(customer.store_id, customer.external_id) from public.customers as customer where customer.id = any (customers)
+    union all
+    select private.customer_key(store, external) where external is not null
+  ) as named
+  where named.key not like 'erased:%'
+  on conflict (organization_id, key_hash) do update set erased_at = greatest(known.erased_at, excluded.erased_at);
   insert into private.storage_deletions (path, requested_at)
   select copy.path, at
   from private.recordings as copy
   where copy.organization_id = organization and copy.attempt_id = any (attempts) and copy.path is not null
-  on conflict do nothing;
+  on conflict (path) do update set next_try_at = now();
+  update private.storage_deletions as held
+  set next_try_at = now()
+  from private.webhook_events as event
+  where event.id = any (events) and held.path = event.payload #>> '{recording,path}';
   update private.recordings as copy
   set state = 'erased', url = null, reason = null, next_try_at = null, lease_token = null, settled_at = coalesce(copy.settled_at, at)
   where copy.organization_id = organization and copy.attempt_id = any (attempts);
@@ -1218,18 +1576,9 @@ begin
       ) nulls last,
       listed.table_name
   loop
-    if target.is_deleted then
-      statement := format('delete from %s where organization_id = $1 and %I ', target.table_name, target.via);
-    else
-      statement := format('update %s set %s where organization_id = $1 and %I ', target.table_name, target.assignments, target.via);
-    end if;
-    if target.found_by = 'event' then
-      statement := replace(statement, 'organization_id = $1', '(organization_id = $1 or organization_id is null)');
-    end if;
-    if target.found_by = 'phone' then
-      execute statement || '= any ($2)' using organization, phones;
-    else
-      execute statement || '= any ($2)' using organization, case target.found_by
+    done := private.empty_listed(
+      target.table_name, target.found_by, target.via, case when not target.is_deleted then target.assignments end, organization,
+      case target.found_by
         when 'lead' then leads
         when 'customer' then customers
         when 'order' then orders
@@ -1237,9 +1586,9 @@ begin
         when 'store_call' then calls
         when 'conversation' then conversations
         when 'event' then events
-      end;
-    end if;
-    get diagnostics done = row_count;
+      end,
+      phones
+    );
     if done > 0 then
       rows_of := rows_of || jsonb_build_object(target.table_name, done);
     end if;
@@ -1259,35 +1608,13 @@ begin
 
   if by_phone is not null or by_email is not null then
     for target in
-      select
-        listed.table_name, listed.column_name, listed.treatment,
-        pg_catalog.format_type(attribute.atttypid, null) as type,
-        exists (
-          select
-          from pg_catalog.pg_attribute as owner
-          where owner.attrelid = attribute.attrelid and owner.attname = 'organization_id' and not owner.attisdropped
-        ) as has_organization
+      select listed.table_name, listed.column_name, listed.treatment
       from private.personal_data as listed
-      join pg_catalog.pg_attribute as attribute
-        on attribute.attrelid = to_regclass(listed.table_name) and attribute.attname = listed.column_name and not attribute.attisdropped
-      where listed.found_by = 'content'
+      where listed.found_by = 'content' and to_regclass(listed.table_name) is not null
       -- The audit last: what is cut out elsewhere may leave a line that says what was there.
       order by listed.table_name like '%audit_logs', listed.table_name, listed.column_name
     loop
-      scope := case when target.has_organization then '(organization_id = $1 or organization_id is null) and ' else '$1 is not null and ' end
-        || format('(%1$I::text ~ $2 or lower(%1$I::text) ~ $3)', target.column_name);
-      if target.treatment = 'delete' then
-        statement := format('delete from %s where %s', target.table_name, scope);
-      else
-        -- A number may stand in JSON without quotes, so a digit takes its place there.
-        statement := format(
-          'update %1$s set %2$I = coalesce(regexp_replace(coalesce(regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text), $3, ''erased'', ''gi''), '
-          'regexp_replace(%2$I::text, $2, %3$L, ''g''), %2$I::text)::%4$s where %5$s',
-          target.table_name, target.column_name, case target.type when 'jsonb' then '0' else 'erased' end, target.type, scope
-        );
-      end if;
-      execute statement using organization, by_phone, by_email;
-      get diagnostics done = row_count;
+      done := private.scrub_listed(target.table_name, target.column_name, target.treatment, organization, by_phone, by_email);
       if done > 0 then
         rows_of := rows_of || jsonb_build_object(
           target.table_name, coalesce((rows_of ->> target.table_name)::bigint, 0) + done
@@ -1357,7 +1684,12 @@ revoke execute on function
   private.list_events(uuid, jsonb), private.get_event(uuid, uuid), private.redrive_events(uuid, uuid[], jsonb, timestamptz),
   private.count_events(uuid, jsonb, timestamptz), private.hash_number(text), private.is_suppressed(uuid, text), private.phone_pattern(text[]),
   private.email_pattern(text[]), private.keep_erased(), private.keep_event_erased(), private.keep_conversation_erased(),
-  private.keep_message_erased(), private.keep_activity_erased()
+  private.keep_message_erased(), private.keep_activity_erased(), private.hold_object(text, timestamptz),
+  private.take_object(public.call_logs, jsonb, timestamptz), private.customer_key(uuid, text),
+  private.was_erased(private.webhook_events, timestamptz),
+  private.drop_month(regclass), private.delete_before(regclass, name, timestamptz), private.first_time(regclass, name),
+  private.strip_between(regclass, name, text[], timestamptz, timestamptz), private.count_astray(regclass),
+  private.empty_listed(text, text, text, text, uuid, uuid[], text[]), private.scrub_listed(text, text, text, uuid, text, text)
 from public;
 revoke execute on function
   private.claim_recordings(jsonb, timestamptz), public.claim_recordings(jsonb),
@@ -1370,6 +1702,7 @@ revoke execute on function
   private.redrive_webhook_events(uuid[], jsonb, timestamptz), public.redrive_webhook_events(uuid[], jsonb),
   private.count_webhook_events(timestamptz, timestamptz), public.count_webhook_events(timestamptz),
   public.list_events(jsonb), public.get_event(jsonb), public.redrive_events(jsonb), public.count_events(jsonb),
+  private.seal_usage(regclass, timestamptz), private.forget_events(private.retention_rules, integer, timestamptz),
   private.apply_retention(jsonb, timestamptz), public.apply_retention(jsonb),
   private.erase(jsonb, timestamptz), public.erase(jsonb),
   private.erase_person(text, text, timestamptz), public.erase_person(text, text)

@@ -18,7 +18,9 @@ declare
   kind constant text := split_part(new.topic, '.', 1);
 begin
   if not exists (select from private.event_types as type where type.topic = new.topic)
-    or exists (select from private.outbox as told where told.topic = new.topic and told.key = new.key)
+    or exists (
+      select from private.outbox as told where told.organization_id = new.organization_id and told.topic = new.topic and told.key = new.key
+    )
   then
     return new;
   end if;
@@ -84,11 +86,15 @@ begin
       new.organization_id, 'call.answered', new.id::text, about || jsonb_build_object('answered_at', new.answered_at), at
     );
   end if;
-  if was.ai_analysis is null and new.ai_analysis is not null then
+  if new.ai_analysis is not null
+    and (was.ai_analysis, was.summary, was.sentiment_score, was.interest_level)
+      is distinct from (new.ai_analysis, new.summary, new.sentiment_score, new.interest_level)
+  then
     perform private.emit(
-      new.organization_id, 'call.analyzed', new.id::text,
+      new.organization_id, 'call.analyzed', case when was.ai_analysis is null then new.id::text else new.id || ' ' || gen_random_uuid() end,
       about || jsonb_build_object(
-        'summary', new.summary, 'sentiment_score', new.sentiment_score, 'interest_level', new.interest_level, 'analysis', new.ai_analysis
+        'summary', new.summary, 'sentiment_score', new.sentiment_score, 'interest_level', new.interest_level, 'analysis', new.ai_analysis,
+        'revised', was.ai_analysis is not null
       ),
       at
     );
@@ -96,14 +102,51 @@ begin
   return null;
 end
 $$;
-comment on function private.tell_call() is 'Trigger: a call started, was answered, was analysed. That it ended is told by end_attempt().';
+comment on function private.tell_call() is
+  'Trigger: a call started, was answered, was analysed, and analysed again where more became known. That it ended is told by end_attempt().';
 create trigger tell_new_call after insert on public.call_logs
   for each row when (new.status >= 'queued' or new.answered_at is not null) execute function private.tell_call();
-create trigger tell_call after update of status, answered_at, ai_analysis on public.call_logs
+create trigger tell_call after update of status, answered_at, ai_analysis, summary, sentiment_score, interest_level on public.call_logs
   for each row when (
     old.status < 'queued' and new.status >= 'queued' or old.answered_at is null and new.answered_at is not null
-    or old.ai_analysis is null and new.ai_analysis is not null
+    or new.ai_analysis is not null and (old.ai_analysis, old.summary, old.sentiment_score, old.interest_level)
+      is distinct from (new.ai_analysis, new.summary, new.sentiment_score, new.interest_level)
   ) execute function private.tell_call();
+
+create function private.end_event(attempt public.call_logs) returns jsonb
+language sql stable set search_path = '' as $$
+  select jsonb_build_object(
+    'call_id', attempt.id, 'campaign_id', attempt.campaign_id, 'lead_id', attempt.lead_id, 'attempt_no', attempt.attempt_no,
+    'outcome', attempt.call_status, 'answered_at', attempt.answered_at, 'ended_at', attempt.ended_at, 'duration_seconds', attempt.duration,
+    'billed_seconds', attempt.bill_duration_seconds
+  )
+$$;
+comment on function private.end_event(public.call_logs) is 'The end of a call as its events carry it.';
+
+create function private.tell_corrected() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at       constant timestamptz := private.clock_now();
+  previous constant jsonb := (
+    select jsonb_object_agg(said.key, said.value)
+    from jsonb_each(private.end_event(old)) as said
+    where said.value is distinct from private.end_event(new) -> said.key
+  );
+begin
+  perform private.emit(
+    new.organization_id, 'call.updated', new.id || ' ' || gen_random_uuid(),
+    private.end_event(new) || jsonb_build_object('previous', coalesce(previous, '{}')), at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_corrected() is 'Trigger: what was told of a call''s end was not the last word: the carrier knew better later.';
+create trigger tell_corrected after update of call_status, answered_at, ended_at, duration, bill_duration_seconds on public.call_logs
+  for each row when (
+    old.status = 'ended' and new.status = 'ended' and (old.dialled or old.direction = 'inbound')
+    and (old.call_status, old.answered_at, old.ended_at, old.duration, old.bill_duration_seconds)
+      is distinct from (new.call_status, new.answered_at, new.ended_at, new.duration, new.bill_duration_seconds)
+  ) execute function private.tell_corrected();
 
 create function private.lead_event(lead public.leads) returns jsonb
 language sql stable set search_path = '' as $$
@@ -425,7 +468,7 @@ begin
     -- An endpoint that nothing reaches is tried with a few at a time, so that its timeouts hold up little else.
     select
       endpoint.organization_id, endpoint.id,
-      case when endpoint.failing_since is null then 50 else 4 end - (
+      case when endpoint.failing_since is not null then 4 when endpoint.is_slow then 20 else 50 end - (
         select count(*) from public.event_deliveries as busy where busy.endpoint_id = endpoint.id and busy.lease_until > now()
       ) as room
     from public.webhook_endpoints as endpoint
@@ -467,12 +510,15 @@ begin
     set lease_until = now() + interval '3 minutes', lease_token = null
     from locked
     where delivery.id = locked.id
-    returning delivery.id, delivery.organization_id
+    returning delivery.id, delivery.organization_id, delivery.endpoint_id
   )
-  select jsonb_agg(jsonb_build_object('id', leased.id, 'organization_id', leased.organization_id) order by chosen.turn, leased.id)
+  select jsonb_agg(
+    jsonb_build_object('id', leased.id, 'organization_id', leased.organization_id, 'slow', endpoint.is_slow) order by chosen.turn, leased.id
+  )
   into claimed
   from leased
-  join chosen on chosen.id = leased.id;
+  join chosen on chosen.id = leased.id
+  join public.webhook_endpoints as endpoint on endpoint.id = leased.endpoint_id;
   claimed := coalesce(claimed, '[]');
   return jsonb_build_object('deliveries', claimed, 'more', jsonb_array_length(claimed) = wanted);
 end
@@ -486,13 +532,16 @@ language sql volatile security invoker set search_path = '' as $$
   select private.claim_deliveries($1, private.clock_now())
 $$;
 comment on function public.claim_deliveries(jsonb) is
-  '{"v":1,"limit":n} -> {"deliveries":[{"id","organization_id"}],"more"}. Each is to be put on the queue.';
+  '{"v":1,"limit":n} -> {"deliveries":[{"id","organization_id","slow"}],"more"}. Each is to be put on the queue: what is slow, on that of the slow.';
 
 create function private.begin_deliveries(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
 declare
   token constant uuid := (request ->> 'lease_token')::uuid;
+  -- A handler of the fast queue; one that does not say which it is takes everything.
+  fast  constant boolean := coalesce(not (request ->> 'slow')::boolean, false);
   begun jsonb;
+  moved integer;
 begin
   if token is null then
     perform private.raise_error(400, 'invalid_request', 'A lease token is required', 'lease_token');
@@ -511,9 +560,18 @@ begin
     where delivery.id = locked.id and endpoint.id = delivery.endpoint_id and endpoint.enabled
       and delivery.status in ('pending', 'failed') and delivery.next_attempt_at <= at
       and (delivery.lease_token is null or delivery.lease_token = token or delivery.lease_until <= now())
+      and not (fast and endpoint.is_slow)
     returning delivery.id, delivery.organization_id, delivery.endpoint_id, delivery.event_id, endpoint.url
+  ),
+  given_back as (
+    update public.event_deliveries as delivery
+    set lease_until = null
+    from locked, public.webhook_endpoints as endpoint
+    where fast and endpoint.is_slow and delivery.id = locked.id and endpoint.id = delivery.endpoint_id
+      and delivery.status in ('pending', 'failed') and delivery.lease_token is null
+    returning delivery.id
   )
-  select jsonb_agg(
+  select (select count(*) from given_back), jsonb_agg(
     jsonb_build_object(
       'id', taken.id, 'organization_id', taken.organization_id, 'endpoint_id', taken.endpoint_id, 'event_id', taken.event_id,
       'url', taken.url, 'body', private.event_body(told),
@@ -522,23 +580,24 @@ begin
     )
     order by told.id
   )
-  into begun
+  into moved, begun
   from taken
-  join private.outbox as told on told.id = taken.event_id
+  join private.outbox as told on told.id = taken.event_id and told.payload <> '{}'
   join private.webhook_endpoint_secrets as secret on secret.organization_id = taken.organization_id and secret.endpoint_id = taken.endpoint_id;
-  return jsonb_build_object('deliveries', coalesce(begun, '[]'));
+  return jsonb_build_object('deliveries', coalesce(begun, '[]'), 'more', moved > 0);
 end
 $$;
 comment on function private.begin_deliveries(jsonb, timestamptz) is
-  'Gives a handler what it is to send. Another handler with the same message gets nothing while the first one''s lease lasts.';
+  'Gives a handler what it is to send. Another handler with the same message gets nothing while the first one''s lease lasts. What turned out to be '
+  'slow since it was put on the fast queue is given back, and due again at once.';
 
 create function public.begin_deliveries(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.begin_deliveries($1, private.clock_now())
 $$;
 comment on function public.begin_deliveries(jsonb) is
-  '{"v":1,"lease_token","deliveries":[id]} -> {"deliveries":[{"id","organization_id","endpoint_id","event_id","url","body","secret_sealed",'
-  '"previous_sealed"?}]}.';
+  '{"v":1,"lease_token","deliveries":[id],"slow"?} -> {"deliveries":[{"id","organization_id","endpoint_id","event_id","url","body","secret_sealed",'
+  '"previous_sealed"?}],"more"}. slow: whether they came from the queue of the slow. More: some were given back, and are due.';
 
 create function private.retry_delay(attempts integer) returns interval
 language sql volatile set search_path = '' as $$
@@ -580,7 +639,10 @@ declare
   token    constant uuid := (request ->> 'lease_token')::uuid;
   -- As long as the schedule of one event lasts, about.
   patience constant interval := interval '3 days';
+  -- Whoever takes longer holds up the batch that it is in.
+  quick_ms constant integer := 2000;
   recorded integer;
+  slow     uuid[];
   reached  uuid[];
   missed   uuid[];
   gone     uuid[];
@@ -636,20 +698,28 @@ begin
       delivered_at = case when judged.is_delivered then at end
     from judged
     where delivery.id = judged.id
-    returning judged.endpoint_id, judged.is_delivered, judged.is_gone
+    returning judged.endpoint_id, judged.is_delivered, judged.is_gone, judged.status is null or judged.duration_ms >= quick_ms as is_slow
   )
   select
     count(*),
     array_agg(distinct written.endpoint_id) filter (where written.is_delivered),
     array_agg(distinct written.endpoint_id) filter (where not written.is_delivered),
-    array_agg(distinct written.endpoint_id) filter (where written.is_gone)
-  into recorded, reached, missed, gone
+    array_agg(distinct written.endpoint_id) filter (where written.is_gone),
+    coalesce(array_agg(distinct written.endpoint_id) filter (where written.is_slow), '{}')
+  into recorded, reached, missed, gone, slow
   from written;
 
   update public.webhook_endpoints as endpoint
-  set failing_since = case when endpoint.id = any (reached) then null else at end
+  set
+    failing_since = case
+      when endpoint.id = any (reached) then null
+      when endpoint.failing_since is null then at
+      else endpoint.failing_since
+    end,
+    is_slow = endpoint.id = any (slow)
   where endpoint.id = any (reached) and endpoint.failing_since is not null
-    or endpoint.id = any (missed) and endpoint.id <> all (coalesce(reached, '{}')) and endpoint.failing_since is null;
+    or endpoint.id = any (missed) and endpoint.id <> all (coalesce(reached, '{}')) and endpoint.failing_since is null
+    or endpoint.id = any (reached || missed) and endpoint.is_slow <> (endpoint.id = any (slow));
   given_up := array(
     select endpoint.id
     from public.webhook_endpoints as endpoint
@@ -989,6 +1059,9 @@ declare
   delivery public.event_deliveries := private.claim_delivery(delivery_id);
   endpoint public.webhook_endpoints := private.claim_live_endpoint(delivery.endpoint_id);
 begin
+  if not exists (select from private.outbox as told where told.id = delivery.event_id and told.payload <> '{}') then
+    perform private.raise_error(410, 'event_gone', 'The event is past its time and no longer kept', 'delivery_id');
+  end if;
   update public.event_deliveries as mine
   set status = 'pending', attempts = 0, next_attempt_at = at, delivered_at = null
   where mine.id = delivery.id
@@ -1006,7 +1079,7 @@ create function public.replay_delivery(delivery_id uuid) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.replay_delivery(delivery_id, private.clock_now())
 $$;
-comment on function public.replay_delivery(uuid) is 'Sends an event to its endpoint again; 409 when that is switched off. Needs webhook.manage.';
+comment on function public.replay_delivery(uuid) is 'Sends an event to its endpoint again; 409 when that is switched off, 410 when the event is no longer kept. Needs webhook.manage.';
 
 create function private.replay_deliveries(endpoint_id uuid, since timestamptz, until timestamptz, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -1023,7 +1096,7 @@ begin
     from private.outbox as told
     where told.organization_id = endpoint.organization_id and told.sequence is not null
       and told.created_at >= since and told.created_at < until
-      and told.topic <> 'endpoint.test' and private.wants_event(endpoint.events, told.topic)
+      and told.topic <> 'endpoint.test' and told.payload <> '{}' and private.wants_event(endpoint.events, told.topic)
     order by told.created_at, told.id
     limit most + 1
   );
@@ -1060,6 +1133,7 @@ comment on function public.replay_deliveries(uuid, timestamptz, timestamptz) is
 
 revoke execute on function
   private.has_endpoint(uuid), private.number_event(), private.nudge_delivery(), private.key_at(uuid, timestamptz), private.tell_call(),
+  private.end_event(public.call_logs), private.tell_corrected(),
   private.lead_event(public.leads), private.tell_new_leads(), private.tell_opted_out(), private.tell_suppressed(), private.tell_campaign(),
   private.tell_subscription(), private.order_event(public.orders), private.tell_new_orders(), private.tell_order(), private.tell_escalated(),
   private.wants_event(text[], text), private.event_body(private.outbox), private.fan_out(integer, timestamptz),

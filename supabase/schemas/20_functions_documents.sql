@@ -24,6 +24,40 @@ as $$
 $$;
 comment on function private.billing_logo(text) is 'A logo in base64; null if there is none.';
 
+create function private.record_einvoice(number text, irn text, ack_no text, signed_qr text) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  known uuid;
+begin
+  if irn !~ '^[0-9a-f]{64}$' or length(signed_qr) > 2900 or signed_qr !~ '^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$'
+    or ack_no !~ '^[0-9]{1,20}$' or irn is null or ack_no is null or signed_qr is null then
+    perform private.raise_error(400, 'invalid_request', 'irn is a hash of 64 digits, ack_no a number, signed_qr what the portal signed', 'irn');
+  end if;
+  -- What the portal has said of a document does not change.
+  update public.invoices as invoice
+  set irn = record_einvoice.irn, ack_no = record_einvoice.ack_no, signed_qr = record_einvoice.signed_qr
+  where invoice.invoice_number = record_einvoice.number
+    and coalesce(invoice.irn, record_einvoice.irn) = record_einvoice.irn
+    and coalesce(invoice.signed_qr, record_einvoice.signed_qr) = record_einvoice.signed_qr
+  returning invoice.id into known;
+  if not found then
+    update public.credit_notes as note
+    set irn = record_einvoice.irn, ack_no = record_einvoice.ack_no, signed_qr = record_einvoice.signed_qr
+    where note.credit_note_number = record_einvoice.number
+      and coalesce(note.irn, record_einvoice.irn) = record_einvoice.irn
+      and coalesce(note.signed_qr, record_einvoice.signed_qr) = record_einvoice.signed_qr
+    returning note.id into known;
+  end if;
+  if known is null then
+    perform private.raise_error(404, 'invoice_not_found', 'There is no such document, or the portal said something else of it before', 'number');
+  end if;
+  return known;
+end
+$$;
+comment on function private.record_einvoice(text, text, text, text) is
+  'For the operator: what India''s portal answered for an invoice or a credit note, by its number. Printed on it from then on.';
+
 -- Whole documents -----------------------------------------------------------------------------------------------------------------
 
 create function private.invoice_document(organization_id uuid, invoice_id uuid) returns jsonb
@@ -130,12 +164,11 @@ comment on function private.open_document(jsonb) is 'A document for whoever hold
 
 -- The next invoice ----------------------------------------------------------------------------------------------------------------
 
-create function private.preview_invoice(at timestamptz) returns jsonb
-language plpgsql stable security definer set search_path = ''
+create function private.preview_document(organization_id uuid, at timestamptz) returns jsonb
+language plpgsql stable set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('billing.view');
-  subscription public.subscriptions := private.live_subscription(organization);
+  subscription public.subscriptions := private.live_subscription(organization_id);
   issuer private.billing_issuer;
   bill record;
   dated date;
@@ -148,13 +181,13 @@ begin
     perform private.raise_error(409, 'billing_issuer_missing', 'Nothing is billed before private.billing_issuer says who bills');
   end if;
   select priced.* into bill from private.price_periods(array[subscription.id], issuer, at) as priced;
-  dated := (greatest(at, bill.period_end) at time zone issuer.timezone)::date;
+  dated := (greatest(at, case bill.kind when 'period' then bill.period_end end) at time zone issuer.timezone)::date;
   return jsonb_build_object(
     'document', 'preview',
     'logo', private.billing_logo(issuer.logo_id),
     'organization_id', bill.organization_id,
     'subscription_id', bill.subscription_id,
-    'kind', 'period',
+    'kind', bill.kind,
     'currency', bill.currency,
     'period_start', bill.period_start,
     'period_end', bill.period_end,
@@ -171,14 +204,22 @@ begin
     'is_billed', bill.subtotal_minor > 0,
     'issuer', bill.issuer_particulars,
     'customer', bill.customer,
-    'lines', (select jsonb_agg(to_jsonb(item) - 'line_id' order by item.position) from unnest(bill.lines) as item),
+    'lines', (select coalesce(jsonb_agg(to_jsonb(item) - 'line_id' order by item.position), '[]') from unnest(bill.lines) as item),
     'taxes', to_jsonb(bill.taxes)
   );
 end
 $$;
-comment on function private.preview_invoice(timestamptz) is
-  'The next invoice of the caller''s subscription, as the run would make it if its period ended now: priced by the same function. Writes '
-  'nothing. Needs billing.view.';
+comment on function private.preview_document(uuid, timestamptz) is
+  'The next invoice of an organization''s subscription, as the run would make it if its period ended now: priced by the same function.';
+
+create function private.preview_invoice(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.preview_document(private.require_org('billing.view'), at);
+end
+$$;
+comment on function private.preview_invoice(timestamptz) is 'preview_document for the caller''s organization. Writes nothing. Needs billing.view.';
 
 -- For an accountant ---------------------------------------------------------------------------------------------------------------
 
@@ -568,7 +609,8 @@ begin
   where own.organization_id = organization and own.id = invoice_id and own.status <> 'draft';
   select own.* into billed
   from public.invoice_lines as own
-  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null;
+  where own.organization_id = organization and own.invoice_id = bill.id and own.position = line and own.meter_key is not null
+    and own.kind <> 'fee';
   if billed.id is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
   end if;
@@ -578,6 +620,7 @@ begin
   where earlier.organization_id = organization
     and earlier.invoice_id = bill.id
     and earlier.meter_key = billed.meter_key
+    and earlier.kind <> 'fee'
     and earlier.position < billed.position;
   return jsonb_build_object(
     'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
@@ -693,9 +736,9 @@ comment on function public.open_document(jsonb) is
   'For invoice-generation. {"v":1,"document":"invoice|credit_note","id"} gives the document, of whichever organization.';
 
 revoke all on function
-  private.set_billing_logo(bytea), private.billing_logo(text), private.invoice_document(uuid, uuid),
+  private.set_billing_logo(bytea), private.record_einvoice(text, text, text, text), private.billing_logo(text), private.invoice_document(uuid, uuid),
   private.credit_note_document(uuid, uuid), private.decimal_amount(bigint, text), private.check_export_days(date, date),
-  private.gstr1(uuid, date, date), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
+  private.gstr1(uuid, date, date), private.preview_document(uuid, timestamptz), private.get_invoice(uuid), private.get_credit_note(uuid), private.preview_invoice(timestamptz),
   private.export_invoices(date, date), private.export_invoice_lines(date, date), private.export_payments(date, date),
   private.export_gstr1(date, date), private.export_line_calls(uuid, integer), public.get_invoice(uuid), public.get_credit_note(uuid),
   public.preview_invoice(), public.export_invoices(date, date), public.export_invoice_lines(date, date),

@@ -268,6 +268,105 @@ $$;
 comment on function private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric) is
   'A period of one meter: the base price, what was used beyond the included units, and one tax on both.';
 
+-- What a plan's price says about a meter ------------------------------------------------------------------------------------------
+
+create function private.read_tiers(tiers jsonb) returns private.price_tier[]
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return (
+    select array_agg(
+      (
+        (tier.step ->> 'up_to')::numeric, (tier.step ->> 'unit_minor')::numeric, coalesce((tier.step ->> 'flat_minor')::bigint, 0)
+      )::private.price_tier
+      order by tier.number)
+    from jsonb_array_elements(tiers) with ordinality as tier (step, number)
+  );
+end
+$$;
+comment on function private.read_tiers(jsonb) is 'The tiers of plan_price_meters as functions take them.';
+
+create function private.rate_term(term public.plan_price_meters, quantity bigint)
+returns table (number integer, kind text, units bigint, unit_price_minor bigint, price_units bigint, amount_minor bigint, tier integer)
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  beyond bigint := quantity - nullif(term.included_units, -1);
+  steps private.price_tier[];
+  part record;
+begin
+  if coalesce(beyond, 0) <= 0 or term.overage_price_minor is null then
+    return;
+  end if;
+  kind := 'overage';
+  units := beyond;
+  unit_price_minor := term.overage_price_minor;
+  price_units := term.overage_unit;
+  number := 1;
+  if term.pricing_model = 'per_unit' then
+    amount_minor := private.rate_units(beyond, term.overage_price_minor, term.overage_unit);
+    return next;
+    return;
+  elsif term.pricing_model = 'package' then
+    amount_minor := private.rate_package(beyond, 0, term.overage_unit, term.overage_price_minor);
+    return next;
+    return;
+  end if;
+
+  steps := private.read_tiers(term.tiers);
+  for part in
+    select reached.position, reached.tier_units
+    from (
+      select
+        bounded.position, bounded.up_to, bounded.lower_bound,
+        (least(coalesce(bounded.up_to, beyond), beyond) - bounded.lower_bound)::bigint as tier_units
+      from (
+        select given.position, given.up_to, lag(given.up_to, 1, 0::numeric) over (order by given.position) as lower_bound
+        from unnest(steps) with ordinality as given (up_to, unit_price_minor, flat_minor, position)
+      ) as bounded
+    ) as reached
+    where case term.pricing_model
+      when 'volume' then reached.lower_bound < beyond and (reached.up_to is null or beyond <= reached.up_to)
+      else reached.tier_units > 0
+    end
+    order by reached.position
+  loop
+    kind := 'overage';
+    tier := part.position;
+    units := case term.pricing_model when 'volume' then beyond else part.tier_units end;
+    unit_price_minor := (steps[tier]).unit_price_minor;
+    price_units := term.overage_unit;
+    amount_minor := private.rate_units(units, unit_price_minor, price_units);
+    return next;
+    number := number + 1;
+    if (steps[tier]).flat_minor > 0 then
+      kind := 'fee';
+      units := 1;
+      unit_price_minor := (steps[tier]).flat_minor;
+      price_units := 1;
+      amount_minor := unit_price_minor;
+      return next;
+      number := number + 1;
+    end if;
+  end loop;
+end
+$$;
+comment on function private.rate_term(public.plan_price_meters, bigint) is
+  'What a period''s quantity of a meter costs beyond what its price includes, line by line, each rounded alone: one of per unit, packages '
+  'and volume, one a tier of graduated prices, and the flat fees of tiers. Nothing where nothing is beyond, or where it is not sold.';
+
+create function private.rate_term_total(term public.plan_price_meters, quantity bigint) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if term.plan_price_id is null or term.overage_price_minor is null then
+    return 0;
+  end if;
+  return coalesce((select sum(line.amount_minor) from private.rate_term(term, quantity) as line), 0)::bigint;
+end
+$$;
+comment on function private.rate_term_total(public.plan_price_meters, bigint) is 'The sum of rate_term''s lines.';
+
 -- Time ----------------------------------------------------------------------------------------------------------------------------
 
 create function private.series_month(instant timestamptz, timezone text) returns text
@@ -298,6 +397,7 @@ revoke all on function
   private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),
   private.rate_volume(private.price_tier[], numeric, boolean, numeric), private.rate_package(numeric, numeric, numeric, bigint),
   private.started_units(numeric, numeric), private.rate_beyond_allowance(private.price_tier[], numeric, numeric, numeric),
-  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.series_month(timestamptz, text),
+  private.rate_base_and_overage(bigint, numeric, numeric, numeric, numeric, numeric), private.read_tiers(jsonb),
+  private.rate_term(public.plan_price_meters, bigint), private.rate_term_total(public.plan_price_meters, bigint), private.series_month(timestamptz, text),
   private.hours_in_period(timestamptz, timestamptz)
 from public, anon, authenticated, service_role;

@@ -95,6 +95,8 @@ select is(
 
 insert into public.roles (id, organization_id, name, permissions)
 select '00000000-0000-4000-9000-0000000000a4', a, 'Caller', '["campaign.view", "campaign.run", "role.manage"]' from pg_temp.ids;
+-- Four are one more than Free has room for.
+update public.subscriptions set metadata = '{"custom_limits": {"max_users": 4}}' where organization_id = (select a from pg_temp.ids);
 update public.profiles
 set organization_id = (select a from pg_temp.ids),
   system_role = case right(id::text, 2) when 'a2' then 'admin' else 'member' end::public.system_role,

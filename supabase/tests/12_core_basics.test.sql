@@ -1,7 +1,7 @@
 -- Ids, the clock, errors, partitions, nudges, and when somebody may be called.
 begin;
 set local search_path = public, extensions, tap;
-select plan(49);
+select plan(57);
 
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
 on conflict (single) do update set shift = excluded.shift;
@@ -104,6 +104,22 @@ select is((select count(*) from net.http_request_queue), 2::bigint, 'Another fun
 select set_config('trunkline.nudged_call_dispatch', '', true);
 select vault.update_secret(id, 'whsec_not base64!') from vault.secrets where name = 'trunkline_nudge_key';
 select lives_ok($$select private.nudge('call-dispatch')$$, 'A nudge that fails fails nothing else');
+
+-- Connecting a database with its functions.
+delete from vault.secrets where name in ('trunkline_functions_url', 'trunkline_nudge_key');
+create function pg_temp.connect(url text, key text default 'whsec_' || encode('0123456789abcdef0123456789abcdef', 'base64')) returns jsonb
+language sql as $$ select private.connect_functions(url, key) $$;
+select is(pg_temp.connect('https://api.example.test/functions/v1') - 'database_webhooks', '{"trunkline_functions_url": "set", "trunkline_nudge_key": "set"}', 'Address and key are put into Vault');
+select is(pg_temp.connect('https://api.example.test/functions/v1', 'whsec_' || encode('fedcba9876543210fedcba9876543210', 'base64')) - 'database_webhooks',
+  '{"trunkline_functions_url": "as before", "trunkline_nudge_key": "changed"}', 'and changed there after a rotation');
+select is((select string_agg(decrypted_secret, ' ' order by name) from vault.decrypted_secrets where name like 'trunkline_%'),
+  'https://api.example.test/functions/v1 whsec_' || encode('fedcba9876543210fedcba9876543210', 'base64'), 'each once');
+select is(pg_temp.connect('https://api.example.test/functions/v1') -> 'database_webhooks',
+  '["nudge_delivery on private.outbox", "nudge_dispatch on public.call_queue", "nudge_dispatch on public.campaigns"]', 'The database webhooks are the migrations'' triggers');
+select throws_ok($$select pg_temp.connect('https://api.example.test/functions/v1/')$$, '22023', null, 'An address that is not the functions'' is refused');
+select throws_ok($$select pg_temp.connect('https://api.example.test/functions/v1', 'whsec_short')$$, '22023', null, 'so is a key that is none');
+select ok(not has_function_privilege(role, 'private.connect_functions(text, text)', 'execute'), role || ' connects nothing')
+from (values ('authenticated'), ('service_role')) as one (role);
 
 -- When somebody may be called. Times are local to the zone.
 create function pg_temp.slot(

@@ -143,7 +143,7 @@ select set_eq(
   $$ select fn.proname::text
      from pg_catalog.pg_proc as fn
      where fn.pronamespace = 'public'::regnamespace and fn.proname ~ '(credit|payment|refund)' and has_function_privilege('service_role', fn.oid, 'execute') $$,
-  array['open_payment', 'record_payment', 'record_refund', 'save_payment_method', 'remove_payment_method', 'issue_credit_note', 'expire_credit'],
+  array['open_payment', 'record_payment', 'record_refund', 'save_payment_method', 'remove_payment_method', 'issue_credit_note', 'expire_credit', 'renew_credit'],
   'a handler calls these'
 );
 select is(has_function_privilege('service_role', signature, 'execute'), false, format('a handler does not call %s', signature))

@@ -1,7 +1,7 @@
 -- Erasure: every column of the catalog is judged, and afterwards nothing anywhere names the person, who is still never called.
 begin;
 set local search_path = public, extensions, tap;
-select plan(43);
+select plan(56);
 
 -- Every column that can hold a text says what becomes of it when a person is erased: a new one is added to private.personal_data.
 create view pg_temp.texts as
@@ -207,6 +207,8 @@ select is(pg_temp.as_user(3, $$select public.erase_person('+919812345678')$$), '
 delete from public.call_logs where status = 'ringing';
 select is(has_function_privilege('authenticated', 'public.erase(jsonb)', 'execute'), false, 'Users do not choose the organization');
 
+insert into public.customers (organization_id, store_id, external_id, phone) values (pg_temp.id('8000', 1), pg_temp.id('a000', 1), '775', '+919812345678');
+
 -- The person goes.
 create temporary table other_before as select * from pg_temp.traces('9812345679|joasha@example.org') as trace;
 create temporary table rows_before as select count(*) as orders, sum(total_price_minor) as money from public.orders;
@@ -267,20 +269,78 @@ select is((select count(*) from public.lead_activities where content::text like 
 update public.conversations set summary = 'Asha Rao called' where id = pg_temp.id('b100', 1);
 select is((select summary from public.conversations where id = pg_temp.id('b100', 1)), null, 'nor has a summary');
 
+-- What the patterns find the index finds: numbers as people and providers write them, among other digits.
+select setseed(0.4);
+create temporary table spelled as
+select written.phone, string_agg(
+    case
+      when place > 6 and place <= 6 + length(written.digits)
+        then substr(written.digits, place - 6, 1) || case when random() < 0.2 then substr(' .-() ', 1 + floor(random() * 6)::integer, 1 + floor(random() * 2)::integer) else '' end
+      when random() < 0.5 then substr('0123456789 .-()+x,%2b', 1 + floor(random() * 21)::integer, 1)
+      else ''
+    end,
+    '' order by place) as text
+from (
+  select n, known.phone, (array[substr(known.phone, 2), right(known.phone, 10), '0' || right(known.phone, 10), '00' || substr(known.phone, 2)])[1 + n % 4] as digits
+  from generate_series(1, 1500) as n
+  cross join lateral (select (array['+919812345678', '+15551234567', '+4712345678', '+2901234', '+290123456'])[1 + n % 5] as phone) as known
+) as written
+cross join generate_series(1, 30) as place
+group by written.n, written.phone;
+select cmp_ok((select count(*) from spelled where text ~ private.phone_pattern(array[phone])), '>', 300::bigint, 'Numbers are found by pattern');
+select is_empty(
+  $$select text from spelled where text ~ private.phone_pattern(array[phone]) and not private.person_keys(text) && private.person_keys(phone)$$,
+  'and each of them by its key');
+select is_empty(
+  $$select text
+    from unnest(array['asha@example.org', 'To=Asha%40Example.org&x', '<ASHA@example.org>.', '"asha@example.org."', 'a,asha@example.org,b']) as text
+    where not lower(text) ~ private.email_pattern('{asha@example.org}') or not private.person_keys(text) && private.person_keys('asha@example.org')$$,
+  'So with addresses');
+select is(private.person_keys(repeat('1 ', 600)), '{*}', 'What is too odd to say is always looked at');
+
+-- What waited on a queue meanwhile. Who wrote again since the erasure did so themselves.
+insert into public.webhook_sources (id, organization_id, provider, name, secrets_sealed, store_id)
+values (pg_temp.id('f000', 1), pg_temp.id('8000', 1), 'shopify', 'Shop', '{v1.x}', pg_temp.id('a000', 1)),
+  (pg_temp.id('f000', 2), pg_temp.id('8000', 2), 'shopify', 'Far shop', '{v1.x}', pg_temp.id('a000', 2));
+create function pg_temp.customer(source integer, key text, came text, told jsonb) returns text
+language plpgsql as $$
+declare
+  stored private.webhook_events;
+begin
+  perform public.apply_event(jsonb_build_object(
+    'v', 1, 'source', 'shopify', 'source_id', pg_temp.id('f000', source), 'verified', true, 'received_at', now() + came::interval,
+    'headers', '{}'::jsonb, 'body', 'To: ' || (told ->> 'phone'), 'events', jsonb_build_array(jsonb_build_object('kind', 'customers/update', 'dedupe_key', key, 'payload',
+      jsonb_build_object('type', 'store', 'event', 'customer', 'shop', case source when 1 then 'shop' else 'far' end || '.example.com',
+        'customer', jsonb_build_object('external_id', '900', 'source_version', '1') || told)))));
+  select event.* into stored from private.webhook_events as event where event.dedupe_key = key;
+  return concat_ws(' ', stored.status, stored.error, case when (stored.body, stored.payload, stored.headers) is null then 'empty' end);
+end
+$$;
+select is(pg_temp.customer(1, 'q1', '-1 hour', '{"phone":"+919812345678","first_name":"Asha"}'), 'ignored erased empty', 'What was told before the erasure and comes after it is not taken');
+select is(pg_temp.customer(1, 'q2', '-1 hour', '{"email":"Asha@example.org","first_name":"Asha"}'), 'ignored erased empty', 'nor is an address');
+select is(pg_temp.customer(1, 'q3', '-1 hour', '{"external_id":"775","first_name":"Asha"}'), 'ignored erased empty', 'nor a name of the shop''s');
+select is((select count(*) from public.customers where external_id in ('900', '775')), 0::bigint, 'Nobody is back');
+select is(pg_temp.customer(1, 'q4', '-1 hour', '{"phone":"+919812345670","first_name":"Else"}'), 'applied', 'Somebody else is taken');
+select is(pg_temp.customer(2, 'q5', '1 hour', '{"phone":"+919812345678","first_name":"Asha"}'), 'applied', 'and who came after the erasure');
+delete from public.customers where external_id = '900';
+update private.webhook_events set body = null, payload = null where dedupe_key = 'q5';
+
 -- On record, and again.
 select is((select metadata ? 'rows' and metadata::text !~ '98123' and user_id = pg_temp.id('c000', 3) from public.audit_logs where action = 'person.erased' and organization_id = pg_temp.id('8000', 1)), true, 'That it was done is on record, and not to whom');
 delete from public.call_queue where lead_id = pg_temp.id('b100', 9);
 delete from public.campaign_leads where lead_id = pg_temp.id('b100', 9);
 delete from public.leads where id = pg_temp.id('b100', 9);
--- Who came back as a new lead was told of as one.
-delete from private.outbox where payload::text like '%9812345678%';
+-- Who came back as a new lead was told of as one, which is a trace like any other.
+select is((select count(*) > 0 from private.outbox where payload::text like '%9812345678%'), true, 'A new lead is told of by number');
+select is(private.erase(jsonb_build_object('organization_id', pg_temp.id('8000', 1), 'phone', '+919812345678'), private.clock_now()) #>> '{rows,private.outbox}', '1', 'Who comes back goes from what is to be told');
+select is_empty($$select * from pg_temp.traces('9812345678(?![0-9])', true)$$, 'and from everywhere');
 select is(private.erase(jsonb_build_object('organization_id', pg_temp.id('8000', 1), 'phone', '+919812345678'), private.clock_now()) ->> 'erased', 'false', 'Again changes nothing');
 select throws_ok($$update public.audit_logs set metadata = '{}'$$, '23001', null, 'Nobody else changes the record');
 select throws_ok($$delete from public.consents$$, '23001', null, 'or deletes a consent');
 
 -- A whole store.
 select private.erase(jsonb_build_object('organization_id', pg_temp.id('8000', 1), 'store_id', pg_temp.id('a000', 1)), private.clock_now());
-select is((select string_agg(coalesce(phone, '-'), ' ') from public.customers where store_id = pg_temp.id('a000', 1)), '- -', 'A store that goes takes its customers along');
+select is((select string_agg(coalesce(phone, '-'), ' ') from public.customers where store_id = pg_temp.id('a000', 1)), '- - -', 'A store that goes takes its customers along');
 select is((select phone from public.leads where id = pg_temp.id('b100', 3)), '+919812345679', 'and not the organization''s leads');
 select * from finish();
 rollback;

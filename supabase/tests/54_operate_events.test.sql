@@ -157,7 +157,7 @@ select is((select told ->> 'deleted' from kept), '1', 'with what was in no month
 select is((select string_agg(dedupe_key, ' ' order by received_at) from private.webhook_events where source_id = 'x'), 'october dead fresh', 'The rest stays');
 select is((select string_agg(dedupe_key, ' ' order by received_at) from private.webhook_events where source_id = 'x' and body is not null), 'dead fresh', 'After thirty days without what it carried, unless it waits for a person');
 select is((select count(*) from private.webhook_event_keys where dedupe_key = 'september'), 1::bigint, 'Keys stay: a repetition is one however late it comes');
-select is(private.apply_retention('{"v":1,"days":366}', private.clock_now()), '{"dropped":[],"deleted":0,"stripped":0,"unplaced":{}}', 'Again there is nothing to do');
+select is(private.apply_retention('{"v":1,"days":366}', private.clock_now()), '{"dropped":[],"deleted":0,"stripped":0,"unplaced":{},"more":false}', 'Again there is nothing to do');
 insert into private.webhook_events (received_at, source, source_id, dedupe_key, kind, payload_type, status) values ('2031-01-01', 'plivo', 'x', 'future', 'ring', 'call', 'applied');
 select is(private.apply_retention('{"v":1}', private.clock_now()) -> 'unplaced', '{"private.webhook_events":1}', 'A row that no month takes is told of');
 select is(private.redrive_events(null, null, '{"source":"plivo","status":"dead"}', private.clock_now()) ->> 'redriven', '1', 'A dead one that still carries something may be redriven');

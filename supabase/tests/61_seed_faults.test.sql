@@ -36,15 +36,16 @@
 --  C11  a call counted twice                     15_core_events
 --  C14  recording without consent, calls deleted here
 --  D1   invoice numbers                          24_billing_walls, tests/section_f.rs
---  D2   a period billed twice, 31 January        20_billing_arithmetic, 23_billing_periods
+--  D2   a period billed twice, 31 January        20_billing_arithmetic, 23_billing_periods, section_f/billing.rs
+--  D3   what credit paid billed again            29_ledger_holds
 --  D4   arithmetic                               20_billing_arithmetic
---  D5   an upgrade without paying                24_billing_walls
+--  D5   an upgrade without paying                24_billing_walls, 74_subscriptions
 --  D6   payments of another amount, again, late  26_ledger_payments
 --  D7   balances overwritten                     25_ledger_credit, tests/section_f.rs
 --  D8   no subscription, and the gate open       13_core_release, and here
 --  D9   two live subscriptions                   here
 --  D10  -1 as a limit, limits two pass at once   here, 62_seed_details, section_f/billing.rs
---  D11  a plan edited under its subscribers      24_billing_walls
+--  D11  a plan edited under its subscribers      24_billing_walls, 73_pricing
 --  D12  a unit freed that another deal holds     37_stores_inventory
 begin;
 set local search_path = public, extensions, tap;
@@ -89,9 +90,7 @@ select is_empty(
     join pg_catalog.pg_language as language on language.oid = routine.prolang
     where routine.pronamespace in ('public'::regnamespace, 'private'::regnamespace) and language.lanname = 'plpgsql'
       and (has_function_privilege('authenticated', routine.oid, 'execute') or has_function_privilege('service_role', routine.oid, 'execute'))
-      and routine.prosrc ~* '\mexecute\s+(format|''|[a-z_]+\s*(;|into|using|\|\|))'
-      -- Tables and columns of these come from lists that migrations write, never from a request.
-      and routine.proname not in ('apply_retention', 'erase')$$,
+      and routine.prosrc ~* '\mexecute\s+(format|''|[a-z_]+\s*(;|into|using|\|\|))'$$,
   'A14: no function that anybody may call runs a statement that it puts together'
 );
 
@@ -126,7 +125,9 @@ select is_empty(
     from pg_catalog.pg_proc as routine
     where routine.pronamespace in ('public'::regnamespace, 'private'::regnamespace)
       and has_function_privilege('authenticated', routine.oid, 'execute')
-      and routine.proname ~ '(credit|debit|invoice|payment|refund|subscri|meter)' and routine.provolatile = 'v'$$,
+      and routine.proname ~ '(credit|debit|invoice|payment|refund|subscri|meter)' and routine.provolatile = 'v'
+      -- What one does with one's own subscription is told what to do and never an amount.
+      and routine.proname !~ '^((change|cancel|pause|resume)_subscription|preview_subscription_change)$'$$,
   'B5: and none moves money'
 );
 select throws_ok(format('select private.debit_credit(%L, ''INR'', -5, ''negative'', now())', pg_temp.org(1)), null, null, 'B5: a debit of less than nothing is refused');
@@ -165,10 +166,17 @@ select is_empty(
       and not exists (
         select
         from unnest(fk.conkey, fk.confkey) as pair (own, theirs)
-        join pg_catalog.pg_attribute as own on own.attrelid = fk.conrelid and own.attnum = pair.own and own.attname = 'organization_id' and own.attnotnull
-          or own.attrelid = fk.conrelid and own.attnum = pair.own and own.attname = 'organization_id'
-            -- A person without an organization has no role, and a source of the platform's own no store: checks say so.
-            and fk.conrelid in ('public.profiles'::regclass, 'public.webhook_sources'::regclass)
+        join pg_catalog.pg_attribute as own on own.attrelid = fk.conrelid and own.attnum = pair.own and own.attname = 'organization_id'
+          -- Where there may be none (of a person, of a source of the platform's own), a check says that there is then no such key either.
+          and (own.attnotnull or exists (
+            select
+            from pg_catalog.pg_constraint as rule
+            join pg_catalog.pg_attribute as named
+              on named.attrelid = fk.conrelid and named.attnum = any (fk.conkey) and named.attname <> 'organization_id'
+            where rule.conrelid = fk.conrelid and rule.contype = 'c' and rule.convalidated
+              and pg_catalog.pg_get_constraintdef(rule.oid)
+                = format('CHECK (((%I IS NULL) OR (organization_id IS NOT NULL)))', named.attname)
+          ))
         join pg_catalog.pg_attribute as theirs on theirs.attrelid = fk.confrelid and theirs.attnum = pair.theirs and theirs.attname = 'organization_id'
       )$$,
   'B7: every key to a tenant''s row carries the tenant, which is never null, in whatever schema'

@@ -1,7 +1,7 @@
 -- Events out: numbered where they happen, one delivery an endpoint that listens, the schedule, and who is switched off.
 begin;
 set local search_path = public, extensions, tap;
-select plan(76);
+select plan(100);
 
 create function pg_temp.person(number integer) returns uuid
 language sql immutable as $$ select ('00000000-0000-4000-8000-0000000e' || lpad(number::text, 4, '0'))::uuid $$;
@@ -263,6 +263,99 @@ update public.event_deliveries set lease_until = null, lease_token = null;
 update public.webhook_endpoints set failing_since = private.clock_now() where id = pg_temp.endpoint(1);
 select is((select count(*) from pg_temp.claim(500) as id join public.event_deliveries as delivery using (id) where delivery.endpoint_id = pg_temp.endpoint(1)),
   4::bigint, 'one that nothing reaches, a few');
+
+-- Slow: what keeps somebody waiting goes among its like, also what was on its way before that was known.
+update public.event_deliveries set lease_until = null, lease_token = null;
+update public.webhook_endpoints set failing_since = null;
+create temp table lanes as select * from jsonb_to_recordset(private.claim_deliveries('{"v":1,"limit":10}', private.clock_now()) -> 'deliveries')
+  as claimed (id uuid, organization_id uuid, slow boolean);
+select is((select count(*) from lanes where slow), 0::bigint, 'Who has kept nobody waiting is fast');
+create function pg_temp.begin_as(slow boolean, token uuid) returns jsonb
+language sql as $$
+  select private.begin_deliveries(jsonb_build_object('v', 1, 'lease_token', token, 'slow', slow, 'deliveries', (select jsonb_agg(id) from lanes)), private.clock_now())
+$$;
+update public.webhook_endpoints set is_slow = id = pg_temp.endpoint(3);
+create temp table fast as select pg_temp.begin_as(false, '00000000-0000-4000-8000-0000000f0002') as said;
+select ok((select (said ->> 'more')::boolean and jsonb_array_length(said -> 'deliveries') between 1 and 9 and said::text not like '%hooks.example.com/3%' from fast),
+  'A handler of the fast gives back what turned out slow');
+select is((select count(*) from public.event_deliveries where endpoint_id = pg_temp.endpoint(3) and lease_until is not null), 0::bigint, 'which is due at once');
+select ok((select bool_and(slow) and count(*) > 0 from jsonb_to_recordset(private.claim_deliveries('{"v":1}', private.clock_now()) -> 'deliveries') as claimed (id uuid, slow boolean)
+  join public.event_deliveries as delivery using (id) where delivery.endpoint_id = pg_temp.endpoint(3)), 'and is claimed as slow');
+truncate lanes;
+insert into lanes (id) select id from public.event_deliveries where endpoint_id = pg_temp.endpoint(3) and lease_until is not null limit 2;
+select is(jsonb_array_length(pg_temp.begin_as(true, '00000000-0000-4000-8000-0000000f0003') -> 'deliveries'), 2, 'which a handler of the slow takes');
+select private.record_deliveries(jsonb_build_object('lease_token', '00000000-0000-4000-8000-0000000f0003', 'results', (
+  select jsonb_agg(jsonb_build_object('id', id, 'status', 200, 'duration_ms', 1999)) from lanes)), private.clock_now());
+select is((select is_slow from public.webhook_endpoints where id = pg_temp.endpoint(3)), false, 'Quick again, it is fast again');
+truncate lanes;
+insert into lanes (id) select id from public.event_deliveries where endpoint_id = pg_temp.endpoint(2) and status = 'pending' limit 1;
+update public.event_deliveries set lease_token = null, lease_until = null where id in (select id from lanes);
+select is(jsonb_array_length(pg_temp.begin_as(null, '00000000-0000-4000-8000-0000000f0004') -> 'deliveries'), 1, 'A handler that does not say what it is takes what there is');
+select private.record_deliveries(jsonb_build_object('lease_token', '00000000-0000-4000-8000-0000000f0004', 'results', (
+  select jsonb_agg(jsonb_build_object('id', id, 'duration_ms', 15000)) from lanes)), private.clock_now());
+select is((select is_slow from public.webhook_endpoints where id = pg_temp.endpoint(2)), true, 'Who lets a handler wait is slow');
+
+-- A call's end is corrected, and its analysis grows.
+insert into public.carrier_accounts (id, provider, account_sid, credentials_sealed, api_base)
+values ('00000000-0000-4000-8000-0000000ca001', 'plivo', 'MA', 'sealed', 'https://carrier.example.com');
+insert into public.call_logs (id, organization_id, carrier_account_id, caller_number, callee_number, status, call_status, dialled, ended_at, direction)
+values
+  ('00000000-0000-4000-8000-0000000b0001', pg_temp.org(2), '00000000-0000-4000-8000-0000000ca001', '+14155550100', '+14155550101', 'ended', 'no_answer', true, private.clock_now(), 'outbound'),
+  ('00000000-0000-4000-8000-0000000b0002', pg_temp.org(2), '00000000-0000-4000-8000-0000000ca001', '+14155550100', '+14155550102', 'ended', 'expired', false, private.clock_now(), 'outbound');
+create temp view about_calls as select topic, payload, sequence from private.outbox where organization_id = pg_temp.org(2) and object = 'call:00000000-0000-4000-8000-0000000b0001';
+update public.call_logs set duration = 7, bill_duration_seconds = 60 where id = '00000000-0000-4000-8000-0000000b0001';
+update public.call_logs set call_status = 'answered' where id = '00000000-0000-4000-8000-0000000b0001';
+select results_eq($$select payload ->> 'outcome', payload ->> 'duration_seconds', payload ->> 'billed_seconds', payload -> 'previous' from about_calls where topic = 'call.updated' order by sequence$$,
+  $$values ('no_answer', '7', '60', '{"duration_seconds": null, "billed_seconds": null}'::jsonb), ('answered', '7', '60', '{"outcome": "no_answer"}')$$,
+  'Each correction is told, in one transaction too, with what was said before');
+update public.call_logs set duration = 7, carrier_cost_micros = 5 where id = '00000000-0000-4000-8000-0000000b0001';
+select is((select count(*) from about_calls where topic = 'call.updated'), 2::bigint, 'What it cost us, or what was known, is no news');
+update public.call_logs set duration = 9 where id = '00000000-0000-4000-8000-0000000b0002';
+select is((select count(*) from private.outbox where object = 'call:00000000-0000-4000-8000-0000000b0002'), 0::bigint, 'Of a call that was never made nothing is told');
+update public.call_logs set summary = 'early' where id = '00000000-0000-4000-8000-0000000b0001';
+update public.call_logs set ai_analysis = '{"intent": "visit"}' where id = '00000000-0000-4000-8000-0000000b0001';
+update public.call_logs set sentiment_score = 0.5 where id = '00000000-0000-4000-8000-0000000b0001';
+update public.call_logs set notes = 'x' where id = '00000000-0000-4000-8000-0000000b0001';
+select results_eq($$select payload ->> 'summary', payload ->> 'sentiment_score', payload ->> 'revised' from about_calls where topic = 'call.analyzed' order by sequence$$,
+  $$values ('early', null, 'false'), ('early', '0.50', 'true')$$, 'An analysis is told when it is there, and again when it says more');
+update public.call_logs set ai_analysis = null, summary = null, sentiment_score = null where id = '00000000-0000-4000-8000-0000000b0001';
+select is((select count(*) from about_calls where topic = 'call.analyzed'), 2::bigint, 'That it was erased is told to nobody');
+select is((select count(*) from about_calls), (select max(sequence) from about_calls), 'and the numbers rise');
+
+-- One key, two organizations.
+select private.emit(org, 'usage.threshold', 'call_seconds 2026-11-01 80', '{"percent": 80}', private.clock_now()) from (values (pg_temp.org(1)), (pg_temp.org(2)), (pg_temp.org(2))) as one (org);
+select is((select count(*) from private.outbox where key = 'call_seconds 2026-11-01 80'), 2::bigint, 'Two organizations reach the same share, each once');
+
+-- How long it is kept.
+delete from public.event_deliveries;
+delete from private.outbox;
+insert into private.outbox (id, organization_id, topic, key, payload, created_at, dispatched_at)
+select ('00000000-0000-4000-8000-0000000c000' || n)::uuid, pg_temp.org(1), 'lead.created', 'kept ' || n, jsonb_build_object('lead_id', gen_random_uuid(), 'name', 'X'),
+  private.clock_now() - age, private.clock_now() - age
+from (values (1, interval '89 days'), (2, '91 days'), (3, '92 days'), (4, '93 days'), (5, '15 months'), (6, '13 months')) as old (n, age);
+insert into public.event_deliveries (organization_id, endpoint_id, event_id, topic, status, next_attempt_at, created_at, delivered_at)
+values
+  (pg_temp.org(1), pg_temp.endpoint(2), '00000000-0000-4000-8000-0000000c0003', 'lead.created', 'failed', private.clock_now(), private.clock_now() - interval '92 days', null),
+  (pg_temp.org(1), pg_temp.endpoint(1), '00000000-0000-4000-8000-0000000c0004', 'lead.created', 'pending', private.clock_now(), private.clock_now() - interval '93 days', null),
+  (pg_temp.org(1), pg_temp.endpoint(2), '00000000-0000-4000-8000-0000000c0004', 'lead.created', 'delivered', null, private.clock_now() - interval '93 days', private.clock_now()),
+  (pg_temp.org(1), pg_temp.endpoint(2), '00000000-0000-4000-8000-0000000c0005', 'lead.created', 'dead', null, private.clock_now() - interval '5 months', null),
+  (pg_temp.org(1), pg_temp.endpoint(2), '00000000-0000-4000-8000-0000000c0006', 'lead.created', 'pending', private.clock_now(), private.clock_now() - interval '5 months', null);
+update public.webhook_endpoints set enabled = id <> pg_temp.endpoint(1), disabled_reason = case when id = pg_temp.endpoint(1) then 'user' end,
+  disabled_at = case when id = pg_temp.endpoint(1) then now() end;
+select is(private.apply_retention('{"v":1,"rows":1}', private.clock_now()) ->> 'more', 'true', 'So much at a time');
+do $$ begin while (private.apply_retention('{"v":1,"rows":1}', private.clock_now()) ->> 'more')::boolean loop null; end loop; end $$;
+select results_eq($$select right(id::text, 1), payload = '{}' from private.outbox where key like 'kept%' order by 1$$,
+  $$values ('1', false), ('2', true), ('3', false), ('4', true), ('6', false)$$,
+  'After ninety days it carries nothing, unless somebody waits for it; after thirteen whole months it is not there');
+select results_eq($$select right(event_id::text, 1), status from public.event_deliveries where organization_id = pg_temp.org(1) order by 1$$,
+  $$values ('3', 'failed'), ('4', 'delivered'), ('6', 'pending')$$, 'The log is kept for three months, and who is switched off waits no longer than that');
+select is((private.apply_retention('{"v":1}', private.clock_now()) - 'unplaced'), '{"dropped":[],"deleted":0,"stripped":0,"more":false}', 'Again there is nothing to do');
+select is(pg_temp.as_user(1, $$select public.replay_delivery(id) from public.event_deliveries where status = 'delivered'$$), 'event_gone', 'What is gone is not replayed');
+select is(pg_temp.as_user(1, format($$select public.replay_deliveries(%L, now() - interval '2 years')::jsonb ->> 'replayed'$$, pg_temp.endpoint(2))), '3', 'nor by a range');
+select is((select count(*) from public.event_deliveries where event_id = '00000000-0000-4000-8000-0000000c0002'), 0::bigint, 'which sends nothing that is empty');
+update private.retention_rules set strip_after = null, keep_months = null where table_name = 'private.outbox';
+select is(private.apply_retention('{"v":1}', private.clock_now() + interval '20 years') ->> 'stripped', '0', 'A rule without a time keeps for ever');
+select is((select count(*) from private.outbox where key like 'kept%'), 5::bigint, 'all of it');
 
 -- Many, and gone.
 select is(pg_temp.as_user(1, $$select count(public.create_webhook_endpoint(gen_random_uuid(), 'https://hooks.example.com/' || n, 's')) from generate_series(1, 18) as n$$),

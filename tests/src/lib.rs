@@ -15,6 +15,7 @@ pub mod commerce;
 pub mod database;
 pub mod deliveries;
 pub mod events;
+pub mod fan_out;
 pub mod lints;
 pub mod media;
 pub mod pgtap;

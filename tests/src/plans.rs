@@ -45,6 +45,8 @@ pub struct HotQuery {
     pub besides: i64,
     /// How often the user is looked up.
     pub look_ups: Option<usize>,
+    /// Of the statements inside it those are judged that name this.
+    pub about: &'static str,
 }
 
 /// A statement that was run, on its own or inside another one.
@@ -147,6 +149,7 @@ impl Recorder {
             .filter_map(|text| text.split_once("plan:\n"))
             .map(|(_, plan)| serde_json::from_str(plan).with_context(|| plan.to_owned()))
             .collect::<Result<_>>()?;
+        let executed: Vec<Executed> = executed.into_iter().filter(|told| told.query.contains(query.about)).collect();
         let rows = rows.first().and_then(|value| value.parse().ok()).unwrap_or(-1);
         Ok(self.judge(query, rows, &executed))
     }

@@ -4,7 +4,7 @@ use crate::{events, supervisor::Attached};
 use anyhow::{Context, Result, ensure};
 use aws_sdk_sqs::{
     Client,
-    types::{Message, MessageSystemAttributeName},
+    types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName},
 };
 use serde_json::{Value, json};
 use shared::trigger::Function;
@@ -78,22 +78,33 @@ impl Queue {
     /// Hands everything that waits to a function, batch by batch, as Lambda's event source does: what did not fail is deleted, what
     /// failed stays and is hidden.
     pub async fn deliver(&self, function: &impl Function) -> Result<Delivered> {
+        self.deliver_some(function, usize::MAX).await
+    }
+
+    /// As [`Queue::deliver`], at most so many batches.
+    pub async fn deliver_some(&self, function: &impl Function, batches: usize) -> Result<Delivered> {
         let mut delivered = Delivered::default();
-        loop {
+        for _ in 0..batches {
             let messages = self.receive().await?;
             if messages.is_empty() {
-                return Ok(delivered);
+                break;
             }
             let failed = hand_over(function, &messages).await?;
             delivered.messages += messages.len();
             delivered.failed += failed.len();
-            for message in &messages {
+            let mut taken = Vec::with_capacity(messages.len());
+            for (index, message) in messages.iter().enumerate() {
                 let receipt = message.receipt_handle().context("a message without a receipt")?;
                 if !failed.iter().any(|id| Some(id.as_str()) == message.message_id()) {
-                    self.client.delete_message().queue_url(&self.url).receipt_handle(receipt).send().await?;
+                    let entry = DeleteMessageBatchRequestEntry::builder().id(index.to_string()).receipt_handle(receipt);
+                    taken.push(entry.build()?);
                 }
             }
+            if !taken.is_empty() {
+                self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(taken)).send().await?;
+            }
         }
+        Ok(delivered)
     }
 
     /// Lets received messages be received again at once.

@@ -11,9 +11,9 @@ use axum::{
 use http::{HeaderMap, StatusCode, header};
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 
@@ -29,6 +29,8 @@ pub struct Received {
     pub headers: BTreeMap<String, String>,
     /// Its body as it came.
     pub body: String,
+    /// When.
+    pub at: Instant,
 }
 
 impl Received {
@@ -43,19 +45,26 @@ impl Received {
     }
 }
 
+/// What came in, and which events of which path were among it.
+#[derive(Default)]
+struct Log {
+    received: Vec<Received>,
+    known: HashSet<(String, String)>,
+}
+
 /// A server on loopback. `/<behaviour>-<name>`: `ok`, `hang`, `half` (every other event is refused once), `redirect` (to
 /// `/trap`), `busy` (503 with an hour of `Retry-After`), `gone` (410).
 pub struct Receiver {
     /// Its address, without a slash at the end.
     pub origin: String,
-    all: Arc<Mutex<Vec<Received>>>,
+    all: Arc<Mutex<Log>>,
     task: JoinHandle<()>,
 }
 
 impl Receiver {
     /// Starts one.
     pub async fn start() -> Result<Self> {
-        let all = Arc::<Mutex<Vec<Received>>>::default();
+        let all = Arc::<Mutex<Log>>::default();
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let origin = format!("http://{}", listener.local_addr()?);
         let router = Router::new().route("/{name}", post(take).get(take)).with_state((all.clone(), origin.clone()));
@@ -72,17 +81,23 @@ impl Receiver {
 
     /// Everything that came in so far, in order.
     pub fn all(&self) -> Vec<Received> {
-        lock(&self.all).clone()
+        lock(&self.all).received.clone()
     }
 
     /// How many requests came to a path.
     pub fn count(&self, name: &str) -> usize {
-        lock(&self.all).iter().filter(|received| received.name == name).count()
+        lock(&self.all).received.iter().filter(|received| received.name == name).count()
+    }
+
+    /// How many different events came to a path.
+    pub fn events(&self, name: &str) -> usize {
+        lock(&self.all).known.iter().filter(|(path, _)| path == name).count()
     }
 
     /// The ids of the events that came to a path.
     pub fn ids(&self, name: &str) -> BTreeSet<String> {
         lock(&self.all)
+            .received
             .iter()
             .filter(|received| received.name == name)
             .map(|received| received.id().to_owned())
@@ -96,7 +111,7 @@ impl Drop for Receiver {
     }
 }
 
-type Shared = (Arc<Mutex<Vec<Received>>>, String);
+type Shared = (Arc<Mutex<Log>>, String);
 
 async fn take(
     State((all, origin)): State<Shared>,
@@ -106,12 +121,13 @@ async fn take(
 ) -> Response {
     let headers =
         headers.iter().filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned()))).collect();
-    let received = Received { name: name.clone(), headers, body: String::from_utf8_lossy(&body).into_owned() };
+    let body = String::from_utf8_lossy(&body).into_owned();
+    let received = Received { name: name.clone(), headers, body, at: Instant::now() };
     let (is_new, odd) = {
         let mut all = lock(&all);
-        let is_new = !all.iter().any(|other| other.name == name && other.id() == received.id());
+        let is_new = all.known.insert((name.clone(), received.id().to_owned()));
         let odd = received.id().bytes().last().is_some_and(|last| last % 2 == 1);
-        all.push(received);
+        all.received.push(received);
         (is_new, odd)
     };
     match name.split('-').next().unwrap_or_default() {
@@ -127,6 +143,6 @@ async fn take(
     }
 }
 
-fn lock(all: &Mutex<Vec<Received>>) -> MutexGuard<'_, Vec<Received>> {
+fn lock(all: &Mutex<Log>) -> MutexGuard<'_, Log> {
     all.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -47,10 +47,14 @@ pub struct Stack {
     pub recording_queue: Queue,
     /// The queue of events to deliver.
     pub event_queue: Queue,
+    /// The queue of events for who is slow.
+    pub slow_event_queue: Queue,
     /// The owner's connection to the database.
     pub sql: Client,
     /// The database.
     pub database: Database,
+    /// Where Storage keeps its objects.
+    pub storage: std::path::PathBuf,
     _gateway: Gateway,
     http: reqwest::Client,
 }
@@ -69,18 +73,19 @@ impl Stack {
         let keys = Keys::generate(&listening.origin_text())?;
         let options = PostgrestOptions { binary, database_url: database.url(Role::Authenticator).to_owned(), pool };
         let folder = &database.attached.folder;
-        let (postgrest, dial_queue, intake_queue, recording_queue, event_queue, sql) = tokio::try_join!(
+        let (postgrest, dial_queue, intake_queue, recording_queue, event_queue, slow_event_queue, sql) = tokio::try_join!(
             Postgrest::start(&options, &keys, folder, folder),
             Queue::create(&database.attached, "dial"),
             Queue::create(&database.attached, "intake"),
             Queue::create(&database.attached, "recording"),
             Queue::create(&database.attached, "event"),
+            Queue::create(&database.attached, "event-slow"),
             database.connect(Role::Owner),
         )?;
         let proxy = Proxy::start(postgrest.url.clone()).await?;
         let origin = listening.origin_text();
         let storage = folder.join(format!("storage-{}", uuid::Uuid::new_v4().simple()));
-        let gateway = listening.with_storage(storage).serve(keys.clone(), proxy.url.clone(), None)?;
+        let gateway = listening.with_storage(storage.clone()).serve(keys.clone(), proxy.url.clone(), None)?;
         let config = Config::from_vars(
             [
                 ("SUPABASE_URL", origin.as_str()),
@@ -91,6 +96,7 @@ impl Stack {
                 ("INTAKE_QUEUE_URL", &intake_queue.url),
                 ("RECORDING_QUEUE_URL", &recording_queue.url),
                 ("EVENT_QUEUE_URL", &event_queue.url),
+                ("EVENT_SLOW_QUEUE_URL", &slow_event_queue.url),
                 ("AGENT_ORIGINS", &serde_json::json!({ "default": AGENT_ORIGIN }).to_string()),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
@@ -104,8 +110,10 @@ impl Stack {
             intake_queue,
             recording_queue,
             event_queue,
+            slow_event_queue,
             sql,
             database,
+            storage,
             _gateway: gateway,
             http: supabase::http_client()?,
         })

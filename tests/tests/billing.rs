@@ -228,3 +228,71 @@ async fn an_invoice_is_a_page_too() -> Result<()> {
     other_form.assert_error_at(404, "not_found", "id");
     Ok(())
 }
+
+const SUBSCRIPTIONS: &str = "/functions/v1/invoice-generation/subscriptions";
+
+#[tokio::test]
+async fn a_subscription_is_changed_as_it_was_shown_and_by_those_who_may() -> Result<()> {
+    let stack = Stack::start(supervisor_binary!()).await?;
+    let campaign = scene::running_campaign(&stack, &scene::phones(1, 1)).await?;
+    let tenant = &campaign.tenant;
+    scene::buy_plan(&stack, tenant, 60).await?;
+    stack
+        .sql
+        .batch_execute(
+            "insert into public.subscription_plans (slug, name) values ('more', 'More');
+             select private.set_plan_price('more', 'monthly', 'INR', '{\"base_minor\": 299900}', private.clock_now())",
+        )
+        .await?;
+    let invoicing = stack.invoicing()?;
+    let send = async |path: &str, body: Value| -> Result<events::Answer> {
+        HttpEvent::post(path).bearer(tenant.jwt()).json(&body)?.send(&invoicing).await
+    };
+    // Half of the thirty days that began on the 24th of November.
+    stack.set_clock("2026-12-09T00:00:00+05:30").await?;
+    let before = Fingerprint::of(&stack.sql).await?;
+    let preview = send(&format!("{INVOICES}/preview"), json!({ "plan": "more" })).await?;
+    assert_eq!(preview.status, 200, "{}", preview.body);
+    before.assert_same(&Fingerprint::of(&stack.sql).await?);
+    let preview = preview.json();
+    assert_eq!(preview["change"]["credit_minor"], -49_950, "{preview:#}");
+    assert_eq!(preview["change"]["charge_minor"], 149_950);
+    let page = HttpEvent::post(&format!("{INVOICES}/preview")).bearer(tenant.jwt()).header("accept", "text/html");
+    let page = page.json(&json!({ "plan": "more" }))?.send(&invoicing).await?;
+    assert!(
+        page.body.contains("Unused time on Talk, 9\u{a0}December\u{a0}2026 to 23\u{a0}December\u{a0}2026"),
+        "{}",
+        page.body
+    );
+
+    let changed = send(&format!("{SUBSCRIPTIONS}/change"), json!({ "plan": "more" })).await?;
+    assert_eq!((changed.status, &changed.json()["result"]), (200, &json!("changed")), "{}", changed.body);
+    let again = send(&format!("{SUBSCRIPTIONS}/change"), json!({ "plan": "more" })).await?;
+    assert_eq!(again.json()["result"], "unchanged", "{}", again.body);
+    stack.set_clock(AFTER_A_MONTH).await?;
+    assert_eq!(close(&stack).await?, (1, 1));
+    let invoice = only_invoice(&stack, tenant).await?;
+    assert_eq!(invoice["subtotal_minor"], 199_900, "{invoice:#}");
+    for field in ["subtotal_minor", "tax_minor", "total_minor", "first_day", "last_day"] {
+        assert_eq!(preview[field], invoice[field], "{field}");
+    }
+
+    let paused = send(&format!("{SUBSCRIPTIONS}/pause"), json!({})).await?;
+    assert_eq!(paused.json()["subscription"]["status"], "paused", "{}", paused.body);
+    let resumed = send(&format!("{SUBSCRIPTIONS}/resume"), json!({})).await?;
+    assert_eq!(resumed.json()["subscription"]["status"], "active", "{}", resumed.body);
+    let ending = send(&format!("{SUBSCRIPTIONS}/cancel"), json!({ "reason": "moving" })).await?;
+    assert_eq!(ending.json()["result"], "cancelling", "{}", ending.body);
+    let shown = get(&stack, tenant, SUBSCRIPTIONS).await?.json();
+    assert_eq!(shown["subscription"]["cancel_at_period_end"], true, "{shown:#}");
+
+    send(&format!("{SUBSCRIPTIONS}/change"), json!({})).await?.assert_error_at(400, "malformed_request", "plan");
+    send(&format!("{SUBSCRIPTIONS}/upgrade"), json!({})).await?.assert_error(404, "not_found");
+    HttpEvent::post(&format!("{SUBSCRIPTIONS}/cancel")).send(&invoicing).await?.assert_error_at(
+        401,
+        "unauthorized",
+        "authorization",
+    );
+    get(&stack, tenant, &format!("{SUBSCRIPTIONS}/cancel")).await?.assert_error(405, "method_not_allowed");
+    Ok(())
+}

@@ -137,7 +137,7 @@ async fn one_request_for_what_a_user_asks() -> Result<()> {
         .await?;
     assert_eq!(stack.proxy.take_paths(), ["/rpc/get_campaign"]);
     HttpEvent::get("/functions/v1/usage-metering/usage").bearer(tenant.jwt()).send(&metering).await?;
-    assert_eq!(stack.proxy.take_paths(), ["/rpc/get_usage"]);
+    assert_eq!(stack.proxy.take_paths(), ["/rpc/get_usage_overview"]);
     let events: Vec<_> = (0..50)
         .map(|n| json!({ "id": n.to_string(), "source": "crm", "type": "sms_messages", "data": { "quantity": 1 } }))
         .collect();

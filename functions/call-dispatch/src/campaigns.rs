@@ -24,8 +24,8 @@ fn empty() -> Value {
     json!({})
 }
 
-/// `POST campaigns`, `GET campaigns/{id}`, `POST campaigns/{id}/{start|pause|resume|cancel|complete|archive|restore|preview}`; `path` is
-/// what follows `campaigns`.
+/// `POST campaigns`, `GET campaigns/{id}`, `POST campaigns/{id}/{start|schedule|pause|resume|cancel|complete|archive|restore|preview}`;
+/// `path` is what follows `campaigns`.
 pub async fn route(dispatch: &Dispatch, request: &Request, path: &[&str]) -> Result<Response> {
     let jwt = request.user_jwt()?;
     match (&request.method, path) {
@@ -38,6 +38,7 @@ pub async fn route(dispatch: &Dispatch, request: &Request, path: &[&str]) -> Res
         (&Method::POST, [id, action]) => {
             let function = match *action {
                 "start" => "start_campaign",
+                "schedule" => "schedule_campaign",
                 "pause" => "pause_campaign",
                 "resume" => "resume_campaign",
                 "cancel" => "cancel_campaign",

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::{
     Error, Result,
+    metrics::{self, Metric},
     queue::{Envelope, VERSION},
     seal::Sealer,
     secrets::Secrets,
@@ -79,6 +80,10 @@ pub async fn batch(dispatch: &Dispatch, batch: Vec<Message>, invocation: &Invoca
         tracing::info!(attempt_id = %skipped.attempt_id, reason = skipped.reason, "not dialled");
     }
     let outcomes = dial_all(dispatch, begun.dials).await;
+    let taken = outcomes.iter().filter(|one| matches!(one.outcome, DialOutcome::Accepted { .. })).count();
+    metrics::count(Metric::CallsSkipped, begun.skipped.len());
+    metrics::count(Metric::CallsDialled, taken);
+    metrics::count(Metric::CallsRefused, outcomes.len() - taken);
     if !outcomes.is_empty() {
         record(dispatch, &outcomes, invocation).await;
     }

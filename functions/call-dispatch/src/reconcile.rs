@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shared::{
     Result,
+    metrics::{self, Metric},
     queue::{IntakeMessage, Outgoing, VERSION},
     telephony::{
         CallReport, CallStatus, Lookup, Outcome,
@@ -20,6 +21,8 @@ use uuid::Uuid;
 const LIMIT: u32 = 50;
 /// After this long, a call that the carrier does not know of was never made.
 const LOST_AFTER_SECONDS: i64 = 600;
+/// After this long, a person has to look at a call that nobody can ask for.
+const STUCK_AFTER_SECONDS: i64 = 1_800;
 
 /// By how much the carrier's clock may be behind ours.
 const CLOCK_DIFFERENCE_SECONDS: i64 = 30;
@@ -46,20 +49,26 @@ struct Silent {
 /// how many had news.
 pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> {
     let claimed: Claimed = dispatch.supabase.call("reconcile_calls", &json!({ "v": 1, "limit": LIMIT })).await?;
+    metrics::count(Metric::AttemptsSilent, claimed.attempts.len());
     let mut news = Vec::new();
+    let mut stuck = 0;
     for silent in &claimed.attempts {
+        let is_old = silent.age_seconds >= STUCK_AFTER_SECONDS;
         // What is left over is claimed again when its lease runs out.
         if invocation.deadline.saturating_duration_since(Instant::now()) < Duration::from_secs(12) {
-            break;
+            stuck += usize::from(is_old);
+            continue;
         }
         match ask(dispatch, silent).await {
             Ok(Some(call)) => news.push(message(silent, call)?),
             Ok(None) => {}
             Err(error) => {
+                stuck += usize::from(is_old);
                 tracing::warn!(attempt_id = %silent.attempt_id, error = %error, "the carrier could not be asked")
             }
         }
     }
+    metrics::count(Metric::AttemptsStuck, stuck);
     if !news.is_empty() {
         let refused = dispatch.queues.send(&dispatch.config, "intake", &news).await?;
         tracing::info!(asked = claimed.attempts.len(), news = news.len(), unsent = refused.len(), "reconciled");

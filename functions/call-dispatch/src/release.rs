@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shared::{
     Result,
+    metrics::{self, Metric},
     queue::{Envelope, Outgoing, VERSION},
     trigger::Invocation,
 };
@@ -32,11 +33,12 @@ struct Released {
     paced: bool,
 }
 
+/// An attempt that is to be dialled.
 #[derive(Deserialize)]
-struct Attempt {
-    id: String,
-    organization_id: String,
-    not_after: Option<String>,
+pub struct Attempt {
+    pub id: String,
+    pub organization_id: String,
+    pub not_after: Option<String>,
 }
 
 /// Releases until nothing more may be dialled now. Returns how many attempts went to the queue, and how many it did not take.
@@ -67,13 +69,15 @@ pub async fn run(dispatch: &Dispatch, invocation: &Invocation, paced: bool) -> R
             break;
         }
     }
+    metrics::count(Metric::CallsReleased, sent);
     if sent + unsent > 0 {
         tracing::info!(sent, unsent, "released");
     }
     Ok(json!({ "sent": sent, "unsent": unsent }))
 }
 
-fn message(attempt: &Attempt) -> Outgoing {
+/// Its message on the queue `dial`.
+pub fn message(attempt: &Attempt) -> Outgoing {
     Outgoing::from(&Envelope {
         v: VERSION,
         kind: "dial".to_owned(),

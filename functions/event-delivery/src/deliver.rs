@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::{
     Result,
+    metrics::{self, Metric},
     queue::{Envelope, Outgoing, VERSION},
     seal::Sealer,
     trigger::{Invocation, Message},
@@ -32,6 +33,8 @@ const GATHERED: Duration = Duration::from_millis(500);
 const RESERVE: Duration = Duration::from_secs(5);
 /// The kind of our messages.
 const KIND: &str = "event";
+/// The kind of those on the queue of who is slow: a batch takes as long as its slowest endpoint, so that these wait for one another only.
+const SLOW: &str = "event_slow";
 
 #[derive(Deserialize)]
 struct Claimed {
@@ -44,11 +47,16 @@ struct Claimed {
 struct Claim {
     id: String,
     organization_id: String,
+    #[serde(default)]
+    slow: bool,
 }
 
 #[derive(Deserialize)]
 struct Begun {
     deliveries: Vec<Due>,
+    /// Whether some were given back, because their endpoint turned out to be slow.
+    #[serde(default)]
+    more: bool,
 }
 
 /// A delivery that is this invocation's to make.
@@ -82,9 +90,13 @@ pub async fn release(delivery: &Delivery, invocation: &Invocation) -> Result<Val
     let (mut sent, mut unsent) = (0, 0);
     for _ in 0..ROUNDS {
         let claimed: Claimed = delivery.supabase.call("claim_deliveries", &json!({ "v": 1, "limit": LIMIT })).await?;
-        let messages: Vec<Outgoing> = claimed.deliveries.iter().map(message).collect();
-        if !messages.is_empty() {
-            let refused = delivery.queues.send(&delivery.config, "event", &messages).await?;
+        let (slow, fast): (Vec<Claim>, Vec<Claim>) = claimed.deliveries.into_iter().partition(|claim| claim.slow);
+        for (kind, claims) in [(KIND, fast), (SLOW, slow)] {
+            if claims.is_empty() {
+                continue;
+            }
+            let messages: Vec<Outgoing> = claims.iter().map(|claim| message(claim, kind)).collect();
+            let refused = delivery.queues.send(&delivery.config, kind, &messages).await?;
             sent += messages.len() - refused.len();
             unsent += refused.len();
         }
@@ -99,10 +111,10 @@ pub async fn release(delivery: &Delivery, invocation: &Invocation) -> Result<Val
     Ok(json!({ "sent": sent, "unsent": unsent }))
 }
 
-fn message(claim: &Claim) -> Outgoing {
+fn message(claim: &Claim, kind: &str) -> Outgoing {
     Outgoing::from(&Envelope {
         v: VERSION,
-        kind: KIND.to_owned(),
+        kind: kind.to_owned(),
         organization_id: claim.organization_id.clone(),
         id: claim.id.clone(),
         not_after: None,
@@ -111,14 +123,14 @@ fn message(claim: &Claim) -> Outgoing {
 
 /// Makes a batch of deliveries, all at once. Returns the messages that must come again: those that were certainly not begun.
 pub async fn batch(delivery: &Delivery, batch: Vec<Message>, invocation: &Invocation) -> Vec<String> {
-    let (wanted, mut again) = read(&batch);
+    let Read { wanted, slow, unread: mut again } = read(&batch);
     if wanted.is_empty() {
         return again;
     }
     let token = Uuid::new_v4();
     let needed = delivery.sender.timeout() + RESERVE;
     let latest = invocation.deadline.checked_sub(needed).unwrap_or_else(Instant::now);
-    let request = json!({ "v": 1, "lease_token": token, "deliveries": wanted });
+    let request = json!({ "v": 1, "lease_token": token, "deliveries": wanted, "slow": slow });
     let begun: Begun = match delivery.supabase.call_until("begin_deliveries", &request, latest).await {
         Ok(begun) => begun,
         Err(error) => {
@@ -128,7 +140,8 @@ pub async fn batch(delivery: &Delivery, batch: Vec<Message>, invocation: &Invoca
             return again;
         }
     };
-    if send_all(delivery, begun.deliveries, token, invocation).await
+    let more = begun.more;
+    if (send_all(delivery, begun.deliveries, token, invocation).await || more)
         && let Err(error) = release(delivery, invocation).await
     {
         // The next tick finds them.
@@ -137,24 +150,36 @@ pub async fn batch(delivery: &Delivery, batch: Vec<Message>, invocation: &Invoca
     again
 }
 
-/// The deliveries of a batch, and the messages that are none: those stay on the queue until they are dead letters.
-fn read(batch: &[Message]) -> (Vec<Uuid>, Vec<String>) {
-    let mut wanted = Vec::with_capacity(batch.len());
-    let mut unread = Vec::new();
+/// What a batch asks for.
+#[derive(Default)]
+struct Read {
+    /// Its deliveries.
+    wanted: Vec<Uuid>,
+    /// Whether it came from the queue of the slow.
+    slow: bool,
+    /// The messages that are none: those stay on the queue until they are dead letters.
+    unread: Vec<String>,
+}
+
+fn read(batch: &[Message]) -> Read {
+    let mut read = Read::default();
     for message in batch {
-        let id = serde_json::from_str::<Envelope>(&message.body)
-            .ok()
-            .filter(|envelope| envelope.kind == KIND && (VERSION.saturating_sub(1)..=VERSION).contains(&envelope.v))
-            .and_then(|envelope| Uuid::parse_str(&envelope.id).ok());
-        match id {
-            Some(id) => wanted.push(id),
+        let envelope = serde_json::from_str::<Envelope>(&message.body).ok().filter(|envelope| {
+            [KIND, SLOW].contains(&envelope.kind.as_str())
+                && (VERSION.saturating_sub(1)..=VERSION).contains(&envelope.v)
+        });
+        match envelope.and_then(|envelope| Some((Uuid::parse_str(&envelope.id).ok()?, envelope.kind == SLOW))) {
+            Some((id, slow)) => {
+                read.wanted.push(id);
+                read.slow |= slow;
+            }
             None => {
                 tracing::error!(message_id = message.id, "a message on the event queue is none of ours");
-                unread.push(message.id.clone());
+                read.unread.push(message.id.clone());
             }
         }
     }
-    (wanted, unread)
+    read
 }
 
 /// Sends all at once and records as they come in. Whether an endpoint of theirs has more that is due.
@@ -169,6 +194,8 @@ async fn send_all(delivery: &Delivery, due: Vec<Due>, token: Uuid, invocation: &
                 running.spawn(async move {
                     let letter = Letter { id: &due.event_id, url: &due.url, body: due.body, secrets: &secrets };
                     let outcome = sender.send(letter).await;
+                    let arrived = outcome.error.is_none();
+                    metrics::count(if arrived { Metric::DeliveriesMade } else { Metric::DeliveriesFailed }, 1);
                     tracing::info!(
                         organization_id = %due.organization_id,
                         endpoint_id = %due.endpoint_id,

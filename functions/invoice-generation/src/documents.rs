@@ -4,11 +4,13 @@
 use crate::{
     Invoicing,
     document::{
+        code::Code,
         html::html,
         paper::{Moment, Paper},
         pdf::pdf,
         record::Record,
     },
+    subscriptions::Change,
 };
 use chrono::{DateTime, Utc};
 use http::{HeaderValue, StatusCode, header};
@@ -85,7 +87,7 @@ pub async fn list(invoicing: &Invoicing, request: &Request, shelf: Shelf) -> Res
             .from("invoices")
             .select(
                 "id,invoice_number,status,kind,currency,first_day,last_day,subtotal_minor,tax_minor,total_minor,amount_paid_minor,\
-                 credited_minor,invoice_date,due_date,paid_at",
+                 credited_minor,invoice_date,due_date,past_due_at,paid_at",
             )
             .order("period_start.desc,invoice_number.desc"),
         Shelf::CreditNotes => invoicing
@@ -147,9 +149,16 @@ pub async fn link(invoicing: &Invoicing, request: &Request, shelf: Shelf, id: &s
     }))
 }
 
-/// `POST invoices/preview`: the next invoice as of now, in the form that the `Accept` header prefers. Writes nothing.
+/// `POST invoices/preview`: the next invoice as of now, or, where the body names a `plan`, the one on which that change would be; in the
+/// form that the `Accept` header prefers. Writes nothing.
 pub async fn preview(invoicing: &Invoicing, request: &Request) -> Result<Response> {
-    let value = invoicing.supabase.call_as(request.user_jwt()?, "preview_invoice", &json!({})).await?;
+    let jwt = request.user_jwt()?;
+    let change: Change = request.json()?;
+    let value = if change.is_one() {
+        invoicing.supabase.call_as(jwt, "preview_subscription_change", &json!(change)).await?
+    } else {
+        invoicing.supabase.call_as(jwt, "preview_invoice", &json!({})).await?
+    };
     answer(value, Form::accepted(request))
 }
 
@@ -181,10 +190,11 @@ fn answer(mut value: Value, form: Form) -> Result<Response> {
             .map_err(|error| Error::internal(format!("the document has another shape: {error}")))?;
         let moment = if form == Form::Pdf { Moment::Issued } else { Moment::Now };
         let paper = Paper::of(&record, moment);
+        let code = Code::of(record.signed_qr.as_deref());
         if form == Form::Html {
-            web::text(StatusCode::OK, "text/html; charset=utf-8", html(&paper))?
+            web::text(StatusCode::OK, "text/html; charset=utf-8", html(&paper, code.as_ref()))?
         } else {
-            pdf_response(&paper)?
+            pdf_response(&paper, code.as_ref())?
         }
     };
     let headers = response.headers_mut();
@@ -204,8 +214,8 @@ fn answer(mut value: Value, form: Form) -> Result<Response> {
     Ok(response)
 }
 
-fn pdf_response(paper: &Paper) -> Result<Response> {
-    let mut response = Response::new(Body::Binary(pdf(paper)?));
+fn pdf_response(paper: &Paper, code: Option<&Code>) -> Result<Response> {
+    let mut response = Response::new(Body::Binary(pdf(paper, code)?));
     let name: String =
         paper.number.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).collect();
     let disposition = HeaderValue::try_from(format!("inline; filename=\"{name}.pdf\""))

@@ -1,5 +1,5 @@
 //! What is billed: closes ended billing periods, and gives organizations their invoices and credit notes as JSON, page and PDF, and in
-//! the forms that an accountant needs.
+//! the forms that an accountant needs; and takes what they want of their subscription.
 //!
 //! The database closes a period and makes its invoice in one transaction; here is only who asks it to, and how a document looks.
 
@@ -7,6 +7,7 @@ mod document;
 mod documents;
 mod export;
 mod run;
+mod subscriptions;
 
 use documents::Shelf;
 
@@ -73,6 +74,8 @@ impl Function for Invoicing {
             }
             (&Method::GET, ["invoices", name]) => documents::show(self, &request, Shelf::Invoices, name).await,
             (&Method::GET, ["credit-notes", name]) => documents::show(self, &request, Shelf::CreditNotes, name).await,
+            (&Method::GET, ["subscriptions"]) => subscriptions::show(self, &request).await,
+            (&Method::POST, ["subscriptions", action]) => subscriptions::act(self, &request, action).await,
             (&Method::POST, ["nudge"]) => self.nudge(&request, invocation).await,
             (
                 _,
@@ -80,6 +83,8 @@ impl Function for Invoicing {
                 | ["invoices" | "credit-notes", _]
                 | ["invoices" | "credit-notes", _, "link"]
                 | ["invoices", _, "lines", _, "calls.csv"]
+                | ["subscriptions"]
+                | ["subscriptions", "change" | "cancel" | "pause" | "resume"]
                 | ["nudge"],
             ) => Err(Error::method_not_allowed(&request.method)),
             _ => Err(Error::not_found("there is no such route")),

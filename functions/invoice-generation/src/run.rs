@@ -2,7 +2,12 @@
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use shared::{Result, supabase::Supabase, trigger::Invocation};
+use shared::{
+    Result,
+    metrics::{self, Metric},
+    supabase::Supabase,
+    trigger::Invocation,
+};
 use std::time::Instant;
 
 /// Subscriptions that one transaction closes: well below the database's statement timeout.
@@ -24,6 +29,7 @@ pub async fn close_periods(supabase: &Supabase, invocation: &Invocation) -> Resu
         let batch: Closed = supabase.call_until("close_periods", &json!({ "v": 1, "limit": BATCH }), deadline).await?;
         periods += batch.closed;
         invoices += batch.invoices.len();
+        metrics::count(Metric::InvoicesMade, batch.invoices.len());
         if !batch.more || Instant::now() >= deadline {
             tracing::info!(periods, invoices, more = batch.more, "billing periods closed");
             return Ok(json!({ "closed": periods, "invoices": invoices, "more": batch.more }));

@@ -142,8 +142,14 @@ fn event(item: &Value) -> Value {
         "type": text("type"),
         "time": text("time"),
         "corrects": text("corrects"),
-        "quantity": item.pointer("/data/quantity").filter(|quantity| quantity.is_number()),
+        "quantity": item.pointer("/data/quantity").map(|given| if given.is_number() { given.clone() } else { wrong(given) }),
+        "value": item.pointer("/data/value").filter(|value| value.as_str().is_some_and(|text| !text.contains('\0'))),
     })
+}
+
+/// What is said where a number should be, without what it says.
+fn wrong(given: &Value) -> Value {
+    if given.is_null() { Value::Null } else { json!("") }
 }
 
 fn single(outcome: Outcome) -> Result<Response> {
@@ -163,6 +169,7 @@ fn field_of(code: &str) -> &'static str {
         "invalid_source" | "reserved_source" => "source",
         "unknown_type" | "reserved_type" => "type",
         "invalid_quantity" | "correction_too_large" => "data.quantity",
+        "invalid_value" => "data.value",
         "invalid_corrects" | "unknown_corrected" => "corrects",
         "invalid_time" | "time_in_future" => "time",
         _ => "id",
@@ -180,7 +187,7 @@ mod tests {
         assert!(!is_batch);
         assert_eq!(
             events_of_one[0],
-            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "time": null, "corrects": null, "quantity": 3})
+            json!({"specversion": "1.0", "id": "a", "source": "crm", "type": "sms_messages", "time": null, "corrects": null, "quantity": 3, "value": null})
         );
         assert!(events(json!([one])).unwrap().1);
     }
@@ -197,9 +204,17 @@ mod tests {
 
     #[test]
     fn a_wrong_field_becomes_null_and_leaves_the_rest_of_the_batch_alone() {
-        let (events, _) = events(json!([7, {"id": "a\0b", "source": 3, "data": {"quantity": "1"}}])).unwrap();
+        let (events, _) = events(json!([7, {"id": "a\0b", "source": 3, "data": {"value": "a\0b"}}])).unwrap();
         assert!(events[0].as_object().unwrap().values().all(Value::is_null));
         assert!(events[1].as_object().unwrap().values().all(Value::is_null));
+    }
+
+    #[test]
+    fn a_quantity_that_is_no_number_stays_wrong() {
+        // Left out it may mean one, so that a text must not be taken for nothing.
+        let (events, _) = events(json!([{"data": {"quantity": "a\0b"}}, {"data": {"quantity": 1.5}}])).unwrap();
+        assert_eq!(events[0]["quantity"], json!(""));
+        assert_eq!(events[1]["quantity"], json!(1.5));
     }
 
     #[test]

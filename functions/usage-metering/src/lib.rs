@@ -2,6 +2,7 @@
 //!
 //! Calls are not counted here: the database counts each one in the transaction that ends it.
 
+mod credit;
 mod ingest;
 mod page;
 mod reconcile;
@@ -72,6 +73,7 @@ impl Function for Metering {
 
     async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
         match job {
+            "renew_credit" => credit::renew(self, invocation).await,
             "reconcile_usage" => reconcile::run(self, invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }

@@ -3,7 +3,11 @@
 use crate::Metering;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use shared::{Result, trigger::Invocation};
+use shared::{
+    Result,
+    metrics::{self, Metric},
+    trigger::Invocation,
+};
 use uuid::Uuid;
 
 #[derive(Deserialize, Serialize)]
@@ -22,6 +26,7 @@ struct Wrong {
 pub async fn run(metering: &Metering, invocation: &Invocation) -> Result<Value> {
     let outcome: Reconciled =
         metering.supabase.call_until("reconcile_usage", &json!({ "v": 1 }), invocation.wait_until()).await?;
+    metrics::count(Metric::UsageMismatches, outcome.wrong.len());
     for wrong in &outcome.wrong {
         tracing::error!(organization_id = %wrong.organization_id, problems = ?wrong.problems, "usage does not add up: billing is held");
     }

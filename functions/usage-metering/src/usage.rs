@@ -11,12 +11,13 @@ use shared::{
 };
 use std::fmt::Write;
 
-/// The answer of `get_usage`, as far as the page shows it.
+/// The answer of `get_usage_overview`, as far as the page shows it.
 #[derive(Deserialize)]
 pub struct Usage {
     pub period: Period,
     pub plan: Option<Plan>,
     pub meters: Vec<Meter>,
+    pub standing: Vec<Standing>,
 }
 
 /// A billing period, from local midnight to local midnight.
@@ -46,11 +47,41 @@ pub struct Meter {
     pub meter: String,
     pub name: String,
     pub unit: String,
+    #[serde(default)]
+    pub aggregation: Aggregation,
     pub used: i64,
     pub reserved: i64,
     pub included: Option<i64>,
     pub limit: Option<i64>,
     pub overage: i64,
+}
+
+/// What a period makes of its days.
+#[derive(Clone, Copy, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregation {
+    #[default]
+    Sum,
+    Count,
+    Max,
+    Unique,
+    Latest,
+}
+
+impl Aggregation {
+    /// Whether the days of a period add up to it.
+    pub fn adds_up(self) -> bool {
+        matches!(self, Self::Sum | Self::Count)
+    }
+}
+
+/// How many there are now of what the plan has room for.
+#[derive(Deserialize)]
+pub struct Standing {
+    pub name: String,
+    pub unit: String,
+    pub used: i64,
+    pub limit: Option<i64>,
 }
 
 /// The answer of `get_usage_daily`.
@@ -81,13 +112,13 @@ struct Wanted {
     meter: Option<String>,
 }
 
-/// `GET usage`: the current billing period, meter by meter, under the user's own JWT; a page for who accepts HTML before JSON.
+/// `GET usage`: the current billing period, meter by meter, and what there is of what the plan has room for, under the user's own JWT; a page for who accepts HTML before JSON.
 /// Errors: 401 without a JWT, 403 without `usage.view`.
 pub async fn current(metering: &Metering, request: &Request) -> Result<Response> {
     if accepts(request, "text/html") {
         return self::page(metering, request).await;
     }
-    let usage: Value = metering.supabase.call_as(request.user_jwt()?, "get_usage", &json!({})).await?;
+    let usage: Value = metering.supabase.call_as(request.user_jwt()?, "get_usage_overview", &json!({})).await?;
     web::json(&usage)
 }
 
@@ -96,7 +127,7 @@ pub async fn page(metering: &Metering, request: &Request) -> Result<Response> {
     let jwt = request.user_jwt()?;
     let nothing = json!({});
     let (usage, daily) = tokio::try_join!(
-        metering.supabase.call_as::<Usage>(jwt, "get_usage", &nothing),
+        metering.supabase.call_as::<Usage>(jwt, "get_usage_overview", &nothing),
         metering.supabase.call_as::<Daily>(jwt, "get_usage_daily", &nothing),
     )?;
     let mut response = web::text(StatusCode::OK, "text/html; charset=utf-8", page::html(&usage, &daily))?;

@@ -3,18 +3,22 @@
 use crate::{
     Intake, callbacks,
     pipeline::{self, Disposition, Verdict},
+    sound,
     sources::{self, apply_request, carriers::Callback},
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
+use chrono::DateTime;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use serde_json::{Value, json};
 use shared::{
     Error, Result,
     http::Request,
     queue::{IntakeMessage, VERSION},
+    storage::Stored,
     trigger::{Invocation, Message},
 };
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     time::{Duration, Instant},
 };
@@ -24,7 +28,13 @@ use uuid::Uuid;
 const APPLY_LIMIT: Duration = Duration::from_secs(5);
 
 /// A request as it arrived, as a message's body, with the headers that `keeps` names.
-pub fn message(request: &Request, verified: bool, received_at_ms: i64, keeps: impl Fn(&str) -> bool) -> Result<String> {
+pub fn message(
+    request: &Request,
+    verified: bool,
+    received_at_ms: i64,
+    recording: Option<&Stored>,
+    keeps: impl Fn(&str) -> bool,
+) -> Result<String> {
     let headers = request
         .headers
         .iter()
@@ -39,6 +49,7 @@ pub fn message(request: &Request, verified: bool, received_at_ms: i64, keeps: im
         query: request.query.clone(),
         headers,
         body: STANDARD.encode(&request.body),
+        recording: recording.cloned(),
     }
     .to_json()
 }
@@ -65,10 +76,14 @@ async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Resu
             "v": 1, "source": "reconcile", "source_id": source_id, "kind": "report", "attempt_id": attempt_id,
             "dedupe_key": dedupe_key, "verified": true, "headers": {}, "body": "", "call": call,
         }),
-        IntakeMessage::Request { verified, received_at_ms, path, query, headers, body, .. } => {
+        IntakeMessage::Request { verified, received_at_ms, path, query, headers, body, recording, .. } => {
             let request = restore(path, query, headers, &body)?;
-            match event_of(intake, &request, verified, received_at_ms).await? {
-                Some(event) => event,
+            match event_of(intake, &request, verified, received_at_ms, recording).await? {
+                Some(mut event) => {
+                    // Whoever was erased since is not brought back by what was told before.
+                    event["received_at"] = json!(rfc3339(received_at_ms));
+                    event
+                }
                 // Nobody was told that it was taken for good; a forgery leaves no row.
                 None => return Ok(Disposition::Ignored),
             }
@@ -79,7 +94,13 @@ async fn drain_one(intake: &Intake, body: &str, invocation: &Invocation) -> Resu
 
 /// The event of a buffered request; `None` when it now proves to be forged, or for nobody. A signature is judged by the time at which
 /// it came.
-async fn event_of(intake: &Intake, request: &Request, verified: bool, received_at_ms: i64) -> Result<Option<Value>> {
+async fn event_of(
+    intake: &Intake,
+    request: &Request,
+    verified: bool,
+    received_at_ms: i64,
+    recording: Option<Stored>,
+) -> Result<Option<Value>> {
     let segments = request.segments();
     let event = match segments.as_slice() {
         [carrier, event, token] => {
@@ -89,6 +110,7 @@ async fn event_of(intake: &Intake, request: &Request, verified: bool, received_a
         [name, id] => {
             let named = sources::find(name).zip(id.parse::<Uuid>().ok());
             let (source, id) = named.ok_or_else(|| Error::malformed("path", "a buffered request names no source"))?;
+            let verified = verified.then_some(recording);
             drained(intake, source, id, request, verified, received_at_ms).await
         }
         _ => Err(Error::malformed("path", "a buffered request names no source")),
@@ -103,16 +125,17 @@ async fn event_of(intake: &Intake, request: &Request, verified: bool, received_a
     }
 }
 
-/// What a buffered request of a source tells. Its settings are needed to read it, also where its signature was checked before.
+/// What a buffered request of a source tells. Its settings are needed to read it, also where its signature was checked before, and where
+/// sound that came with it is in Storage already.
 async fn drained(
     intake: &Intake,
     source: &dyn sources::Source,
     id: Uuid,
     request: &Request,
-    verified: bool,
+    verified: Option<Option<Stored>>,
     received_at_ms: i64,
 ) -> Result<Value> {
-    let verdict = if verified {
+    let verdict = if verified.is_some() {
         let known = |open: &sources::OpenSource| (open.provider == source.name()).then_some(true);
         pipeline::check(intake, id, APPLY_LIMIT, known).await?
     } else {
@@ -120,7 +143,13 @@ async fn drained(
     };
     match verdict {
         Some(Verdict::Signed(open)) => {
-            Ok(apply_request(source.name(), id, request, &pipeline::read(source, &open, request)))
+            let (request, recording) = match verified {
+                Some(recording) => (Cow::Borrowed(request), recording),
+                None => sound::set_aside(intake, source, &open, request).await?,
+            };
+            let mut events = pipeline::read(source, &open, &request);
+            sound::attach(&mut events, recording.as_ref());
+            Ok(apply_request(source.name(), id, &request, &events))
         }
         Some(Verdict::Unchecked) => Err(Error::unavailable("the source's secret still cannot be had")),
         None => Err(Error::bad_signature()),
@@ -139,6 +168,11 @@ async fn apply_until(intake: &Intake, event: &Value, deadline: Instant) -> Resul
             result => return result,
         }
     }
+}
+
+/// Unix milliseconds as PostgreSQL reads a time; nothing for a message of before there was one.
+fn rfc3339(ms: i64) -> Option<String> {
+    (ms > 0).then(|| DateTime::from_timestamp_millis(ms))?.map(|at| at.to_rfc3339())
 }
 
 fn restore(path: String, query: String, headers: BTreeMap<String, String>, body: &str) -> Result<Request> {
@@ -166,7 +200,7 @@ mod tests {
             headers,
             body: b"CallUUID=\xff".to_vec().into(),
         };
-        let text = message(&request, false, 7, |name| name.starts_with("x-plivo")).unwrap();
+        let text = message(&request, false, 7, None, |name| name.starts_with("x-plivo")).unwrap();
         assert!(!text.contains("secret"));
         let IntakeMessage::Request { verified, received_at_ms, path, query, headers, body, .. } =
             serde_json::from_str(&text).unwrap()

@@ -213,7 +213,7 @@ async fn keep(
 ) -> Result<()> {
     let now_ms = chrono::Utc::now().timestamp_millis();
     // A signature that was checked need not be kept; one that is a token for the carrier's own use must not be.
-    let message = buffer::message(request, verified, now_ms, |header| {
+    let message = buffer::message(request, verified, now_ms, None, |header| {
         callback.carrier.signed_headers().contains(&header) && !(verified && header == "authorization")
     })?;
     pipeline::keep(intake, subject.account.to_string(), message).await

@@ -10,6 +10,7 @@ mod callbacks;
 mod manage;
 mod pipeline;
 mod recordings;
+mod sound;
 pub mod sources;
 
 use accounts::Accounts;
@@ -27,9 +28,12 @@ use shared::{
     supabase::{self, Supabase},
     trigger::{Function, Invocation, Message},
 };
+use std::time::{Duration, Instant};
 
 /// Events that one sweep applies again at most.
 const SWEEP_LIMIT: u32 = 200;
+/// What one step of retention may take: no other is begun with less left.
+const RETENTION_STEP: Duration = Duration::from_secs(10);
 
 /// The function, with its clients built once.
 pub struct Intake {
@@ -84,8 +88,12 @@ impl Intake {
     }
 
     /// Drops what is past its time, and tells a person of rows that no month's partition took.
-    async fn retention(&self) -> Result<Value> {
-        let done: Value = self.supabase.call("apply_retention", &json!({ "v": 1 })).await?;
+    async fn retention(&self, invocation: &Invocation) -> Result<Value> {
+        let mut done: Value = self.supabase.call("apply_retention", &json!({ "v": 1 })).await?;
+        // What goes out is many rows: so many at a time, and what is left when time is short at the next run.
+        while done["more"] == true && invocation.deadline.saturating_duration_since(Instant::now()) > RETENTION_STEP {
+            done = self.supabase.call("apply_retention", &json!({ "v": 1 })).await?;
+        }
         if done["unplaced"].as_object().is_some_and(|unplaced| !unplaced.is_empty()) {
             tracing::error!(unplaced = %done["unplaced"], "rows are in a default partition: no month's partition took them");
         }
@@ -102,11 +110,15 @@ impl Intake {
 }
 
 impl Function for Intake {
-    // The buffer carries the raw body, base64, in one SQS message of at most 1 MiB.
-    const BODY_LIMIT: usize = 512 * 1024;
+    // What Lambda takes, for the sources that send sound along; the others have their own, smaller limit.
+    const BODY_LIMIT: usize = 6 * 1024 * 1024;
 
     async fn http(&self, request: Request, _: &Invocation) -> Result<Response> {
         let segments = request.segments();
+        request.bounded(match segments.as_slice() {
+            [name, _] => sources::find(name).map_or(sources::EVENT_LIMIT, |source| source.body_limit()),
+            _ => sources::EVENT_LIMIT,
+        })?;
         match (&request.method, segments.as_slice()) {
             (&Method::POST, ["nudge"]) => self.nudge(&request).await,
             (&Method::POST, ["leads"]) => sources::leads::receive(self, &request).await,
@@ -135,10 +147,10 @@ impl Function for Intake {
         again
     }
 
-    async fn job(&self, job: &str, _: &Invocation) -> Result<Value> {
+    async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
         match job {
             "sweep" => self.sweep().await,
-            "retention" => self.retention().await,
+            "retention" => self.retention(invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }

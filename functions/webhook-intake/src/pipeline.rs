@@ -1,7 +1,7 @@
 //! From a request to an applied event: verify, then one database call, else the buffer, else 503.
 
 use crate::{
-    Intake, buffer, recordings,
+    Intake, buffer, recordings, sound,
     sources::{self, Event, OpenSource, Source},
 };
 use http::StatusCode;
@@ -10,9 +10,10 @@ use serde_json::{Map, Value, json};
 use shared::{
     Error, Result,
     http::{self as web, Request, Response},
+    metrics::{self, Metric},
     queue::Outgoing,
 };
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 use uuid::Uuid;
 
 /// How long the database may be silent before an event goes to the buffer.
@@ -63,19 +64,36 @@ pub async fn receive(intake: &Intake, source: &dyn Source, id: Uuid, request: &R
         return web::json(&json!({ "result": Disposition::Ignored }));
     }
     let now_ms = chrono::Utc::now().timestamp_millis();
-    let (verified, applied, reply) = match verify(intake, source, id, request, now_ms, APPLY_LIMIT).await? {
-        Verdict::Signed(open) => {
-            let event = sources::apply_request(source.name(), id, request, &read(source, &open, request));
-            (true, apply(intake, &event, APPLY_LIMIT).await, source.reply(&open, request))
-        }
-        Verdict::Unchecked => (false, Err(Error::unavailable("the source's secret could not be had")), None),
-    };
+    let (verified, request, recording, applied, reply) =
+        match verify(intake, source, id, request, now_ms, APPLY_LIMIT).await? {
+            Verdict::Signed(open) => {
+                let (request, recording) = sound::set_aside(intake, source, &open, request).await?;
+                let mut events = read(source, &open, &request);
+                sound::attach(&mut events, recording.as_ref());
+                let event = sources::apply_request(source.name(), id, &request, &events);
+                let applied = apply(intake, &event, APPLY_LIMIT).await;
+                let reply = source.reply(&open, &request);
+                (true, request, recording, applied, reply)
+            }
+            Verdict::Unchecked => {
+                let away = Error::unavailable("the source's secret could not be had");
+                // Whoever could put anything of this size into Storage unasked would fill it; the sender has it still.
+                if request.body.len() > sources::EVENT_LIMIT {
+                    return Err(away);
+                }
+                (false, Cow::Borrowed(request), None, Err(away), None)
+            }
+        };
     let applied = match applied {
         Ok(applied) => applied,
         Err(error) => {
             tracing::warn!(error = %error, "the database did not take the event; it goes to the buffer");
-            let message = buffer::message(request, verified, now_ms, |header| source.keeps(header, verified))?;
-            keep(intake, id.to_string(), message).await?;
+            let keeps = |header: &str| source.keeps(header, verified);
+            let message = buffer::message(&request, verified, now_ms, recording.as_ref(), keeps)?;
+            if let Err(error) = keep(intake, id.to_string(), message).await {
+                sound::forget(intake, recording.as_ref()).await;
+                return Err(error);
+            }
             Disposition::Buffered
         }
     };
@@ -162,6 +180,7 @@ pub async fn apply(intake: &Intake, event: &Value, limit: Duration) -> Result<Di
 pub async fn keep(intake: &Intake, group: String, body: String) -> Result<()> {
     let refused = intake.queues.send(&intake.config, "intake", &[Outgoing { group, body }]).await?;
     if refused.is_empty() {
+        metrics::count(Metric::EventsBuffered, 1);
         Ok(())
     } else {
         Err(Error::unavailable("neither the database nor the buffer takes the event"))

@@ -268,9 +268,23 @@ async fn credentials(intake: &Intake, recording: &Claimed) -> Result<Option<Cred
 
 /// A kind of sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Kind {
-    content_type: &'static str,
-    extension: &'static str,
+pub struct Kind {
+    /// Its media type.
+    pub content_type: &'static str,
+    /// How its files' names end.
+    pub extension: &'static str,
+}
+
+/// What bytes are that nobody has named a type of; nothing when they are no sound.
+pub fn kind_of_sound(bytes: &[u8]) -> Option<Kind> {
+    let kind = |content_type, extension| Some(Kind { content_type, extension });
+    match bytes {
+        [b'I', b'D', b'3', ..] | [0xff, 0xe0..=0xff, _, ..] => kind("audio/mpeg", "mp3"),
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'A', b'V', b'E', ..] => kind("audio/wav", "wav"),
+        [b'O', b'g', b'g', b'S', ..] => kind("audio/ogg", "ogg"),
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => kind("audio/mp4", "m4a"),
+        _ => None,
+    }
 }
 
 /// What an answer says it is. Storage services that know no better say octet-stream: then the name tells.
@@ -328,6 +342,19 @@ pub async fn delete_erased(intake: &Intake) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sound_is_known_by_how_it_begins() {
+        let kind = |bytes: &[u8]| kind_of_sound(bytes).map(|kind| kind.extension);
+        assert_eq!(kind(b"ID3\x04\0"), Some("mp3"));
+        assert_eq!(kind(&[0xff, 0xfb, 0x90, 0]), Some("mp3"));
+        assert_eq!(kind(b"RIFF\x24\0\0\0WAVEfmt "), Some("wav"));
+        assert_eq!(kind(b"OggS\0"), Some("ogg"));
+        assert_eq!(kind(b"\0\0\0\x20ftypM4A "), Some("m4a"));
+        for other in [&b""[..], b"<html>", b"{}", b"\xff\xd8\xff", b"RIFF\x24\0\0\0AVI "] {
+            assert_eq!(kind(other), None, "{other:?}");
+        }
+    }
 
     #[test]
     fn a_page_is_no_recording() {

@@ -6,7 +6,7 @@ use local::{
     parts::progress::Progress,
     shutdown,
     stack::{Stack, StackOptions},
-    story::{self, Played, Provider, StoryOptions},
+    story::{self, Played, Provider, Severity, StoryOptions},
 };
 use std::{
     fs,
@@ -38,6 +38,12 @@ struct Arguments {
     /// Kill PostgREST in the middle, for five seconds.
     #[arg(long)]
     kill_postgrest: bool,
+    /// What goes wrong meanwhile: messages, callbacks and answers lost, doubled and overtaken, processes killed.
+    #[arg(long, value_name = "HOW")]
+    faults: Option<Severity>,
+    /// Have the operator stop all dialling in the middle, and let it go on.
+    #[arg(long)]
+    kill_switch: bool,
     /// Calls at the same time at most [default: by the number of leads]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=10_000))]
     live_calls: Option<i32>,
@@ -124,7 +130,7 @@ impl Arguments {
             speed: SPEED,
             log_level: self.log_level.clone(),
             progress: progress.clone(),
-            ..StackOptions::default()
+            ..self.story().stack()
         }
     }
 
@@ -134,6 +140,8 @@ impl Arguments {
             leads: self.calls as usize,
             live_calls: self.live_calls,
             kill_postgrest: self.kill_postgrest,
+            faults: self.faults,
+            kill_switch: self.kill_switch,
             provider: self.provider,
             carrier_url: self.carrier_url.clone(),
             carrier_account: self.carrier_auth_id.clone().zip(self.carrier_auth_token.clone()),

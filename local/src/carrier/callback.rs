@@ -24,6 +24,8 @@ const MAX_DOCUMENT: usize = 100_000;
 /// How many callbacks went how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CallbackCounts {
+    /// Events of calls that there was a callback for; answer documents are none.
+    pub offered: u64,
     /// Requests sent, retries and duplicates included.
     pub sent: u64,
     /// Answered 2xx.
@@ -42,6 +44,7 @@ pub struct CallbackCounts {
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
+    offered: AtomicU64,
     sent: AtomicU64,
     accepted: AtomicU64,
     refused: AtomicU64,
@@ -56,6 +59,7 @@ impl Counters {
     pub fn read(&self) -> CallbackCounts {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         CallbackCounts {
+            offered: read(&self.offered),
             sent: read(&self.sent),
             accepted: read(&self.accepted),
             refused: read(&self.refused),
@@ -134,6 +138,7 @@ pub(super) struct Callback {
 /// Sends a callback that the call does not wait for.
 pub(super) fn send(world: &Arc<World>, callback: Callback) {
     world.counters.in_flight.fetch_add(1, Ordering::Relaxed);
+    world.counters.offered.fetch_add(1, Ordering::Relaxed);
     let task_world = Arc::clone(world);
     world.spawn(async move {
         let world = task_world;

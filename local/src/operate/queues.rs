@@ -54,7 +54,7 @@ impl Place {
     async fn client(&self) -> Client {
         match &self.sqs_url {
             Some(url) => crate::parts::sqs::client(url),
-            None => Client::new(&aws_config::load_defaults(aws_config::BehaviorVersion::latest()).await),
+            None => Client::new(&super::aws::config().await),
         }
     }
 }

@@ -146,6 +146,11 @@ impl Functions {
         self.invoker.lanes.get(function).map(|lane| lane.processes()).unwrap_or_default()
     }
 
+    /// Kills one live process of a function with SIGKILL, as a machine's death would: the `nth`, counted round. Whether there was one.
+    pub fn kill_one(&self, function: &str, nth: usize) -> bool {
+        self.invoker.lanes.get(function).is_some_and(|lane| lane.kill_one(nth))
+    }
+
     /// Kills every process. Events in hand fail.
     pub async fn stop(mut self) {
         self.stop.send_replace(true);

@@ -5,6 +5,7 @@
 
 mod backlog;
 mod batch;
+mod faults;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,8 @@ use aws_sdk_sqs::{
 };
 pub use backlog::Backlog;
 use batch::Verdict;
+use faults::Spoiler;
+pub use faults::{MessageCounts, MessageFaults};
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
@@ -32,6 +35,8 @@ const LONG_POLL_SECONDS: i32 = 20;
 const PAUSE: Duration = Duration::from_millis(250);
 /// Batches at once where the template sets no limit: what Lambda begins with.
 const DEFAULT_CONCURRENCY: u32 = 5;
+/// How long a message is held back that others are to overtake, in seconds.
+const HELD_BACK_SECONDS: i32 = 2;
 /// Most messages that SQS gives in one answer.
 const RECEIVE_LIMIT: u32 = 10;
 
@@ -40,6 +45,7 @@ const RECEIVE_LIMIT: u32 = 10;
 pub struct Poller {
     tasks: JoinSet<()>,
     backlog: Backlog,
+    spoiler: Spoiler,
 }
 
 impl Poller {
@@ -49,7 +55,9 @@ impl Poller {
         sqs: &Client,
         queue_urls: &BTreeMap<String, String>,
         functions: &Functions,
+        faults: MessageFaults,
     ) -> Result<Self> {
+        let spoiler = Spoiler::new(faults);
         let mut tasks = JoinSet::new();
         // One process is left for requests and schedules; on AWS there would always be another.
         let processes = u32::try_from(functions.workers()).unwrap_or(u32::MAX).saturating_sub(1).max(1);
@@ -74,6 +82,7 @@ impl Poller {
                     function: function.package.clone(),
                     invoker: functions.invoker(),
                     backlog: backlog.clone(),
+                    spoiler: spoiler.clone(),
                 };
                 let concurrency = event.maximum_concurrency.unwrap_or(DEFAULT_CONCURRENCY).min(processes);
                 for _ in 0..concurrency {
@@ -81,12 +90,17 @@ impl Poller {
                 }
             }
         }
-        Ok(Self { tasks, backlog })
+        Ok(Self { tasks, backlog, spoiler })
     }
 
     /// The messages on their way.
     pub fn backlog(&self) -> Backlog {
         self.backlog.clone()
+    }
+
+    /// How often the queues were worse than they should be.
+    pub fn counts(&self) -> MessageCounts {
+        self.spoiler.counts()
     }
 
     /// Stops polling. A batch in hand is neither deleted nor lost: its messages come again.
@@ -106,6 +120,7 @@ struct Mapping {
     function: String,
     invoker: Invoker,
     backlog: Backlog,
+    spoiler: Spoiler,
 }
 
 impl Mapping {
@@ -137,7 +152,19 @@ impl Mapping {
         }
         let received = Instant::now();
         self.backlog.received(&messages);
-        let outcome = self.invoker.invoke(&self.function, self.source.event(&messages).into()).await;
+        let (messages, later, twice) = self.spoiler.spoil(messages);
+        self.hold_back(&later).await?;
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let again = async {
+            // Whatever comes of it: SQS promises no more than that a message comes at least once.
+            if !twice.is_empty() {
+                self.invoker.invoke(&self.function, self.source.event(&twice).into()).await;
+            }
+        };
+        let invoked = self.invoker.invoke(&self.function, self.source.event(&messages).into());
+        let (outcome, ()) = tokio::join!(invoked, again);
         let verdict = self.judge(&outcome, &messages);
         let failed = |message: &&Message| verdict.failed(message.message_id().unwrap_or_default());
         let (failed, done): (Vec<_>, Vec<_>) = messages.iter().partition(failed);
@@ -145,6 +172,17 @@ impl Mapping {
             self.backlog.park(message, received, self.visibility);
         }
         self.delete(&done).await
+    }
+
+    /// Lets messages come again a little later.
+    async fn hold_back(&self, messages: &[Message]) -> Result<()> {
+        for message in messages {
+            let request =
+                self.sqs.change_message_visibility().queue_url(&self.url).visibility_timeout(HELD_BACK_SECONDS);
+            let answer = request.receipt_handle(message.receipt_handle().unwrap_or_default()).send().await;
+            answer.map_err(|error| anyhow::anyhow!("holding back: {}", DisplayErrorContext(error)))?;
+        }
+        Ok(())
     }
 
     fn judge(&self, outcome: &InvocationOutcome, messages: &[Message]) -> Verdict {

@@ -15,7 +15,7 @@ use std::{
     process::Stdio,
     time::{Duration, Instant},
 };
-use tokio::time::sleep;
+use tokio::{sync::Mutex, time::sleep};
 use tokio_postgres::{Client, NoTls};
 
 /// Cluster-wide: roles and their limits.
@@ -183,7 +183,7 @@ pub struct Postgres {
     /// The folder of its Unix socket.
     pub socket_folder: PathBuf,
     password: String,
-    process: Process,
+    process: Mutex<Process>,
     command: Command,
 }
 
@@ -246,8 +246,14 @@ impl Postgres {
             // When we die: stop at once, without a checkpoint, and take all backends along.
             .death_signal(libc::SIGQUIT);
         let (process, port) = start_on_free_port(&command, &folder, &password).await?;
-        let postgres =
-            Self { version: server.version.clone(), port, socket_folder: folder, password, process, command };
+        let postgres = Self {
+            version: server.version.clone(),
+            port,
+            socket_folder: folder,
+            password,
+            process: Mutex::new(process),
+            command,
+        };
         postgres.add_supabase().await?;
         Ok(postgres)
     }
@@ -295,16 +301,17 @@ impl Postgres {
     }
 
     /// Kills the server without a checkpoint, as a crash would, and starts it again on the same port.
-    pub async fn crash_and_restart(&mut self) -> Result<()> {
-        self.process.signal(libc::SIGQUIT);
-        self.process.wait().await?;
-        self.process = self.command.clone().arg("-p").arg(self.port.to_string()).spawn().await?;
-        wait_ready(&mut self.process, self.port, &self.password).await
+    pub async fn crash_and_restart(&self) -> Result<()> {
+        let mut process = self.process.lock().await;
+        process.signal(libc::SIGQUIT);
+        process.wait().await?;
+        *process = self.command.clone().arg("-p").arg(self.port.to_string()).spawn().await?;
+        wait_ready(&mut process, self.port, &self.password).await
     }
 
     /// Stops it, disconnecting everyone.
     pub async fn stop(self) -> Result<()> {
-        self.process.stop(libc::SIGINT, Duration::from_secs(10)).await
+        self.process.into_inner().stop(libc::SIGINT, Duration::from_secs(10)).await
     }
 }
 

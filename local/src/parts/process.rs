@@ -314,10 +314,16 @@ fn die_with_us(command: &mut tokio::process::Command, signal: i32) {
 #[cfg(not(target_os = "linux"))]
 fn die_with_us(_command: &mut tokio::process::Command, _signal: i32) {}
 
+/// Kills a process of ours by its id; false for one that is gone.
+pub(in crate::parts) fn kill(id: u32) -> bool {
+    // 0 and 1 are not ours, and would be more than one process.
+    id > 1 && send(id.cast_signed(), libc::SIGKILL)
+}
+
 #[allow(unsafe_code)]
-fn send(target: i32, signal: i32) {
+fn send(target: i32, signal: i32) -> bool {
     // SAFETY: kill reads two integers; a target that is gone is an error that is of no interest here.
-    let _gone = unsafe { libc::kill(target, signal) };
+    unsafe { libc::kill(target, signal) == 0 }
 }
 
 #[cfg(test)]

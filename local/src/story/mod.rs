@@ -8,23 +8,29 @@ mod browser;
 mod cast;
 mod events;
 mod facts;
+mod faults;
 mod leads;
 mod report;
+mod silence;
+mod switch;
 mod table;
 mod watch;
 mod witness;
 
+pub use faults::{Injected, Severity};
 pub use leads::shipped as leads_shipped;
 pub use report::{Check, Numbers, Report};
 pub use table::render;
 
 use crate::{
     carrier::{Account, Billing, Carrier, CarrierOptions},
+    parts::postgres::PostgresOptions,
     parts::{clock, progress::Progress},
-    stack::Stack,
+    stack::{Stack, StackOptions},
 };
 use anyhow::Result;
 use chrono::Utc;
+use faults::Injector;
 use report::Evidence;
 use std::time::Instant;
 use url::Url;
@@ -41,12 +47,30 @@ pub struct StoryOptions {
     pub live_calls: Option<i32>,
     /// Whether PostgREST is killed in the middle, for five seconds.
     pub kill_postgrest: bool,
+    /// What goes wrong on purpose.
+    pub faults: Option<Severity>,
+    /// Whether the operator stops all dialling in the middle, for a few seconds.
+    pub kill_switch: bool,
     /// Whose API is spoken.
     pub provider: Provider,
     /// Somebody else's carrier in place of the simulated one.
     pub carrier_url: Option<Url>,
     /// The account there, with its token; made up when none, for a carrier that takes whoever comes.
     pub carrier_account: Option<(String, String)>,
+}
+
+impl StoryOptions {
+    /// What a stack has to be for this story.
+    pub fn stack(&self) -> StackOptions {
+        let mut options = StackOptions::default();
+        if let Some(severity) = self.faults {
+            options.message_faults = severity.messages(self.seed);
+            // The server is to lose nothing that it confirmed when it is stopped; the machine goes on, so that files need no sync.
+            let settings = vec![("synchronous_commit".to_owned(), "on".to_owned())];
+            options.postgres = PostgresOptions { settings, ..PostgresOptions::default() };
+        }
+        options
+    }
 }
 
 /// Whose API is spoken, by the stack and by the carrier.
@@ -134,6 +158,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
                 accounts: vec![account.clone()],
                 seed: options.seed,
                 billing: options.provider.billing(),
+                faults: options.faults.map(Severity::carrier).unwrap_or_default(),
                 log: Some(stack.log_dir.join("carrier.jsonl")),
                 ..CarrierOptions::default()
             };
@@ -159,7 +184,19 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
 
     let campaign = cast::plan_campaign(&cast, project, live_calls).await?;
     cast::start_campaign(&cast, campaign).await?;
-    watch::campaign(stack, &cast, campaign, options.kill_postgrest, progress).await?;
+    let plan = watch::Plan {
+        kill_postgrest: options.kill_postgrest,
+        kill_switch: options.kill_switch,
+        callbacks_are_lost: options.faults.is_some(),
+    };
+    let mut injector = options.faults.map(|severity| Injector::new(severity, options.seed, options.leads));
+    let injecting = async {
+        match &mut injector {
+            Some(injector) => injector.run(stack, progress).await,
+            None => Ok(()),
+        }
+    };
+    let (stopped, ()) = tokio::try_join!(watch::campaign(stack, &cast, campaign, plan, progress), injecting)?;
     watch::settle(stack, carrier.as_ref()).await?;
     stage("calling");
 
@@ -195,13 +232,18 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         dials,
         told,
         function_errors: stack.invoker().activity().failed,
-        outage: options.kill_postgrest,
+        outage: options.kill_postgrest || options.faults.is_some(),
+        stopped,
+        injected: injector.map(|injector| injector.injected(stack, carrier.as_ref())),
         dead_letters: bill::dead_letters(stack).await?,
     };
     step.done("database and carrier compared");
     stage("comparing");
 
-    let (numbers, checks) = report::judge(&evidence, |real| stack.clock.to_business(real), started.elapsed());
+    let (numbers, mut checks) = report::judge(&evidence, |real| stack.clock.to_business(real), started.elapsed());
+    if let (Some(severity), Some(injected)) = (options.faults, &evidence.injected) {
+        checks.extend(injected.checks(severity, carrier.is_some(), stack.template.functions.len()));
+    }
     let places = vec![
         ("API", stack.origin_text().to_owned()),
         ("Database", stack.database_url.clone()),

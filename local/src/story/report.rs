@@ -6,6 +6,7 @@
 use super::{
     events::Told,
     facts::{Books, Invoice, Standing, Terms},
+    faults::Injected,
     witness::{Dial, double_dials},
 };
 use chrono::{DateTime, Utc};
@@ -62,6 +63,10 @@ pub struct Numbers {
     pub events: i64,
     /// Of them, those that the organization's own system was told.
     pub events_received: i64,
+    /// Of the attempts dialled, those that the carrier knows nothing of: whoever was to ask it died before.
+    pub lost: i64,
+    /// What went wrong on purpose.
+    pub injected: Option<Injected>,
     /// Attempts by how they ended.
     pub outcomes: BTreeMap<String, i64>,
     /// The invoice's currency.
@@ -114,6 +119,10 @@ pub struct Evidence {
     pub outage: bool,
     /// Messages in the dead-letter queues.
     pub dead_letters: u64,
+    /// From when to when the operator had stopped all dialling, and no request to the carrier was under way any more.
+    pub stopped: Option<(DateTime<Utc>, DateTime<Utc>)>,
+    /// What went wrong on purpose.
+    pub injected: Option<Injected>,
 }
 
 /// The story told.
@@ -176,11 +185,17 @@ pub fn judge(
         unapplied_events: unapplied,
         events: evidence.told.happened.len() as i64,
         events_received: evidence.told.agreeing(),
+        lost: standing.outcomes.get("lost").copied().unwrap_or_default(),
+        injected: evidence.injected.clone(),
         outcomes: standing.outcomes.clone(),
         currency: invoices.first().map(|invoice| invoice.currency.clone()).unwrap_or_default(),
         elapsed_ms: elapsed.as_millis() as u64,
     };
-    let checks = checks(evidence, &numbers);
+    let mut checks = checks(evidence, &numbers);
+    if let Some((from, to)) = evidence.stopped {
+        let meanwhile = dials.iter().filter(|dial| dial.was_created_within(from, to)).count() as i64;
+        checks.push(Check { claim: "nobody was called while dialling was stopped", sides: (meanwhile, 0) });
+    }
     (numbers, checks)
 }
 
@@ -195,7 +210,7 @@ fn checks(evidence: &Evidence, numbers: &Numbers) -> Vec<Check> {
         check("every lead was imported", numbers.leads, evidence.calls as i64),
         check("every lead is in a terminal state", numbers.terminal, numbers.leads),
         check("no call is open", numbers.open, 0),
-        check("the carrier was asked for what was dialled", numbers.carrier_creates, numbers.dials),
+        check("the carrier was asked for what was dialled", numbers.carrier_creates, numbers.dials - numbers.lost),
         check("nobody was dialled twice", numbers.double_dials, 0),
         check("calls counted = calls the carrier billed", numbers.usage_calls, numbers.billable_calls),
         check("seconds counted = seconds the carrier billed", numbers.usage_seconds, numbers.carrier_bill_seconds),

@@ -36,6 +36,7 @@ pub fn render(report: &Report, colour: bool) -> String {
     usage(&mut out, report, ink);
     invoice(&mut out, report, ink);
     events(&mut out, report, ink);
+    faults(&mut out, report, ink);
     stages(&mut out, report, ink);
     checks(&mut out, report, ink);
     places(&mut out, report, ink);
@@ -180,6 +181,14 @@ fn events(out: &mut String, report: &Report, ink: Ink) {
         .collect();
     for pair in topics.chunks(2) {
         line!(out, "  {}", pair.join("        "));
+    }
+}
+
+fn faults(out: &mut String, report: &Report, ink: Ink) {
+    let Some(injected) = &report.evidence.injected else { return };
+    title(out, ink, "What went wrong on purpose");
+    for (name, count) in injected.lines() {
+        line!(out, "  {name:<27}{count}");
     }
 }
 

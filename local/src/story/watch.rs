@@ -3,6 +3,8 @@
 use super::{
     cast::Cast,
     facts::{self, Standing},
+    silence::Silence,
+    switch::{Stretch, Switch},
 };
 use crate::{
     carrier::Carrier,
@@ -16,6 +18,7 @@ use crate::{
 use anyhow::{Result, bail};
 use chrono::FixedOffset;
 use std::time::{Duration, Instant};
+use tokio_postgres::Client;
 use uuid::Uuid;
 
 /// How often the campaign is looked at.
@@ -48,30 +51,48 @@ enum Outage {
     Now(Step),
 }
 
-/// Watches until the campaign is over and nothing is under way any more. `kill_postgrest` kills PostgREST in the middle, for five seconds.
+/// What happens while the campaign runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// PostgREST is killed in the middle, for five seconds.
+    pub kill_postgrest: bool,
+    /// The operator stops all dialling in the middle, for a few seconds.
+    pub kill_switch: bool,
+    /// Calls fall silent, so that the carrier has to be asked.
+    pub callbacks_are_lost: bool,
+}
+
+/// Watches until the campaign is over and nothing is under way any more. Returns from when to when dialling was stopped.
 pub async fn campaign(
     stack: &Stack,
     cast: &Cast,
     campaign: Uuid,
-    kill_postgrest: bool,
+    plan: Plan,
     progress: &Progress,
-) -> Result<()> {
-    let database = stack.connect(Role::Admin).await?;
+) -> Result<Option<Stretch>> {
+    let mut database = None;
     let mut display = Display::new(progress);
     let mut last = Standing::default();
     let mut changed = Instant::now();
     let mut polled = Instant::now();
     let mut outage = Outage::None;
     let mut trouble = Trouble::default();
+    let mut switch = Switch::new(plan.kill_switch);
+    let mut silence = plan.callbacks_are_lost.then(Silence::new);
     loop {
         if let Outage::Now(step) = &outage {
             step.say(format!("killed, and back in {} s", OUTAGE.saturating_sub(step.elapsed()).as_secs() + 1));
         }
         let looked = Instant::now();
-        let standing = facts::standing(&database, campaign).await?;
+        let Some(standing) = trouble.note(look(stack, &mut database, campaign, silence.as_mut()).await)? else {
+            // The database was stopped, and with it the connection.
+            database = None;
+            tokio::time::sleep(GLANCE).await;
+            continue;
+        };
         let looking = looked.elapsed();
         display.show(stack, &standing, changed.elapsed());
-        if kill_postgrest && last.leads == 0 {
+        if plan.kill_postgrest && last.leads == 0 {
             outage = Outage::At(standing.leads * 2 / 5);
         }
         if standing != last {
@@ -79,7 +100,10 @@ pub async fn campaign(
             last = standing;
         }
         outage = weather(stack, outage, &last, progress).await?;
-        let calm = !matches!(outage, Outage::Now(_));
+        if let Some(database) = &database {
+            trouble.note(switch.turn(database, &last, progress).await)?;
+        }
+        let calm = !matches!(outage, Outage::Now(_)) && !switch.is_off();
         if calm && polled.elapsed() >= POLL {
             polled = Instant::now();
             trouble.note(cast.browser.get(&format!("functions/v1/call-dispatch/campaigns/{campaign}")).await)?;
@@ -99,7 +123,24 @@ pub async fn campaign(
         tokio::time::sleep(GLANCE.max(10 * looking)).await;
     }
     display.done(&last);
-    Ok(())
+    Ok(switch.stretch())
+}
+
+/// How far the campaign is, through a connection that is made where there is none.
+async fn look(
+    stack: &Stack,
+    database: &mut Option<Client>,
+    campaign: Uuid,
+    silence: Option<&mut Silence>,
+) -> Result<Standing> {
+    let client = match database {
+        Some(client) => client,
+        None => database.insert(stack.connect(Role::Admin).await?),
+    };
+    if let Some(silence) = silence {
+        silence.age(client).await?;
+    }
+    facts::standing(client, campaign).await
 }
 
 /// Failures that may pass: what is tried again anyway is given up only when it has failed for a while.

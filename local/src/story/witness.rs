@@ -207,6 +207,11 @@ impl Witness {
 }
 
 impl Dial {
+    /// Whether it was created within a stretch, by every reading of its time.
+    pub fn was_created_within(&self, from: DateTime<Utc>, to: DateTime<Utc>) -> bool {
+        from <= self.created.0 && self.created.1 < to
+    }
+
     fn of(record: Record) -> Result<Self> {
         Ok(Self {
             callee: digits(&record.to_number),

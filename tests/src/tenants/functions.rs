@@ -3,25 +3,32 @@
 
 use super::{
     Expect, Probe, Proof,
-    generate::{FIRST, SECOND},
+    generate::{FIRST, SECOND, Side},
     matrix::{self, Use},
-    people::{Holds, Persona, staff},
+    people::{self, Holds, Persona, staff},
 };
 use anyhow::Result;
 use serde_json::{Value, json};
 
 impl Proof {
-    /// Everybody calls a public function on what is their own organization's: it does what the matrix says, or refuses with the right code.
+    /// Everybody calls a public function on what is their own organization's, row by row: it does what the matrix says, or refuses with the
+    /// right code.
     pub async fn uses(&self, name: &str) -> Result<Vec<String>> {
         let Some(expected) = matrix::FUNCTIONS.iter().find(|known| known.name == name) else {
             return Ok(vec![format!("public.{name} has no line in tenants/matrix.rs")]);
         };
-        let mut people = self.everybody.clone();
-        people.push(staff());
-        let probes: Vec<Value> = people
+        let mut tries: Vec<(Persona, Side, usize)> = Vec::new();
+        let staff = [staff()];
+        let abroad = self.everybody.iter().chain(&staff).map(|persona| (persona, SECOND));
+        for (persona, side) in abroad.chain(self.at_home.iter().map(|persona| (persona, FIRST))) {
+            // Whoever may, may with each row; whoever may not is turned away before any row is looked at.
+            let rows = if persona.may(expected.right) { self.rows_named(expected, side) } else { 1 };
+            tries.extend((0..rows).map(|row| (persona.clone(), side, row)));
+        }
+        let probes: Vec<Value> = tries
             .iter()
-            .map(|persona| {
-                let fill = |sql: &str| self.filled(sql, persona);
+            .map(|(persona, side, row)| {
+                let fill = |sql: &str| self.filled(sql, persona, *side, *row);
                 let mut probe = Probe::new(
                     persona,
                     false,
@@ -39,7 +46,7 @@ impl Proof {
         let answers: Value = self.client.query_one("select probe.run($1)", &[&json!(probes)]).await?.get(0);
         let mut count = self.count.get();
         let mut wrong = Vec::new();
-        for (persona, answer) in people.iter().zip(answers.as_array().into_iter().flatten()) {
+        for ((persona, side, row), answer) in tries.iter().zip(answers.as_array().into_iter().flatten()) {
             let wanted = (!persona.may(expected.right)).then(|| refusal(expected, persona));
             match wanted {
                 None => count.allowed += 1,
@@ -52,8 +59,9 @@ impl Proof {
             };
             if code != wanted.unwrap_or_default() {
                 wrong.push(format!(
-                    "public.{name}: {} should get {}, and gets {}: {said}",
+                    "public.{name}: {} with row {row} of the {} organization should get {}, and gets {}: {said}",
                     persona.name,
+                    side.name,
                     wanted.unwrap_or("what they ask for"),
                     if code.is_empty() { "what they ask for" } else { &code },
                 ));
@@ -63,13 +71,25 @@ impl Proof {
         Ok(wrong)
     }
 
-    /// `{me}` is the persona, `{org}` the second organization, `{leads}` the first of its rows in `leads`, and so on.
-    fn filled(&self, sql: &str, persona: &Persona) -> String {
-        let mut sql = sql.replace("{me}", &persona.id).replace("{org}", SECOND.id);
-        for ((table, side), rows) in &self.rows {
+    /// How many rows of an organization the tables hold that a function's arguments name: it is tried with each.
+    fn rows_named(&self, expected: &Use, side: Side) -> usize {
+        let named = |table: &str| expected.arguments.contains(&format!("{{{table}}}"));
+        let counts =
+            self.rows.iter().filter(|((table, of), _)| *of == side.name && named(table)).map(|(_, rows)| rows.len());
+        counts.min().unwrap_or(1)
+    }
+
+    /// `{me}` is the persona, `{org}` their organization, `{member}` and `{peer}` two of its people, `{leads}` one of its rows in `leads`,
+    /// and so on.
+    fn filled(&self, sql: &str, persona: &Persona, side: Side, row: usize) -> String {
+        let (member, peer) = people::others(side);
+        let mut sql = sql.replace("{me}", &persona.id).replace("{org}", side.id);
+        sql = sql.replace("{member}", &member).replace("{peer}", &peer);
+        for ((table, of), rows) in &self.rows {
             let place = format!("{{{table}}}");
-            if *side == SECOND.name && sql.contains(&place) {
-                sql = sql.replace(&place, rows.first().and_then(|row| row["id"].as_str()).unwrap_or_default());
+            if *of == side.name && sql.contains(&place) {
+                let id = rows.get(row % rows.len().max(1)).and_then(|row| row["id"].as_str());
+                sql = sql.replace(&place, id.unwrap_or_default());
             }
         }
         sql
@@ -156,8 +176,7 @@ impl Proof {
             }
             let answers: Value = self.client.query_one("select probe.run($1)", &[&json!(probes)]).await?.get(0);
             let mut count = self.count.get();
-            // One attempt, with however many ids: else the refusals of functions would outnumber everything.
-            count.denied += 1;
+            count.denied += tries.len();
             self.count.set(count);
             for (id, answer) in tries.iter().zip(answers.as_array().into_iter().flatten()) {
                 // To ask for what is another's is to ask for what is not there: the same answer, but for the id that was sent.

@@ -149,6 +149,16 @@ impl Table {
         self.keys.iter().any(|key| key.columns.len() > 1 && key.columns.iter().any(|known| known == column))
     }
 
+    /// The tenants' tables that a row of this one refers to, each with the condition that joins `parent` to `child`.
+    pub fn parents<'a>(&'a self, row: &'a Value) -> impl Iterator<Item = (&'a str, String)> {
+        let whole = |key: &&Key| key.columns.len() > 1 && key.columns.iter().all(|column| !row[column].is_null());
+        self.keys.iter().filter(whole).map(|key| {
+            let pairs = key.columns.iter().zip(&key.parent_columns);
+            let joined: Vec<String> = pairs.map(|(own, theirs)| format!("parent.{theirs} = child.{own}")).collect();
+            (key.parent.as_str(), joined.join(" and "))
+        })
+    }
+
     /// Which rows belong to an organization.
     pub fn of(&self, side: Side) -> String {
         self.tenant.map_or_else(|| "true".to_owned(), |column| format!("{column} = '{}'", side.id))
@@ -175,18 +185,14 @@ impl Table {
                 continue;
             }
             let Some(parents) = rows.get(&(key.parent.clone(), side.name)) else { continue };
-            let text = |parent: &Value, column: &str| match &parent[column] {
-                Value::String(text) => format!("'{}'", text.replace('\'', "''")),
-                other => other.to_string(),
-            };
             let pairs = || key.columns.iter().zip(&key.parent_columns);
             let fits = |parent: &&Value| {
-                pairs().all(|(column, theirs)| values.get(column).is_none_or(|value| *value == text(parent, theirs)))
+                pairs().all(|(column, theirs)| values.get(column).is_none_or(|value| *value == literal(parent, theirs)))
             };
             let found = (0..parents.len()).map(|step| &parents[(n + step) % parents.len()]).find(fits);
             if let Some(parent) = found {
                 for (column, theirs) in pairs() {
-                    values.insert(column.clone(), text(parent, theirs));
+                    values.insert(column.clone(), literal(parent, theirs));
                 }
             }
         }
@@ -222,6 +228,14 @@ impl Table {
             name if name.starts_with("numeric") => (n + 1).to_string(),
             other => bail!("{}.{}: no value for type {other}: give it an override", self.name, column.name),
         })
+    }
+}
+
+/// A column of a row, as SQL writes it.
+pub fn literal(row: &Value, column: &str) -> String {
+    match &row[column] {
+        Value::String(text) => format!("'{}'", text.replace('\'', "''")),
+        other => other.to_string(),
     }
 }
 

@@ -165,7 +165,8 @@ pub struct Use {
     pub name: &'static str,
     /// Who may.
     pub right: Right,
-    /// The arguments. `{me}` is the caller, `{org}` the second organization, `{leads}` the id of its first row in `leads`, and so on.
+    /// The arguments. `{me}` is the caller, `{org}` their organization, `{member}` and `{peer}` two of its people, `{leads}` the id of a row of
+    /// its `leads`, and so on: whoever may calls it with each row.
     pub arguments: &'static str,
     /// What has to be so before, done by the database's owner.
     pub first: &'static str,
@@ -186,6 +187,7 @@ const fn refusing(refused: &'static [(&'static str, &'static str)], function: Us
     Use { refused, ..function }
 }
 
+const MANAGE_BILLING: Right = With(&["billing.manage"]);
 const MANAGE_MEMBERS: Right = With(&["member.manage"]);
 const RUN: Right = With(&["campaign.run"]);
 const NOT_HELD: &str =
@@ -195,6 +197,13 @@ const A_DRAFT: &str = "set local session_replication_role = replica;
     delete from public.call_queue where organization_id = '{org}';
     delete from public.campaign_leads where organization_id = '{org}';
     update public.campaigns set project_id = null, status = 'draft', open_leads = 0, total_enrolled = 0 where organization_id = '{org}';
+    set local session_replication_role = origin";
+const A_DRAFT_TO_COME: &str = "set local session_replication_role = replica;
+    delete from public.call_queue where organization_id = '{org}';
+    delete from public.campaign_leads where organization_id = '{org}';
+    update public.campaigns
+    set project_id = null, status = 'draft', open_leads = 0, total_enrolled = 0, start_date = current_date + 30, end_date = null
+    where organization_id = '{org}';
     set local session_replication_role = origin";
 const RUNNING: &str = "set local session_replication_role = replica;
     update public.campaigns set status = 'running', open_leads = 100 where organization_id = '{org}';
@@ -207,6 +216,29 @@ const ARCHIVED: &str = "set local session_replication_role = replica;
     set local session_replication_role = origin";
 const PAUSED: &str = "set local session_replication_role = replica;
     update public.campaigns set status = 'paused', open_leads = 100 where organization_id = '{org}';
+    set local session_replication_role = origin";
+const A_QUIET_LINE: &str = "set local session_replication_role = replica;
+    update private.clock_offset set shift = timestamptz '2026-11-24 12:00+05:30' - now();
+    insert into private.clock_offset (shift) values (timestamptz '2026-11-24 12:00+05:30' - now()) on conflict do nothing;
+    delete from public.suppressions where organization_id = '{org}';
+    update public.carrier_accounts set is_active = true, dialling_enabled = true, max_concurrent_calls = 1000;
+    update public.caller_numbers set is_active = true where organization_id = '{org}';
+    update public.organizations set dialling_enabled = true, max_concurrent_calls = 1000, dial_countries = null where id = '{org}';
+    update public.campaigns
+    set status = 'draft', start_date = null, end_date = null, max_concurrent_calls = 1000, timezone = 'Asia/Kolkata'
+    where organization_id = '{org}';
+    update public.leads
+    set phone = '+917111111111', timezone = null, do_not_call = false, abuse_flag = false, archived_at = null
+    where id = '{leads}';
+    set local session_replication_role = origin";
+const A_FAILED_CALL: &str = "set local session_replication_role = replica;
+    delete from public.suppressions where organization_id = '{org}';
+    update public.leads set do_not_call = false where organization_id = '{org}';
+    update public.campaigns set status = 'running', open_leads = 100 where organization_id = '{org}';
+    update public.call_queue set status = 'failed' where organization_id = '{org}';
+    update public.call_logs
+    set attempt_no = 99, queue_id = (select queue.id from public.call_queue as queue where queue.organization_id = '{org}' limit 1)
+    where id = '{call_logs}';
     set local session_replication_role = origin";
 const AN_EVENT: &str = "insert into private.webhook_events
       (id, received_at, organization_id, source, source_id, dedupe_key, kind, payload_type, status)
@@ -221,15 +253,29 @@ const UNDER_WAY: &str = "set local session_replication_role = replica;
         call_sid = coalesce(call_sid, id::text) where organization_id = '{org}';
     set local session_replication_role = origin";
 const ANOTHER_OWNER: &str = "update public.profiles set system_role = 'owner'
-    where id = '00000008-0000-4000-9000-000000000008' and id <> '{me}'";
+    where id = '{peer}' and id <> '{me}'";
 const LISTENING: &str = "set local session_replication_role = replica;
     update public.webhook_endpoints set enabled = true, disabled_reason = null, disabled_at = null where organization_id = '{org}';
+    insert into private.outbox (id, organization_id, topic, key, payload, created_at, dispatched_at)
+    select event_id, '{org}', 'call.ended', id::text, jsonb_build_object('call_id', id), now(), now() from public.event_deliveries where organization_id = '{org}'
+    on conflict do nothing;
     update public.event_deliveries set endpoint_id = (select min(id::text)::uuid from public.webhook_endpoints where organization_id = '{org}')
     where id = (select min(id::text)::uuid from public.event_deliveries where organization_id = '{org}');
     set local session_replication_role = origin";
 const AN_ISSUER: &str =
     "insert into private.billing_issuer (legal_name, country_code, timezone) values ('Issuer', 'IN', 'Asia/Kolkata')
     on conflict do nothing";
+const PLANS_TO_CHANGE: &str =
+    "insert into private.billing_issuer (legal_name, country_code, timezone) values ('Issuer', 'IN', 'Asia/Kolkata')
+    on conflict do nothing;
+    insert into public.subscription_plans (slug, name) values ('isolation-other', 'Other') on conflict do nothing;
+    insert into public.plan_prices (plan_id, version, base_minor)
+    select id, 1, 1 from public.subscription_plans where slug = 'isolation-other' on conflict do nothing;
+    set local session_replication_role = replica;
+    update public.subscriptions set next_invoice_at = current_period_end, billing_hold = null, cancel_at_period_end = false
+    where organization_id = '{org}' and status = 'active';
+    update public.invoices set past_due_at = null where organization_id = '{org}';
+    set local session_replication_role = origin";
 const A_COUNTED_LINE: &str = "set local session_replication_role = replica;
     delete from public.invoice_lines where organization_id = '{org}' and invoice_id = '{invoices}';
     insert into public.invoice_lines (organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, amount_minor)
@@ -255,9 +301,9 @@ pub const FUNCTIONS: &[Use] = &[
     refusing(&[("suspended", "suspended"), ("invited", "suspended"), ("gone", "unauthenticated")],
         after(ANOTHER_OWNER, call("leave_organization", Members, ""))),
     call("create_api_key",        MANAGE_ORGANIZATION, "'isolation', array['usage.write']"),
-    call("set_member_role",       MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007', 'member'"),
-    call("set_member_status",     MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007', 'suspended'"),
-    call("remove_member",         MANAGE_MEMBERS, "'00000007-0000-4000-9000-000000000007'"),
+    call("set_member_role",       MANAGE_MEMBERS, "'{member}', 'member'"),
+    call("set_member_status",     MANAGE_MEMBERS, "'{member}', 'suspended'"),
+    call("remove_member",         MANAGE_MEMBERS, "'{member}'"),
     after(ROOM, call("create_invitation", MANAGE_MEMBERS, "'isolation-new@example.com'")),
     call("revoke_invitation",     MANAGE_MEMBERS, "'{invitations}'"),
     call("move_stage",            EDIT_PROJECTS, "'{pipeline_stages}', 0"),
@@ -266,11 +312,12 @@ pub const FUNCTIONS: &[Use] = &[
     after(NOT_HELD, call("set_property_status", EDIT_PROPERTIES, "'{properties}', 'rented'")),
     call("order_property_images", EDIT_PROPERTIES, "'{properties}', '{}'::uuid[]"),
     refusing(&[("gone", "unauthenticated"), ("", "permission_denied")],
-        call("start_impersonation", Right::Staff, "'00000007-0000-4000-9000-000000000007', 'A long enough reason', 5")),
+        call("start_impersonation", Right::Staff, "'{member}', 'A long enough reason', 5")),
     call("end_impersonation",     Everyone, ""),
     call("get_campaign",          CAMPAIGNS, "'{campaigns}'"),
     call("create_campaign",       With(&["campaign.edit"]), "'isolation'"),
     after(A_DRAFT, call("start_campaign",  RUN, "'{campaigns}'")),
+    after(A_DRAFT_TO_COME, call("schedule_campaign", RUN, "'{campaigns}'")),
     after(RUNNING, call("pause_campaign",  RUN, "'{campaigns}'")),
     after(PAUSED,  call("resume_campaign", RUN, "'{campaigns}'")),
     after(RUNNING, call("cancel_campaign", RUN, "'{campaigns}'")),
@@ -290,6 +337,7 @@ pub const FUNCTIONS: &[Use] = &[
     call("get_dial_evidence",     With(&["call.view"]), "'+917000000001'"),
     call("get_usage",             USAGE, ""),
     call("get_usage_daily",       USAGE, ""),
+    call("get_usage_overview",    USAGE, ""),
     call("get_org_subscription",  BILLING, ""),
     call("create_webhook_source", WEBHOOKS, "gen_random_uuid(), 'retell', 'isolation', 'v1.1.aaaa'"),
     call("rotate_webhook_source_secret", WEBHOOKS, "'{webhook_sources}', 'v1.1.aaaa'"),
@@ -300,12 +348,19 @@ pub const FUNCTIONS: &[Use] = &[
     after(AN_EVENT, call("get_webhook_event", WEBHOOKS, "'e0e0e0e0-0000-4000-8000-000000000001'")),
     call("redrive_webhook_events", WEBHOOKS, "null, '{\"status\": \"dead\"}'"),
     call("count_webhook_events",  WEBHOOKS, ""),
+    after(A_QUIET_LINE, call("place_call", RUN, "'{campaigns}', '{leads}'")),
+    after(A_FAILED_CALL, call("retry_call", RUN, "'{call_logs}'")),
     after(UNDER_WAY, call("hang_up_call", With(&["call.control"]), "'{call_logs}'")),
     after(A_RECORDING, call("open_recording", With(&["call.listen"]), "'{call_logs}'")),
     call("erase_person",          With(&["lead.delete"]), "'+919999999999'"),
     call("get_invoice",           BILLING, "'{invoices}'"),
     call("get_credit_note",       BILLING, "'{credit_notes}'"),
     after(AN_ISSUER, call("preview_invoice", BILLING, "")),
+    after(PLANS_TO_CHANGE, call("change_subscription", MANAGE_BILLING, "'isolation-other', null, 'period_end'")),
+    after(PLANS_TO_CHANGE, call("preview_subscription_change", BILLING, "'isolation-other', null, 'period_end'")),
+    after(PLANS_TO_CHANGE, call("cancel_subscription", MANAGE_BILLING, "")),
+    after(PLANS_TO_CHANGE, call("pause_subscription",  MANAGE_BILLING, "")),
+    after(PLANS_TO_CHANGE, call("resume_subscription", MANAGE_BILLING, "")),
     call("export_invoices",       BILLING, "'2026-01-01', '2026-12-31'"),
     call("export_invoice_lines",  BILLING, "'2026-01-01', '2026-12-31'"),
     call("export_payments",       BILLING, "'2026-01-01', '2026-12-31'"),

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod matrix;
 mod own;
 pub mod people;
+mod ways;
 
 use anyhow::{Context, Result};
 use generate::{FIRST, Rows, SECOND, Table};

@@ -1,7 +1,7 @@
 //! Who tries: every kind of user there is, and the two organizations that they belong to or not.
 
 use super::{
-    generate::{FIRST, Rows, SECOND},
+    generate::{FIRST, Rows, SECOND, Side},
     matrix::{MEMBER, Right},
 };
 use anyhow::Result;
@@ -116,6 +116,11 @@ pub fn at_home() -> Vec<Persona> {
         persona("its member", 2, Holds::Member),
         persona("its admin", 12, Holds::Admin),
     ]
+}
+
+/// A member of an organization, and one more of its people, for functions that are about them.
+pub fn others(side: Side) -> (String, String) {
+    if side.id == FIRST.id { (id(2), id(12)) } else { (id(7), id(8)) }
 }
 
 /// Makes the organizations, their people, and the reference rows that one of them alone may see.

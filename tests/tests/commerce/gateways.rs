@@ -159,6 +159,83 @@ async fn every_event_of_razorpay_changes_the_row_that_it_names() -> Result<()> {
     Ok(())
 }
 
+/// A recorded delivery under another of the names that the gateway documents for the same object.
+fn renamed(gateway: &str, recorded: &str, name: &str, edits: &[(&str, Value)]) -> Result<Vec<u8>> {
+    let mut body: Value = serde_json::from_slice(&delivery(gateway, recorded)?)?;
+    let named = if gateway == "stripe" { "/type" } else { "/event" };
+    for (place, value) in edits.iter().cloned().chain([(named, json!(name))]) {
+        *body.pointer_mut(place).with_context(|| format!("{recorded} has no {place}"))? = value;
+    }
+    if gateway == "stripe" {
+        body["id"] = json!(format!("evt_{name}"));
+    }
+    Ok(body.to_string().into_bytes())
+}
+
+#[tokio::test]
+async fn the_other_names_of_stripe_s_events_change_the_row_too() -> Result<()> {
+    let stand = Stand::start().await?;
+    stand.bills().await?;
+    let tell = async |recorded: &str, name: &str, edits: &[(&str, Value)]| -> Result<()> {
+        let body = renamed("stripe", recorded, name, edits)?;
+        stand.expect(&stripe(stand.stripe, &body), "applied").await.with_context(|| name.to_owned())
+    };
+    tell("checkout_session_completed", "checkout.session.async_payment_succeeded", &[]).await?;
+    assert_eq!(
+        (stand.payment("cs_1").await?, stand.bill(3).await?),
+        ("captured 2359 INR 2359 0".into(), "paid 2359".into())
+    );
+    let failed = [("/data/object/payment_intent", json!("pi_cs2"))];
+    tell("checkout_session_expired", "checkout.session.async_payment_failed", &failed).await?;
+    assert!(stand.payment("cs_2").await?.starts_with("failed 2359 INR 0 0"), "{}", stand.payment("cs_2").await?);
+    assert_eq!(stand.bill(4).await?, "open 0");
+    stand.stripe("payment_intent_succeeded", "applied").await?;
+    tell("refund_updated", "charge.refund.updated", &[]).await?;
+    assert_eq!(stand.payment("pi_1").await?, "captured 2359 INR 2359 359");
+    for (status, name) in [("under_review", "charge.dispute.updated"), ("won", "charge.dispute.funds_reinstated")] {
+        tell("charge_dispute_created", name, &[("/data/object/status", json!(status))]).await?;
+        assert_eq!(stand.payment("pi_1").await?, format!("captured 2359 INR 2359 359 {status}"));
+    }
+    let method =
+        "select concat_ws(' ', type, gateway_payment_method_id, last4, expiry_year) from public.payment_methods";
+    stand.stripe("setup_intent_succeeded", "applied").await?;
+    for (year, name) in [(2031, "payment_method.updated"), (2032, "payment_method.automatically_updated")] {
+        tell("payment_method_attached", name, &[("/data/object/card/exp_year", json!(year))]).await?;
+        assert_eq!(stand.value(method).await?, format!("card pm_1 4242 {year}"));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_other_names_of_razorpay_s_events_change_the_row_too() -> Result<()> {
+    let stand = Stand::start().await?;
+    stand.bills().await?;
+    let tell = async |recorded: &str, name: &str, edits: &[(&str, Value)]| -> Result<()> {
+        let body = renamed("razorpay", recorded, name, edits)?;
+        stand.expect(&razorpay(stand.razorpay, &body), "applied").await.with_context(|| name.to_owned())
+    };
+    stand.razorpay("payment_captured", "applied").await?;
+    tell("refund_created", "refund.speed_changed", &[]).await?;
+    let refund =
+        "select string_agg(gateway_refund_id || ' ' || status || ' ' || amount_minor, ', ') from public.refunds";
+    assert_eq!(stand.value(refund).await?, "rfnd_1 pending 100");
+    for (status, at) in [("under_review", 1_795_600_000), ("lost", 1_795_600_001)] {
+        let edits = [("/payload/dispute/entity/status", json!(status)), ("/created_at", json!(at))];
+        tell("payment_dispute_created", &format!("payment.dispute.{status}"), &edits).await?;
+        assert!(stand.payment("pay_1").await?.ends_with(status), "{}", stand.payment("pay_1").await?);
+    }
+    for (id, name) in [("token_8", "token.rejected"), ("token_9", "token.expired")] {
+        let kept =
+            format!("select removed_at is null from public.payment_methods where gateway_payment_method_id = '{id}'");
+        let edits = [("/payload/token/entity/id", json!(id))];
+        tell("token_confirmed", "token.confirmed", &edits).await?;
+        assert_eq!(stand.value(&kept).await?, "t");
+        tell("token_cancelled", name, &edits).await?;
+        assert_eq!(stand.value(&kept).await?, "f", "{name}");
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_payment_s_events_in_any_order_and_twice_pay_once() -> Result<()> {
     const NAMES: [&str; 4] = ["payment_authorized", "payment_captured", "payment_failed", "refund_processed"];

@@ -129,6 +129,13 @@ async fn every_delivery_of_shopify_changes_the_row_that_it_names() -> Result<()>
     );
     stand.shop("customers/update", "applied").await?;
     assert_eq!(stand.value(customer).await?, "9007199254740993|asha.rao@example.com|+919812345678|Asha|f|{VIP}|0");
+    stand.shop("customers/disable", "applied").await?;
+    assert_eq!(
+        stand.value(customer).await?,
+        "9007199254740993|asha.rao@example.com|+919812345678|Asha|f|{VIP,disabled}|0"
+    );
+    stand.shop("customers/enable", "applied").await?;
+    assert_eq!(stand.value(customer).await?, "9007199254740993|asha.rao@example.com|+919812345678|Asha|t|{VIP}|0");
     stand.shop("customers/data_request", "applied").await?;
     let request = "select concat_ws('|', kind, external_id, customer_external_id, order_external_ids, (customer_id is not null), completed_at) from public.privacy_requests";
     assert_eq!(stand.value(request).await?, "data_request|9999|9007199254740993|{820982911946154508}|t");

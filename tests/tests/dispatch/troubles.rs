@@ -91,7 +91,7 @@ async fn what_may_have_been_dialled_is_asked_about_and_never_dialled_again() -> 
     let time = |seconds| (now + chrono::TimeDelta::seconds(seconds)).format("%Y-%m-%d %H:%M:%S+00:00").to_string();
     campaign.carrier.keep_record(json!({
         "call_uuid": known.call_uuid, "from_number": known.from.trim_start_matches('+'), "to_number": known.to.trim_start_matches('+'),
-        "initiation_time": time(0), "answer_time": time(1), "end_time": time(31), "call_duration": 30, "bill_duration": 60,
+        "initiation_time": time(0), "answer_time": time(1), "end_time": time(31), "call_duration": 30, "bill_duration": 30, "billed_duration": 60,
         "total_amount": "0.0037", "call_state": "ANSWER", "hangup_cause_code": 4000, "hangup_cause_name": "Normal Hangup",
     }));
     assert_eq!(events::job(&campaign.dispatch, "reconcile").await?["asked"], 0, "their time is not up yet");

@@ -80,6 +80,9 @@ async fn the_unmodified_verifiers_take_every_event_and_no_other() -> Result<()> 
     scene::buy_plan(&stack, tenant, 60).await?;
     pass(&stack, "40 days").await?;
     events::job(&stack.invoicing()?, "close_periods").await?;
+    // Nobody pays.
+    pass(&stack, "20 days").await?;
+    events::job(&stack.invoicing()?, "close_periods").await?;
     let answer = HttpEvent::post(&format!("{ENDPOINTS}/{id}/test")).bearer(tenant.jwt()).send(&delivery).await?;
     ensure!(answer.status == 200, "{}", answer.body);
     deliver(&stack, &delivery).await?;
@@ -122,8 +125,10 @@ async fn the_unmodified_verifiers_take_every_event_and_no_other() -> Result<()> 
         "order.cancelled",
         "conversation.escalated",
         "subscription.created",
+        "subscription.changed",
         "subscription.cancelled",
         "invoice.finalized",
+        "invoice.past_due",
         "endpoint.test",
     ] {
         assert!(topics.contains(topic), "{topic} is not among {topics:?}");

@@ -5,16 +5,16 @@ use anyhow::{Context, ensure};
 use tests::agents::{self, AgentSource, recorded};
 use uuid::Uuid;
 
-struct Scene {
-    stack: Stack,
-    campaign: Campaign,
-    calls: Vec<Create>,
-    intake: Intake,
+pub(super) struct Scene {
+    pub(super) stack: Stack,
+    pub(super) campaign: Campaign,
+    pub(super) calls: Vec<Create>,
+    pub(super) intake: Intake,
     sources: Vec<AgentSource>,
 }
 
 impl Scene {
-    async fn set(count: u32) -> Result<Self> {
+    pub(super) async fn set(count: u32) -> Result<Self> {
         let (stack, campaign, calls) = calls(count).await?;
         let intake = stack.intake()?;
         let mut sources = Vec::new();
@@ -29,23 +29,23 @@ impl Scene {
         Ok(Self { stack, campaign, calls, intake, sources })
     }
 
-    fn source(&self, provider: &str) -> &AgentSource {
+    pub(super) fn source(&self, provider: &str) -> &AgentSource {
         self.sources.iter().find(|source| source.provider == provider).unwrap_or(&self.sources[0])
     }
 
-    fn attempt(&self, index: usize) -> Result<Uuid> {
+    pub(super) fn attempt(&self, index: usize) -> Result<Uuid> {
         Ok(token_of(&self.calls[index], &self.stack.keys.secrets()?)?.attempt_id)
     }
 
     /// Delivers a recording about the call of this index; what became of it.
-    async fn tell(&self, provider: &str, name: &str, index: usize) -> Result<Value> {
+    pub(super) async fn tell(&self, provider: &str, name: &str, index: usize) -> Result<Value> {
         let body = recorded(provider, name, self.attempt(index)?, &format!("{provider}{index}"))?;
         let answer = self.source(provider).deliver(&body).send(&self.intake).await?;
         ensure!(answer.status == 200 || answer.status == 202, "{provider} {name}: {} {}", answer.status, answer.body);
         Ok(answer.json())
     }
 
-    async fn asked(&self, index: usize, sql: &str) -> Result<String> {
+    pub(super) async fn asked(&self, index: usize, sql: &str) -> Result<String> {
         let sql = sql.replace("$ATTEMPT", &format!("'{}'", self.attempt(index)?));
         self.stack.value(&sql).await.with_context(|| sql)
     }
@@ -69,10 +69,12 @@ const EXPECTED: &[Expected] = &[
     ("retell", "call_analyzed", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (ai_analysis #>> '{custom_analysis_data,budget}') LOG", "Ravi asked about the flats and booked a visit to Tower B. 1.00 high 85 lakh"),
     ("retell", "function", "select do_not_call || ' ' || status || ' ' || opt_out_reason || ' ' || (select source from public.suppressions where phone_number = leads.phone) from public.leads where id = (select lead_id LOG)", "true do_not_call moved abroad call"),
     ("elevenlabs", "post_call_transcription", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended"),
-    ("elevenlabs", "post_call_audio", "select recording_url LOG", "https://api.elevenlabs.io/v1/convai/conversations/conv_elevenlabs10/audio"),
+    ("elevenlabs", "post_call_audio", "select (select copy.state || ' ' || copy.bytes || ' ' || copy.content_type || ' ' || (copy.path = recording_url) from private.recordings as copy where copy.attempt_id = call_logs.id) LOG", "copied 45 audio/mpeg true"),
+    ("elevenlabs", "unredacted_audio", "select (select copy.state || ' ' || copy.bytes || ' ' || copy.content_type || ' ' || (copy.path = recording_url) from private.recordings as copy where copy.attempt_id = call_logs.id) LOG", "copied 45 audio/mpeg true"),
+    ("elevenlabs", "unredacted_transcript", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended"),
     ("elevenlabs", "call_initiation_failure", "select disconnect_reason || ' ' || disconnect_notes LOG", "busy busy"),
     ("elevenlabs", "answering_machine_detection", "select (content ->> 'tool') || ' ' || (content #>> '{arguments,result}') ACTIVITY", "answering_machine_detection machine"),
-    ("vapi", "status-update", "select agent_call_id || ' ' || (metadata #>> '{agent,started_at}') LOG", "vapi13 2026-11-24T04:31:40+00:00"),
+    ("vapi", "status-update", "select agent_call_id || ' ' || (metadata #>> '{agent,started_at}') LOG", "vapi15 2026-11-24T04:31:40+00:00"),
     ("vapi", "status-update-ringing", "select content #>> '{arguments,status}' ACTIVITY", "ringing"),
     ("vapi", "status-update-ended", "select disconnect_reason || ' ' || disconnect_notes LOG", "customer_ended customer-ended-call"),
     ("vapi", "transcript", "select conversation_transcript LOG", "Customer: Please transfer me to sales."),
@@ -84,7 +86,7 @@ const EXPECTED: &[Expected] = &[
     ("vapi", "language-change-detected", "select metadata #>> '{agent,language}' LOG", "hi"),
     ("vapi", "phone-call-control", "select content #>> '{arguments,request}' ACTIVITY", "hang-up"),
     ("vapi", "assistant-request", "select content ->> 'tool' ACTIVITY", "assistant-request"),
-    ("vapi", "end-of-call-report", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || disconnect_reason || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') LOG", "Ravi was put through to sales. 0.80 hot transferred https://storage.vapi.ai/vapi25-mono.wav 51"),
+    ("vapi", "end-of-call-report", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || disconnect_reason || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') LOG", "Ravi was put through to sales. 0.80 hot transferred https://storage.vapi.ai/vapi27-mono.wav 51"),
     ("agent", "started", "select metadata #>> '{agent,language}' LOG", "en"),
     ("agent", "status", "select metadata #>> '{agent,message_count}' LOG", "1"),
     ("agent", "tool", "select type || ' ' || (content #>> '{arguments,property}') ACTIVITY", "site_visit Tower A"),
@@ -96,7 +98,10 @@ const EXPECTED: &[Expected] = &[
 async fn every_recorded_delivery_changes_its_row_by_value() -> Result<()> {
     let scene = Scene::set(EXPECTED.len().try_into()?).await?;
     for (index, (provider, name, asked, answer)) in EXPECTED.iter().enumerate() {
-        if matches!(*name, "post_call_audio" | "call_initiation_failure" | "answering_machine_detection") {
+        if matches!(
+            *name,
+            "post_call_audio" | "unredacted_audio" | "call_initiation_failure" | "answering_machine_detection"
+        ) {
             // These name no attempt: the conversation or the carrier's call is what they are known by.
             let bound = format!(
                 "update public.call_logs set agent_call_id = 'conv_elevenlabs{index}' where id = $ATTEMPT returning 'bound'"
@@ -151,9 +156,10 @@ async fn settled(scene: &Scene, index: usize) -> Result<Value> {
         .asked(
             index,
             "select jsonb_build_object(
-               'log', to_jsonb(l) - array['id', 'lead_id', 'queue_id', 'callee_number', 'caller_number', 'call_sid', 'created_at',
+               'log', (to_jsonb(l) || jsonb_build_object('recording_url', regexp_replace(l.recording_url, '^[0-9a-f-]{36}/[0-9a-f-]{36}', 'object'))) - array['id', 'lead_id', 'queue_id', 'callee_number', 'caller_number', 'call_sid', 'created_at',
                  'submitted_at', 'transferred_at', 'updated_at', 'begun_at', 'not_after', 'lease_until', 'lease_token'],
                'transferred_at', l.transferred_at is not null,
+               'recording', (select jsonb_build_array(copy.state, copy.bytes, copy.path = l.recording_url) from private.recordings as copy where copy.attempt_id = l.id and copy.url is null),
                'activities', (select jsonb_agg(to_jsonb(a) - array['id', 'lead_id', 'created_at'] || jsonb_build_object('content', a.content - 'call_id') order by a.type, a.content::text)
                  from public.lead_activities as a where a.lead_id = l.lead_id),
                'lead', (select jsonb_build_object('do_not_call', x.do_not_call, 'status', x.status, 'callback', x.callback_time is not null) from public.leads as x where x.id = l.lead_id),
@@ -231,6 +237,7 @@ async fn elevenlabs_events_in_any_order_end_in_the_same_rows() -> Result<()> {
     )
     .await?;
     assert_eq!(end["lead"]["callback"], true);
+    assert_eq!(end["recording"], json!(["copied", 45, true]));
     assert_eq!(end["messages"].as_array().map(Vec::len), Some(3));
     Ok(())
 }

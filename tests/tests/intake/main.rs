@@ -9,6 +9,7 @@ mod recordings;
 mod refused;
 mod samples;
 mod silence;
+mod sound;
 mod sources;
 mod storm;
 
@@ -224,6 +225,7 @@ async fn what_an_ending_means_for_the_lead() -> Result<()> {
         (TALKED, "answered", "completed", None),
     ];
     let (stack, campaign, calls) = calls(endings.len().try_into()?).await?;
+    stack.sql.batch_execute("update private.platform_dialling set retry_jitter = 0").await?;
     let intake = stack.intake()?;
     for ((ending, outcome, queue, wait), call) in endings.iter().zip(&calls) {
         assert_eq!(

@@ -32,6 +32,7 @@ const BY_USER: HotQuery = HotQuery {
     each: 2,
     besides: 20,
     look_ups: Some(1),
+    about: "",
 };
 /// Called by a handler.
 const BY_HANDLER: HotQuery = HotQuery { who: Who::Service, rows: 1, look_ups: None, each: 60, besides: 100, ..BY_USER };
@@ -231,8 +232,22 @@ pub const ALL: &[HotQuery] = &[
         sql: "select (public.sweep_events('{\"v\":1,\"limit\":20}') ->> 'applied')::integer",
         rows: 20,
         indexes: &[&["idx_webhook_events_failed"], &["call_logs_pkey"]],
-        // Two of its statements collect the index of all that failed: a thousand here.
-        besides: 2_000,
+        ..BY_HANDLER
+    },
+    HotQuery {
+        name: "erase: what was told of a person",
+        before: "select set_config('trunkline.organization',
+                   (select organization_id::text from public.profiles where email = 'owner1.1@example.com'), true);
+                 insert into private.webhook_events
+                   (received_at, organization_id, source, source_id, dedupe_key, kind, body, payload_type, status)
+                 select private.clock_now(), current_setting('trunkline.organization')::uuid, 'shopify', 'x', 'person' || n,
+                   'orders/create', '{\"phone\": \"+91 98123-45678\"}', 'store', 'applied'
+                 from generate_series(1, 20) as n",
+        sql: "select (public.erase(jsonb_build_object('v', 1, 'organization_id', current_setting('trunkline.organization'),
+                'phone', '+919812345678')) #>> '{rows,private.webhook_events}')::integer",
+        rows: 20,
+        indexes: &[&["idx_webhook_events_people"], &["webhook_events_pkey"]],
+        about: "private.webhook_events",
         ..BY_HANDLER
     },
 ];

@@ -2,6 +2,7 @@
 
 use crate::world::{Answer, World, count, gives, meet, refused};
 use anyhow::Result;
+use futures::future::{join_all, try_join_all};
 
 const NUMBERS: &str =
     "select string_agg(right(invoice_number, 5)::integer::text, ' ' order by invoice_number) from public.invoices";
@@ -205,6 +206,72 @@ async fn f20_the_last_place_of_a_plan_is_given_once() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn f20_of_twenty_users_who_add_at_once_one_gets_the_last_place_of_each_kind() -> Result<()> {
+    let world = World::with(
+        "update public.subscription_plans
+         set features = '{\"max_users\": 4, \"max_leads\": 3, \"max_projects\": 3, \"max_campaigns\": 3, \"max_stores\": 3}'
+         where slug = 'plenty';
+         select scene.subscribe(1, 'plenty');
+         insert into public.projects (id, organization_id, name)
+         select scene.id('d000', n), scene.id('8000', 1), 'Project ' || n from generate_series(1, 2) as n;
+         insert into public.campaigns (organization_id, project_id, name)
+         select scene.id('8000', 1), scene.id('d000', 1), 'Campaign ' || n from generate_series(1, 2) as n;
+         insert into public.leads (organization_id, name) select scene.id('8000', 1), 'Lead ' || n from generate_series(1, 2) as n;
+         insert into public.stores (organization_id, name, domain, platform, currency_code)
+         values (scene.id('8000', 1), 'Second', 'second.example.com', 'shopify', 'USD');
+         insert into auth.users (id, email)
+         select scene.id('c200', n), 'user' || n || '@example.com' from generate_series(1, 22) as n;
+         update public.profiles set organization_id = scene.id('8000', 1) where id in (scene.id('c200', 21), scene.id('c200', 22))",
+    )
+    .await?;
+    let kinds: [(&str, &dyn Fn(u8) -> String); 5] = [
+        ("leads", &|n| {
+            format!(
+                "insert into public.leads (organization_id, name) values (scene.id('8000', 1), 'x{n}') returning 'in'"
+            )
+        }),
+        ("projects", &|n| {
+            format!(
+                "insert into public.projects (organization_id, name) values (scene.id('8000', 1), 'x{n}') returning 'in'"
+            )
+        }),
+        ("campaigns", &|n| {
+            format!(
+                "insert into public.campaigns (organization_id, project_id, name)
+                 values (scene.id('8000', 1), scene.id('d000', 1), 'x{n}') returning 'in'"
+            )
+        }),
+        ("stores", &|n| {
+            format!(
+                "insert into public.stores (organization_id, name, domain, platform, currency_code)
+                 values (scene.id('8000', 1), 'x', 'x{n}.example.com', 'shopify', 'USD') returning 'in'"
+            )
+        }),
+        ("users", &|n| {
+            format!(
+                "update public.profiles set organization_id = scene.id('8000', 1) where id = scene.id('c200', {n}) returning 'in'"
+            )
+        }),
+    ];
+    for (kind, add) in kinds {
+        let answers = world.crowd((1..=20).map(add)).await?;
+        let refused = answers.iter().filter(|answer| **answer == refused("quota_exhausted")).count();
+        assert_eq!((count(&answers, "in"), refused), (1, 19), "{kind}: {answers:?}");
+        let there = format!("select private.count_standing(scene.id('8000', 1), '{kind}', null)");
+        assert_eq!(world.is(&there).await?, if kind == "users" { "4" } else { "3" }, "{kind}");
+        // One goes, and one place is there again.
+        if kind == "leads" {
+            world
+                .is("update public.leads set archived_at = now() where id = (select id from public.leads limit 1)")
+                .await?;
+            let answers = world.crowd((21..=40).map(add)).await?;
+            assert_eq!(count(&answers, "in"), 1, "{answers:?}");
+        }
+    }
+    Ok(())
+}
+
 /// The period that began with the subscription, on the 24th of November, is over.
 const AFTER_A_MONTH: &str = "'2026-12-24 00:05+05:30'";
 
@@ -233,6 +300,72 @@ async fn f22_sixteen_who_close_three_months_of_two_organizations_make_six_invoic
     assert_eq!(world.is(periods).await?, "6 6 30");
     assert_eq!(world.is(NUMBERS).await?, "1 2 3 4 5 6");
     assert_eq!(world.is("select scene.told('invoice.finalized')").await?, "6");
+    Ok(())
+}
+
+#[tokio::test]
+async fn f22_eight_runners_of_which_some_give_up_and_some_die_bill_every_period_once() -> Result<()> {
+    // Forty organizations have missed three periods.
+    let world = World::with(
+        "insert into public.organizations (id, name, state_code) select scene.id('8000', n), 'Org ' || n, 'KA' from generate_series(11, 50) as n;
+         select scene.subscribe(n, 'metered') from generate_series(11, 50) as n",
+    )
+    .await?;
+    let close = "select answer ->> 'closed' from private.close_periods('{\"v\": 1, \"limit\": 5}', '2027-02-24 00:05+05:30') as answer";
+    let sessions = try_join_all((0..8 * 6).map(|_| world.session())).await?;
+    let mut runners: Vec<Vec<_>> = (0..8).map(|_| Vec::new()).collect();
+    for (place, session) in sessions.into_iter().enumerate() {
+        runners[place % 8].push(session);
+    }
+    // Each runner begins anew after every end, as a handler does; how it ends looks like chance and is the same in every run.
+    let ends = join_all(runners.into_iter().zip(1_u64..).map(|(runs, runner)| async move {
+        let (mut committed, mut lost) = (0, 0);
+        for (session, run) in runs.into_iter().zip(1_u64..) {
+            session.done("begin").await?;
+            let closed: u32 = session.done(close).await?.parse()?;
+            match (runner * 7 + run * 11 + run * runner) % 5 {
+                0 => {
+                    session.done("rollback").await?;
+                    lost += closed;
+                }
+                1 => {
+                    session.dies().await?;
+                    lost += closed;
+                }
+                _ => {
+                    session.done("commit").await?;
+                    committed += closed;
+                }
+            }
+        }
+        anyhow::Ok((committed, lost))
+    }))
+    .await;
+    let (mut committed, mut lost) = (0, 0);
+    for end in ends {
+        let (kept, gone) = end?;
+        committed += kept;
+        lost += gone;
+    }
+    assert!(committed > 0 && lost > 0, "{committed} periods were closed, {lost} given up");
+    // Whoever comes next finishes what is left.
+    let mut last = 0;
+    loop {
+        let closed: u32 = world.is(close).await?.parse()?;
+        if closed == 0 {
+            break;
+        }
+        last += closed;
+    }
+    assert_eq!(committed + last, 120);
+    let made = "select count(*) || ' ' || count(distinct (subscription_id, period_start)) || ' ' || count(distinct invoice_number) || ' '
+                || min(right(invoice_number, 5)) || ' ' || max(right(invoice_number, 5)) from public.invoices";
+    assert_eq!(world.is(made).await?, "120 120 120 00001 00120", "no period twice, no number missing");
+    let per = "select string_agg(distinct periods, ', ') from (
+                 select string_agg(first_day::text, ' ' order by first_day) as periods from public.invoices group by subscription_id) as each";
+    assert_eq!(world.is(per).await?, "2026-11-24 2026-12-24 2027-01-24", "no period missed");
+    assert_eq!(world.is("select scene.told('invoice.finalized')").await?, "120");
+    assert_eq!(world.is("select last_number from private.invoice_series").await?, "120");
     Ok(())
 }
 

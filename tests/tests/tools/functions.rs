@@ -10,18 +10,17 @@ use tokio_postgres::Client;
 #[rustfmt::skip]
 const NOT_SO: &[(&str, &str, &str)] = &[
     ("close_periods", "target type is different type than source type", "a literal without a type is read as the variable's: '{}' is an array"),
-    ("apply_retention", "text type variable is not sanitized", "the name is a table's of private.retention_rules, which to_regclass() found"),
-    ("erase", "text type variable is not sanitized", "the names are private.personal_data's, which migrations alone write; to_regclass() and pg_attribute found them"),
+    ("empty_listed", "text type variable is not sanitized", "the assignments are erase()'s, of private.personal_data, which migrations alone write; nobody else may call it"),
+    ("scrub_listed", "text type variable is not sanitized", "the type is the catalog's, and the rest is quoted; nobody but erase() may call it"),
 ];
-/// Every body that decides by time, every job, and every function that applies a payload has the same shape: what one of them does not
-/// need of it, it need not read or set.
-const SHAPE: &[&str] = &[
-    "unused parameter \"at\"",
-    "unused parameter \"request\"",
-    "unused parameter \"source\"",
-    "unused parameter \"payload\"",
-    "unmodified OUT variable \"error\"",
-    "unmodified OUT variable \"organization_id\"",
+/// Every body that decides by time, every job, and every function that applies news of a store has the same shape: what one of them does
+/// not need of it, it need not read or set. By message, and by the parameters that such a function has.
+const SHAPE: &[(&str, &str)] = &[
+    ("unused parameter \"at\"", ""),
+    ("unused parameter \"request\"", "request,at"),
+    ("unused parameter \"source\"", "source,store,payload,at,result,error"),
+    ("unused parameter \"payload\"", "source,store,payload,at,result,error"),
+    ("unmodified OUT variable \"error\"", "source,store,payload,at,result,error"),
 ];
 
 /// A trigger's function is judged for each table that it serves, and one that reads transition tables with all that any of its triggers
@@ -40,7 +39,8 @@ const CHECK: &str = "
       where proc.pronamespace in ('public'::regnamespace, 'private'::regnamespace)
     ), judged as materialized (select * from work where not idle)
     select judged.name, concat_ws(' ', judged.oid::regprocedure, 'on ' || judged.relation::regclass), said.level,
-           coalesce(said.lineno, 0), concat_ws(' | ', said.message, said.detail, said.hint, said.query)
+           coalesce(said.lineno, 0), concat_ws(' | ', said.message, said.detail, said.hint, said.query),
+           (select array_to_string(proc.proargnames, ',') from pg_proc as proc where proc.oid = judged.oid)
     from judged
     cross join lateral judge.plpgsql_check_function_tb(
       funcoid => judged.oid::regprocedure, relid => coalesce(judged.relation, 0)::regclass, oldtable => judged.old,
@@ -48,7 +48,7 @@ const CHECK: &str = "
       performance_warnings => false
     ) as said
     union all
-    select work.name, work.oid::regprocedure::text, 'error', 0, 'a trigger''s function that no trigger has' from work where work.idle
+    select work.name, work.oid::regprocedure::text, 'error', 0, 'a trigger''s function that no trigger has', '' from work where work.idle
     order by 2, 4";
 
 /// Whether the server has it. It is in the schema `judge` then.
@@ -69,14 +69,20 @@ async fn installed(admin: &Client) -> Result<bool> {
 
 /// What is found and is so, a line each; and the exceptions that excepted nothing.
 async fn findings(admin: &Client) -> Result<(Vec<String>, BTreeSet<&'static str>)> {
-    let mut unused: BTreeSet<&str> = NOT_SO.iter().map(|(function, ..)| *function).collect();
+    let shaped = SHAPE.iter().map(|(message, _)| *message);
+    let mut unused: BTreeSet<&str> = NOT_SO.iter().map(|(function, ..)| *function).chain(shaped).collect();
     let mut found = Vec::new();
     for row in admin.query(CHECK, &[]).await? {
         let (name, place, level): (String, String, String) = (row.get(0), row.get(1), row.get(2));
         let (line, message): (i32, String) = (row.get(3), row.get(4));
+        let parameters = row.get::<_, Option<String>>(5).unwrap_or_default();
         if let Some((function, ..)) = NOT_SO.iter().find(|it| it.0 == name && message.starts_with(it.1)) {
             unused.remove(function);
-        } else if !SHAPE.contains(&message.as_str()) {
+        } else if let Some((message, _)) =
+            SHAPE.iter().find(|(known, has)| *known == message && parameters.starts_with(has))
+        {
+            unused.remove(message);
+        } else {
             found.push(format!("{place}:{line} {level}: {message}"));
         }
     }

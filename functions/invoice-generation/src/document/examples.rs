@@ -1,4 +1,4 @@
-//! The five typical documents that tests render.
+//! The typical documents that tests render.
 
 use super::record::Record;
 use serde_json::{Value, json};
@@ -133,13 +133,40 @@ pub fn credit_note() -> Record {
     record(value)
 }
 
+/// Registered at India's portal, in a month in which the plan changed.
+pub fn registered() -> Record {
+    let mut value = invoice();
+    let side = |kind: &str, what: &str, price: i64, amount: i64| {
+        json!({"position": 2, "kind": kind, "meter_key": null, "description": what, "quantity": 1, "unit": "month", "unit_price_minor": price,
+            "price_units": 1, "amount_minor": amount, "first_day": "2026-01-16", "last_day": "2026-01-31"})
+    };
+    value["lines"] = json!([
+        base(249_900),
+        side("credit", "Unused time on Starter", -249_900, -128_981),
+        side("charge", "Remaining time on Pro", 699_900, 361_239)
+    ]);
+    value["subtotal_minor"] = json!(482_158);
+    value["total_minor"] = json!(568_946);
+    value["taxes"] = json!([
+        {"position": 1, "name": "CGST", "rate_bp": 900, "taxable_minor": 482_158, "amount_minor": 43_394},
+        {"position": 2, "name": "SGST", "rate_bp": 900, "taxable_minor": 482_158, "amount_minor": 43_394}
+    ]);
+    value["irn"] = json!("0a".repeat(32));
+    value["ack_no"] = json!("112010036563310");
+    // As long as what the portal signs.
+    value["signed_qr"] =
+        json!(format!("eyJhbGciOiJSUzI1NiJ9.{}.{}", "eyJkYXRhIjoie".repeat(45), "c2lnbmF0dXJl".repeat(28)));
+    record(value)
+}
+
 /// All of them by name.
-pub fn all() -> [(&'static str, Record); 5] {
+pub fn all() -> [(&'static str, Record); 6] {
     [
         ("one-line", one_line()),
         ("sixty-lines", sixty_lines()),
         ("gst", gst()),
         ("dollars", dollars()),
         ("credit-note", credit_note()),
+        ("registered", registered()),
     ]
 }

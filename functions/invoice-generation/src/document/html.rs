@@ -1,13 +1,16 @@
 //! A document as a page: one file, no script, readable by a screen reader, printed on the issuer's paper.
 
-use super::paper::{Address, Mood, Paper};
+use super::{
+    code::{self, Code},
+    paper::{Address, Mood, Paper},
+};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use std::fmt::Write;
 
 const STYLE: &str = include_str!("html.css");
 
-/// The page. Every text of the document is escaped.
-pub fn html(paper: &Paper) -> String {
+/// The page, with the portal's code where there is one. Every text of the document is escaped.
+pub fn html(paper: &Paper, code: Option<&Code>) -> String {
     let (title, number) = (paper.title, escape(&paper.number));
     let [red, green, blue] = paper.color;
     let size = if paper.is_letter { "letter" } else { "A4" };
@@ -61,6 +64,15 @@ pub fn html(paper: &Paper) -> String {
         "</tfoot>\n</table>\n<p class=\"words\"><span>In words</span> {}</p>\n<footer>\n",
         escape(&paper.words)
     );
+    if let Some(code) = code {
+        let _ = writeln!(
+            page,
+            "<svg class=\"code\" role=\"img\" aria-label=\"{}\" viewBox=\"0 0 {side} {side}\"><path d=\"{}\"/></svg>",
+            code::LABEL,
+            code.path(),
+            side = code.side(),
+        );
+    }
     for note in &paper.notes {
         let _ = writeln!(page, "<p>{}</p>", escape(note).replace('\n', "<br>"));
     }
@@ -118,7 +130,7 @@ mod tests {
     };
 
     fn page(record: &Record) -> String {
-        html(&Paper::of(record, Moment::Now))
+        html(&Paper::of(record, Moment::Now), Code::of(record.signed_qr.as_deref()).as_ref())
     }
 
     #[test]
@@ -161,6 +173,14 @@ mod tests {
     }
 
     #[test]
+    fn a_registered_invoice_shows_what_the_portal_signed() {
+        let mut record = examples::gst();
+        assert!(!page(&record).contains("<svg"));
+        record.signed_qr = Some("eyJhbGciOiJSUzI1NiJ9.signed".to_owned());
+        assert!(page(&record).contains("aria-label=\"Signed QR code of the e-invoice\" viewBox"));
+    }
+
+    #[test]
     fn what_is_paid_and_credited_is_taken_off() {
         let mut record = examples::gst();
         record.amount_paid_minor = 900_000;
@@ -176,7 +196,7 @@ mod tests {
         let mut record = examples::gst();
         record.status = Some(Status::Void);
         for moment in [Moment::Now, Moment::Issued] {
-            assert!(html(&Paper::of(&record, moment)).contains("Void: nothing is owed"));
+            assert!(html(&Paper::of(&record, moment), None).contains("Void: nothing is owed"));
         }
     }
 }

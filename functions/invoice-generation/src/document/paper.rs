@@ -118,6 +118,9 @@ fn status(record: &Record, moment: Moment) -> Option<(Mood, String)> {
     let told = match (record.status?, record.paid_at) {
         (Status::Void, _) => return Some((Mood::Off, "Void: nothing is owed".to_owned())),
         _ if moment == Moment::Issued => return None,
+        (Status::Open, _) if record.past_due_at.is_some() => {
+            (Mood::Open, format!("Overdue: payable by {}", record.due_date.map(money::day).unwrap_or_default()))
+        }
         (Status::Open, _) => {
             (Mood::Open, format!("Payable by {}", record.due_date.map(money::day).unwrap_or_default()))
         }
@@ -225,7 +228,12 @@ fn columns(record: &Record, has_sac: bool) -> Vec<Column> {
 
 fn row(record: &Record, line: &Line, sac: Option<&str>) -> Vec<String> {
     let currency = &record.currency;
-    let mut cells = vec![line.description.clone()];
+    let mut cells = vec![match line.first_day.zip(line.last_day) {
+        Some((first, last)) => {
+            format!("{}, {} to {}", line.description, unbroken(&money::day(first)), unbroken(&money::day(last)))
+        }
+        None => line.description.clone(),
+    }];
     cells.extend(sac.map(str::to_owned));
     if record.document == Kind::CreditNote {
         cells.push(line.invoice_position.map(|position| position.to_string()).unwrap_or_default());

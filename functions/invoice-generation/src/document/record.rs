@@ -49,6 +49,8 @@ pub struct Record {
     #[serde(default)]
     pub credited_minor: i64,
     pub due_date: Option<NaiveDate>,
+    /// Since when it is overdue.
+    pub past_due_at: Option<DateTime<Utc>>,
     pub paid_at: Option<DateTime<Utc>>,
     /// The moment that a preview is of.
     pub as_of: Option<DateTime<Utc>>,
@@ -59,6 +61,8 @@ pub struct Record {
     /// Reference number of India's e-invoice portal.
     pub irn: Option<String>,
     pub ack_no: Option<String>,
+    /// What that portal signed: printed as a QR code.
+    pub signed_qr: Option<String>,
     pub lines: Vec<Line>,
     pub taxes: Vec<Tax>,
     /// The issuer's logo, a PNG in base64.
@@ -99,7 +103,7 @@ pub struct Party {
 /// What is charged for, or taken back.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Line {
-    /// `base`, `included` or `overage`; none on a credit note.
+    /// `base`, `included`, `overage` and so on; none on a credit note.
     pub kind: Option<String>,
     pub description: String,
     pub quantity: Option<i64>,
@@ -108,6 +112,9 @@ pub struct Line {
     pub unit_price_minor: Option<i64>,
     pub price_units: Option<i64>,
     pub amount_minor: i64,
+    /// The first day that it is for, where that is not the invoice's.
+    pub first_day: Option<NaiveDate>,
+    pub last_day: Option<NaiveDate>,
     /// The line of the invoice that a credit note's line takes back.
     pub invoice_position: Option<i32>,
 }

@@ -5,6 +5,7 @@ use chrono::{DateTime, SecondsFormat};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use shared::storage::Stored;
 use uuid::Uuid;
 
 /// What an event is, in the order in which later ones know more.
@@ -70,6 +71,9 @@ pub struct AgentReport {
     pub tools: Vec<Tool>,
     /// The language that was spoken.
     pub language: Option<String>,
+    /// The agent's recording, which is in Storage already. Never a word of the sender's.
+    #[serde(skip_deserializing, skip_serializing_if = "Option::is_none")]
+    pub recording: Option<Stored>,
 }
 
 /// Something that was said.

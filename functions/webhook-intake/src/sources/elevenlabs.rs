@@ -1,11 +1,13 @@
 //! ElevenLabs: `ElevenLabs-Signature: t=<unix seconds>,v0=<hex>`, HMAC-SHA256 over the seconds, a dot and the raw body.
 
 use super::{
-    Event, OpenSource, Source,
+    Event, OpenSource, Sound, Source,
     agents::{self, AgentEvent, AgentReport, EndReason, Message, Reader, Role, Tool},
     retell::agent_settings,
 };
+use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use shared::{
     Result,
     http::Request,
@@ -16,6 +18,10 @@ use std::collections::HashSet;
 /// How old a signature may be. One from the future is taken, as ElevenLabs' own library takes it: its clock is the one that signs.
 const TOLERANCE_MS: i64 = 30 * 60 * 1000;
 const HEADER: &str = "elevenlabs-signature";
+/// The events that carry a call's sound, base64.
+const AUDIO: [&str; 2] = ["post_call_audio", "unredacted_audio"];
+/// What Lambda takes: a webhook with sound may be as large.
+const BODY_LIMIT: usize = 6 * 1024 * 1024;
 
 /// ElevenLabs.
 pub struct ElevenLabs;
@@ -44,6 +50,23 @@ impl Source for ElevenLabs {
         })
     }
 
+    fn body_limit(&self) -> usize {
+        BODY_LIMIT
+    }
+
+    fn set_aside(&self, request: &Request) -> Option<Sound> {
+        let mut body: Value = serde_json::from_slice(&request.body).ok()?;
+        let kind = body.get("type")?.as_str()?;
+        if !AUDIO.contains(&kind) {
+            return None;
+        }
+        let place = body.pointer_mut("/data/full_audio")?;
+        let audio = STANDARD.decode(place.as_str()?).ok()?;
+        // What it was stays with the event, which is known again by that.
+        *place = json!({ "bytes": audio.len(), "sha256": hex::encode(Sha256::digest(&audio)) });
+        Some(Sound { audio: audio.into(), rest: body.to_string().into() })
+    }
+
     fn read(&self, source: &OpenSource, request: &Request) -> Result<Vec<Event>> {
         let body: Value = serde_json::from_slice(&request.body)?;
         let mut reader = Reader::new(&body);
@@ -56,11 +79,8 @@ impl Source for ElevenLabs {
             "post_call_transcription" | "unredacted_transcript" => {
                 transcription(&mut reader, &mut report, &source.settings);
             }
-            // The audio itself stays where it is: the recording is fetched from there as from any carrier.
-            "post_call_audio" | "unredacted_audio" => {
-                report.event = AgentEvent::Status;
-                report.recording_url = audio_url(report.agent_call_id.as_deref());
-            }
+            // The sound is in Storage by now, and becomes the recording of whoever has this conversation.
+            kind if AUDIO.contains(&kind) => report.event = AgentEvent::Status,
             "call_initiation_failure" => failure(&mut reader, &mut report),
             "answering_machine_detection" => {
                 report.event = AgentEvent::Status;
@@ -82,12 +102,6 @@ impl Source for ElevenLabs {
     fn check_settings(&self, settings: &Value) -> Result<()> {
         agent_settings(settings, &[])
     }
-}
-
-fn audio_url(conversation: Option<&str>) -> Option<String> {
-    let id = conversation
-        .filter(|id| id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-'))?;
-    Some(format!("https://api.elevenlabs.io/v1/convai/conversations/{id}/audio"))
 }
 
 /// The whole conversation, and what was made of it.
@@ -113,9 +127,6 @@ fn transcription(reader: &mut Reader<'_>, report: &mut AgentReport, settings: &V
     report.summary = reader.text(&["/data/analysis/transcript_summary"]);
     report.analysis = reader.get(&["/data/analysis"]).filter(|analysis| analysis.is_object()).cloned();
     report.language = reader.text(&["/data/metadata/main_language"]);
-    if reader.get(&["/data/has_audio"]).and_then(Value::as_bool) == Some(true) {
-        report.recording_url = audio_url(report.agent_call_id.as_deref());
-    }
     report.tools = tools(turns, settings);
     if let Some(results) = reader.get(&["/data/analysis/data_collection_results"]).and_then(Value::as_object) {
         let data =

@@ -13,6 +13,7 @@ pub mod vapi;
 pub mod wire;
 pub mod woocommerce;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -36,6 +37,9 @@ pub fn find(name: &str) -> Option<&'static dyn Source> {
     SOURCES.iter().copied().find(|source| source.name() == name)
 }
 
+/// Bytes of an event at most: the buffer carries it, base64, in one SQS message of at most 1 MiB.
+pub const EVENT_LIMIT: usize = 512 * 1024;
+
 /// What a provider's file answers. Nothing here reads a clock, a database or the network, and nothing may panic.
 pub trait Source: Sync {
     /// Its name: in the path, in `webhook_sources.provider` and with every stored event.
@@ -56,6 +60,17 @@ pub trait Source: Sync {
 
     /// Whether the request was signed with a secret of the source, in constant time, at `now_ms` (unix milliseconds).
     fn verify(&self, source: &OpenSource, request: &Request, now_ms: i64) -> bool;
+
+    /// Bytes of a request at most. Beyond [`EVENT_LIMIT`] there may be nothing but what [`Source::set_aside`] takes out.
+    fn body_limit(&self) -> usize {
+        EVENT_LIMIT
+    }
+
+    /// Sound that a verified request carries, and its body without it: the sound goes to Storage, and neither into a row nor on a queue.
+    /// The call that [`Source::read`] finds in what is left takes it as its recording.
+    fn set_aside(&self, _request: &Request) -> Option<Sound> {
+        None
+    }
 
     /// What a verified request tells. An error, or no event at all, is kept as ignored: it is authentic, and we do not understand it.
     fn read(&self, source: &OpenSource, request: &Request) -> Result<Vec<Event>>;
@@ -87,6 +102,14 @@ pub trait Source: Sync {
 /// 422 for settings that the provider has not.
 pub fn invalid_settings(message: impl Into<String>) -> Error {
     Error::new(http::StatusCode::UNPROCESSABLE_ENTITY, "invalid_settings", message).at("settings")
+}
+
+/// Sound, and what is left of the body that carried it.
+pub struct Sound {
+    /// The sound.
+    pub audio: Bytes,
+    /// The body, which tells of the sound and does not hold it.
+    pub rest: Bytes,
 }
 
 /// A source with its secrets opened. It has no `Debug`: a log line must not show it.

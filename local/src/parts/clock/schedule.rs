@@ -76,6 +76,7 @@ mod tests {
             ("release", "call-dispatch"),
             ("reconcile", "call-dispatch"),
             ("reconcile_usage", "usage-metering"),
+            ("renew_credit", "usage-metering"),
             ("close_periods", "invoice-generation"),
             ("deliver", "event-delivery"),
         ];

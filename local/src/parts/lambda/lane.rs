@@ -210,6 +210,13 @@ impl Lane {
         lock(&self.pids).clone()
     }
 
+    /// Kills the `nth` process, counted round.
+    pub(super) fn kill_one(&self, nth: usize) -> bool {
+        let pids = lock(&self.pids);
+        let pid = nth.checked_rem(pids.len()).map(|index| pids[index]);
+        pid.is_some_and(process::kill)
+    }
+
     /// A process asked for its first event.
     pub(super) fn is_ready(&self) {
         self.health.send_if_modified(|health| std::mem::replace(health, Health::Ready) != Health::Ready);

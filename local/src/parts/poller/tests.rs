@@ -98,7 +98,7 @@ async fn what_was_done_is_deleted_in_one_request_and_what_failed_is_left() {
     let fake = FakeSqs::default();
     fake.offer(&["a", "fail", "b"]);
     let urls = BTreeMap::from([("WorkQueue".to_owned(), "http://localhost/0/trunkline-work".to_owned())]);
-    let poller = Poller::start(&template, &fake.serve().await, &urls, &functions).unwrap();
+    let poller = Poller::start(&template, &fake.serve().await, &urls, &functions, MessageFaults::default()).unwrap();
     assert_eq!(fake.deletions(1).await, [["handle-a", "handle-b"]]);
 
     // A whole batch that fails, for the function's own reasons or because its process dies, is left alone, and the poller goes on.
@@ -123,7 +123,14 @@ async fn a_queue_that_is_not_there_is_an_error() {
     let stage = Stage::new(None);
     let template = Template::parse(TEMPLATE).unwrap();
     let functions = stage.start_template(&template, 1).await.unwrap();
-    let error = Poller::start(&template, &FakeSqs::default().serve().await, &BTreeMap::new(), &functions).unwrap_err();
+    let error = Poller::start(
+        &template,
+        &FakeSqs::default().serve().await,
+        &BTreeMap::new(),
+        &functions,
+        MessageFaults::default(),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("WorkQueue has no URL"), "{error}");
     functions.stop().await;
 }

@@ -1,6 +1,8 @@
 use super::*;
 use serde_json::json;
 
+mod rules;
+
 /// The project's own template: the local stack depends on every word of this.
 fn ours() -> Template {
     Template::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../template.yaml")).unwrap()
@@ -12,7 +14,11 @@ fn our_queues_have_dead_letters_and_rest_for_six_timeouts() {
     let names: Vec<_> = template.queues.iter().map(|queue| queue.name.as_str()).collect();
     let wanted = ["intake", "recording", "dial", "usage", "event"]
         .map(|name| [format!("trunkline-{name}"), format!("trunkline-{name}-dead")]);
-    assert_eq!(names, wanted.as_flattened());
+    // The slow share the dead letters of the fast; ticks that were lost are nobody's messages.
+    let besides = ["trunkline-event-slow", "trunkline-schedule-dead"];
+    let (those, others): (Vec<&str>, Vec<&str>) = names.into_iter().partition(|name| besides.contains(name));
+    assert_eq!(others, wanted.as_flattened());
+    assert_eq!(those, besides);
     for function in &template.functions {
         for event in &function.sqs_events {
             let queue = template.queue(&event.queue).unwrap();

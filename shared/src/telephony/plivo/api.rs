@@ -130,8 +130,12 @@ struct Record {
     end_time: Option<String>,
     #[serde(default)]
     call_duration: Option<i64>,
+    /// How long was talked.
     #[serde(default)]
     bill_duration: Option<i64>,
+    /// The same in whole pulses: what is charged, and what the hang-up's `BillDuration` says.
+    #[serde(default)]
+    billed_duration: Option<i64>,
     #[serde(default)]
     total_amount: Option<String>,
     #[serde(default)]
@@ -147,7 +151,7 @@ struct Record {
 impl Record {
     fn report(self) -> CallReport {
         let code = self.hangup_cause_code.map(|code| code.to_string());
-        let bill = self.bill_duration.filter(|seconds| *seconds >= 0);
+        let bill = self.billed_duration.or(self.bill_duration).filter(|seconds| *seconds >= 0);
         let ended = self.end_time.is_some();
         let outcome = callback::outcome(
             self.call_state.as_deref().unwrap_or(if bill.unwrap_or(0) > 0 { "completed" } else { "" }),

@@ -5,7 +5,10 @@
 mod sheet;
 mod text;
 
-use super::paper::{Address, Mood, Paper};
+use super::{
+    code::{self, Code},
+    paper::{Address, Mood, Paper},
+};
 use krilla::{
     Document, SerializeSettings,
     configure::{Accessibility, ConfigurationBuilder},
@@ -40,9 +43,11 @@ const STRONG: Style = Style { size: 9.0, bold: true };
 const LABEL: Style = Style { size: 8.0, bold: true };
 const SMALL: Style = Style { size: 8.0, bold: false };
 const PAD: f32 = 6.0;
+/// The side of the portal's code: a printed module of the largest is still a fifth of a millimetre.
+const CODE: f32 = 128.0;
 
-/// The bytes of the PDF.
-pub fn pdf(paper: &Paper) -> Result<Vec<u8>> {
+/// The bytes of the PDF, with the portal's code where there is one.
+pub fn pdf(paper: &Paper, code: Option<&Code>) -> Result<Vec<u8>> {
     let fonts = Fonts::new().ok_or_else(|| Error::internal("a font of the documents cannot be read"))?;
     let size = if paper.is_letter { LETTER } else { A4 };
     let mut page =
@@ -51,6 +56,7 @@ pub fn pdf(paper: &Paper) -> Result<Vec<u8>> {
     page.particulars();
     page.lines();
     page.sums();
+    page.code(code);
     page.notes();
     page.feet();
     let sheets = page.sheets;
@@ -67,11 +73,12 @@ pub fn pdf(paper: &Paper) -> Result<Vec<u8>> {
     outline.push_child(OutlineNode::new(title.clone(), XyzDestination::new(0, Point::from_xy(0.0, 0.0))));
     document.set_outline(outline);
     document.set_metadata(
-        Metadata::new()
-            .title(title)
-            .authors(vec![paper.from.name.clone()])
-            .language("en".to_owned())
-            .document_id(hex::encode(Sha256::digest(format!("{paper:?}")))),
+        Metadata::new().title(title).authors(vec![paper.from.name.clone()]).language("en".to_owned()).document_id(
+            hex::encode(Sha256::digest(match code {
+                Some(code) => format!("{paper:?}{code:?}"),
+                None => format!("{paper:?}"),
+            })),
+        ),
     );
     document.finish().map_err(|error| Error::internal(format!("the PDF cannot be written: {error:?}")))
 }
@@ -313,6 +320,21 @@ impl Layout<'_> {
         self.sheets.y = top + height;
     }
 
+    /// The portal's code, kept together with what it is.
+    fn code(&mut self, code: Option<&Code>) {
+        let Some(code) = code else { return };
+        let side = code.side() as u32;
+        if self.sheets.y + 12.0 + CODE + leading(LABEL) > self.sheets.height - FOOT {
+            self.next_page();
+        }
+        let top = self.sheets.y + 12.0;
+        let figure = self.sheets.node(Tag::Figure(Some(code::LABEL.to_owned())), None);
+        let image = Image::from_rgba8(code.pixels(), side, side);
+        let below = top + self.sheets.image(self.left, top, (CODE, CODE), image, figure);
+        let told = self.sheets.node(Tag::P, None);
+        self.sheets.y = self.sheets.text(self.left, below, CODE * 2.0, code::LABEL, LABEL, QUIET, Some(told));
+    }
+
     fn notes(&mut self) {
         self.sheets.y += 20.0;
         for note in &self.paper.notes {
@@ -353,7 +375,7 @@ mod tests {
     use crate::document::{examples, paper::Moment, record::Status};
 
     fn made(record: &crate::document::record::Record) -> Vec<u8> {
-        pdf(&Paper::of(record, Moment::Issued)).expect("a PDF")
+        pdf(&Paper::of(record, Moment::Issued), Code::of(record.signed_qr.as_deref()).as_ref()).expect("a PDF")
     }
 
     /// `DOCUMENTS=folder cargo test -p invoice-generation examples` leaves them there, to be looked at.
@@ -367,7 +389,8 @@ mod tests {
             if let Some(folder) = std::env::var_os("DOCUMENTS") {
                 let folder = std::path::Path::new(&folder);
                 std::fs::write(folder.join(format!("{name}.pdf")), &bytes).expect("a file");
-                let page = crate::document::html::html(&Paper::of(&record, Moment::Now));
+                let code = Code::of(record.signed_qr.as_deref());
+                let page = crate::document::html::html(&Paper::of(&record, Moment::Now), code.as_ref());
                 std::fs::write(folder.join(format!("{name}.html")), page).expect("a file");
             }
         }
@@ -456,6 +479,21 @@ mod tests {
         record.status = Some(Status::Open);
         record.lines[0].amount_minor += 1;
         assert_ne!(made(&record), issued);
+    }
+
+    #[test]
+    fn what_the_portal_signed_is_printed_as_its_code() {
+        let mut record = examples::gst();
+        let without = made(&record);
+        record.signed_qr = Some("eyJhbGciOiJSUzI1NiJ9.".repeat(50));
+        let bytes = made(&record);
+        assert_eq!(bytes, made(&record));
+        assert!(bytes.len() > without.len() && bytes.len() < 120_000, "{} bytes", bytes.len());
+        if let Some(text) = read(&bytes) {
+            assert!(text.contains("Signed QR code of the e-invoice"), "{text}");
+        }
+        record.signed_qr = Some("eyJhbGciOiJSUzI1NiJ9.".repeat(49));
+        assert_ne!(made(&record), bytes, "another text is another code");
     }
 
     #[test]

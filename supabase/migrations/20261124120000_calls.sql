@@ -1,0 +1,1552 @@
+-- Single calls, manual retries, campaigns that start by themselves and again, and what a campaign may spend.
+
+set local lock_timeout = '5s';
+set local statement_timeout = '60s';
+
+-- What a campaign may cost, and when it starts by itself -----------------------------------------------------------------------------
+
+alter table public.campaigns
+  add column credit_cap bigint,
+  add column credit_spent bigint not null default 0;
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.campaigns add constraint campaigns_credit_cap_positive check (credit_cap > 0);
+comment on column public.campaigns.credit_cap is
+  'Prepaid credit that its calls may use at most, in minor units of the plan''s currency; what calls under way may still cost counts. Null is without limit.';
+comment on column public.campaigns.credit_spent is
+  'Prepaid credit that its calls have used, in minor units: what the ledger says of them, corrections included. Written at settlement alone.';
+grant insert (credit_cap), update (credit_cap) on public.campaigns to authenticated;
+-- Before the first release no installation is in use: the table is small.
+-- squawk-ignore require-concurrent-index-creation
+create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';
+comment on column public.call_queue.wait_reason is
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+
+-- Functions --------------------------------------------------------------------------------------------------------------------------
+
+create or replace function private.end_attempt(
+  attempt public.call_logs, outcome public.call_outcome, at timestamptz,
+  due timestamptz default null, closing public.campaign_lead_status default null, reason text default null
+) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queue    public.call_queue;
+  member   public.campaign_leads;
+  campaign public.campaigns;
+  -- Want of capacity or time is not the lead's doing, and neither is a gate that closed.
+  counted  boolean := outcome not in ('capacity', 'expired') and due is null and closing is null;
+  attempts smallint;
+  tries    bigint;
+  wait     interval;
+  next_at  timestamptz := due;
+  final    public.campaign_lead_status := closing;
+  completes boolean;
+begin
+  attempt.status := 'ended';
+  attempt.call_status := outcome;
+  attempt.ended_at := coalesce(attempt.ended_at, greatest(at, attempt.created_at));
+  attempt.refusal_reason := coalesce(reason, attempt.refusal_reason);
+  attempt.lease_until := null;
+  if attempt.dialled or attempt.direction = 'inbound' then
+    attempt.disconnect_reason := coalesce(attempt.disconnect_reason, outcome::text);
+  end if;
+
+  select waiting.* into queue
+  from public.call_queue as waiting
+  where waiting.organization_id = attempt.organization_id and waiting.id = attempt.queue_id
+  for no key update;
+  select enrolled.* into member
+  from public.campaign_leads as enrolled
+  where enrolled.organization_id = attempt.organization_id
+    and enrolled.campaign_id = attempt.campaign_id
+    and enrolled.lead_id = attempt.lead_id
+  for no key update;
+  perform private.write_attempt(attempt);
+
+  if queue.status = 'processing' then
+    select running.* into campaign
+    from public.campaigns as running
+    where running.id = attempt.campaign_id
+    for no key update;
+
+    attempts := queue.attempt_count + counted::integer;
+    -- They asked to be called at a time, which ends no lead and is no retry.
+    if final is null and next_at is null and queue.metadata ? 'callback_at' then
+      next_at := private.next_dial_at(
+        attempt, campaign, greatest((queue.metadata ->> 'callback_at')::timestamptz, attempt.ended_at)
+      );
+      reason := 'callback';
+    end if;
+    if final is null and next_at is null then
+      if outcome = 'answered' then
+        final := 'called';
+      elsif not counted then
+        next_at := at + interval '1 minute';
+      elsif attempts < queue.max_attempts then
+        tries := (
+          select count(*)
+          from public.call_logs as log
+          where log.organization_id = attempt.organization_id
+            and log.queue_id = queue.id
+            and log.call_status = end_attempt.outcome
+        );
+        wait := private.retry_wait(campaign, outcome, tries);
+        if wait is not null then
+          next_at := private.next_dial_at(
+            attempt, campaign, attempt.ended_at + wait,
+            exists (
+              select from private.retry_rules as rule where rule.outcome = end_attempt.outcome and rule.nth = tries and rule.other_part
+            )
+          );
+        end if;
+      end if;
+      if final is null and next_at is null then
+        final := 'failed';
+      end if;
+    end if;
+    if final is null and campaign.status not in ('scheduled', 'running', 'paused') then
+      final := 'skipped';
+      reason := 'campaign_' || campaign.status;
+    end if;
+    completes := final is not null and campaign.open_leads = 1 and campaign.auto_complete and campaign.status in ('running', 'paused');
+
+    update public.call_queue as waiting
+    set
+      status = case when final is null then 'queued' when final = 'called' then 'completed' else 'failed' end::public.queue_status,
+      attempt_count = attempts,
+      next_retry_at = coalesce(next_at, waiting.next_retry_at),
+      wait_reason = case when final is null then coalesce(reason, 'retry_' || outcome) end,
+      last_error = case when outcome <> 'answered' then coalesce(reason, outcome::text) end,
+      dial_class = case
+        when final is null and reason = 'callback' then 2
+        when final is null and counted then 1
+        else waiting.dial_class
+      end,
+      max_attempts = case when reason = 'callback' then greatest(waiting.max_attempts, attempts + 1) else waiting.max_attempts end,
+      metadata = waiting.metadata - 'callback_at'
+    where waiting.id = queue.id;
+    update public.campaign_leads as enrolled
+    set
+      status = coalesce(final, 'queued'),
+      attempt_count = attempts,
+      call_log_id = attempt.id,
+      last_call_attempt_at = case when attempt.dialled then attempt.submitted_at else enrolled.last_call_attempt_at end,
+      skip_reason = case when final in ('skipped', 'opted_out') then coalesce(reason, outcome::text) end,
+      opted_out_at = case when final = 'opted_out' then at end
+    where enrolled.id = member.id;
+  end if;
+
+  if campaign.id is not null and (final is not null or attempt.dialled) then
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - (final is not null)::integer,
+      total_calls = running.total_calls + attempt.dialled::integer,
+      answered_calls = running.answered_calls + (attempt.dialled and outcome = 'answered')::integer,
+      status = case when completes then 'completed' else running.status end,
+      completed_at = case when completes then at else running.completed_at end
+    where running.id = campaign.id;
+    if completes then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end if;
+
+  if campaign.id is null and attempt.campaign_id is not null then
+    -- What the call costs is written on it, and it is locked before counters and wallets.
+    perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+  end if;
+  perform private.meter_call(attempt, at);
+  if attempt.dialled or attempt.direction = 'inbound' then
+    perform private.emit(
+      attempt.organization_id, 'call.ended', attempt.id::text,
+      private.end_event(attempt) || jsonb_build_object('lead_status', coalesce(final, 'queued'), 'next_attempt_at', next_at), at
+    );
+  end if;
+  -- A slot is free: whoever waits for it need not wait for the next minute.
+  if not coalesce(completes, false) and campaign.status = 'running' and exists (
+    select
+    from public.call_queue as waiting
+    where waiting.campaign_id = campaign.id and waiting.status = 'queued' and waiting.next_retry_at <= at
+  ) then
+    perform private.nudge('call-dispatch');
+  end if;
+end
+$$;
+comment on function private.end_attempt(
+  public.call_logs, public.call_outcome, timestamptz, timestamptz, public.campaign_lead_status, text
+) is
+  'Ends a locked attempt, once, and settles all that hangs on it in one transaction: queue, lead, campaign, usage, outbox. '
+  'due puts the lead back until then and closing ends it, both without counting the attempt; else the retry rules decide.';
+
+create or replace function private.campaign_completed(organization uuid, campaign_id uuid, at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  perform private.emit(
+    organization, 'campaign.completed',
+    -- One that was restored completes once more.
+    case
+      when exists (select from private.outbox as told where told.topic = 'campaign.completed' and told.key = campaign_completed.campaign_id::text)
+      then private.key_at(campaign_id, at)
+      else campaign_id::text
+    end,
+    jsonb_build_object('campaign_id', campaign_id, 'completed_at', at), at
+  );
+  perform private.audit(organization, 'campaign.completed', 'campaign', campaign_id, '{}', at);
+end
+$$;
+comment on function private.campaign_completed(uuid, uuid, timestamptz) is 'Tells that a campaign is complete; whoever completed it calls this in the same transaction.';
+
+create or replace function private.amend_attempt(
+  attempt public.call_logs, amended public.call_logs, outcome public.call_outcome, at timestamptz
+) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queue    public.call_queue;
+  member   public.campaign_leads;
+  campaign public.campaigns;
+  settled  constant public.call_outcome := private.settled_outcome(amended, coalesce(outcome, attempt.call_status));
+  -- Who was dialled after all has no reason any more why he was not.
+  corrects constant boolean := settled <> attempt.call_status and (
+    outcome is not null and not attempt.dialled and amended.dialled
+    or private.outcome_rank(settled, private.has_talked(amended)) > private.outcome_rank(attempt.call_status, private.has_talked(amended))
+  );
+  completes boolean := false;
+begin
+  outcome := settled;
+  if corrects then
+    amended.call_status := outcome;
+    -- What the agent said of the end stands, whichever of the two was told first.
+    if attempt.metadata #>> '{agent,ranks,disconnect_reason}' is null then
+      amended.disconnect_reason := outcome;
+    end if;
+  end if;
+  if amended is not distinct from attempt then
+    return false;
+  end if;
+
+  if corrects or amended.dialled <> attempt.dialled then
+    select waiting.* into queue
+    from public.call_queue as waiting
+    where waiting.organization_id = attempt.organization_id and waiting.id = attempt.queue_id
+    for no key update;
+    select enrolled.* into member
+    from public.campaign_leads as enrolled
+    where enrolled.organization_id = attempt.organization_id
+      and enrolled.campaign_id = attempt.campaign_id
+      and enrolled.lead_id = attempt.lead_id
+    for no key update;
+  end if;
+  perform private.write_attempt(amended);
+
+  if queue.id is not null then
+    select running.* into campaign from public.campaigns as running where running.id = attempt.campaign_id for no key update;
+    -- Somebody who did answer, and waits to be called again for nothing, is left in peace.
+    if corrects and outcome = 'answered' and queue.status = 'queued' then
+      completes := campaign.open_leads = 1 and campaign.auto_complete and campaign.status in ('running', 'paused');
+      update public.call_queue as waiting
+      set status = 'completed', wait_reason = null, last_error = null
+      where waiting.id = queue.id;
+    end if;
+    if corrects and outcome = 'answered' and queue.status in ('queued', 'failed') and member.call_log_id = attempt.id then
+      update public.campaign_leads as enrolled set status = 'called', skip_reason = null where enrolled.id = member.id;
+    end if;
+    update public.campaigns as running
+    set
+      open_leads = running.open_leads - (corrects and outcome = 'answered' and queue.status = 'queued')::integer,
+      total_calls = running.total_calls + (amended.dialled and not attempt.dialled)::integer,
+      answered_calls = running.answered_calls
+        + (amended.dialled and amended.call_status = 'answered')::integer - (attempt.dialled and attempt.call_status = 'answered')::integer,
+      status = case when completes then 'completed' else running.status end,
+      completed_at = case when completes then at else running.completed_at end
+    where running.id = campaign.id;
+    if completes then
+      perform private.campaign_completed(campaign.organization_id, campaign.id, at);
+    end if;
+  end if;
+  if amended.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+    if campaign.id is null and attempt.campaign_id is not null then
+      perform from public.campaigns as spender where spender.id = attempt.campaign_id for no key update;
+    end if;
+    perform private.meter_call(amended, at);
+  end if;
+  -- Of a call that was never made nothing was told. It was made after all.
+  if amended.dialled and not attempt.dialled and attempt.direction <> 'inbound' then
+    perform private.emit(
+      amended.organization_id, 'call.ended', amended.id::text,
+      private.end_event(amended) || (
+        select jsonb_build_object(
+          'lead_status', max(enrolled.status::text), 'next_attempt_at', max(waiting.next_retry_at) filter (where waiting.status = 'queued')
+        )
+        from public.campaign_leads as enrolled
+        left join public.call_queue as waiting on waiting.organization_id = amended.organization_id and waiting.id = amended.queue_id
+        where enrolled.organization_id = amended.organization_id and enrolled.campaign_id = amended.campaign_id
+          and enrolled.lead_id = amended.lead_id
+      ),
+      at
+    );
+  end if;
+  return true;
+end
+$$;
+comment on function private.amend_attempt(public.call_logs, public.call_logs, public.call_outcome, timestamptz) is
+  'Adds to an ended attempt what came late: cost, recording, seconds not yet counted, a better reason. It never ends twice. False if nothing was new.';
+
+create or replace function private.judge_candidates(at timestamptz, budget integer, passed uuid[], sole uuid default null) returns private.candidate[]
+language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
+declare
+  judged private.candidate[];
+begin
+  with calls as materialized (
+    select log.organization_id, log.campaign_id, count(*) as number
+    from public.call_logs as log
+    where log.status <> 'ended'
+    group by log.organization_id, log.campaign_id
+  ),
+  waiting as materialized (
+    -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
+    select
+      campaign.id, organization.caller_id, organization.dial_countries,
+      organization.dispatch_weight::numeric / count(*) over (partition by campaign.organization_id) as weight,
+      row_number() over (partition by campaign.organization_id order by random()) as place,
+      coalesce((
+        select min(own.turn - pace.turn)
+        from private.dispatch_turns as own
+        join private.carrier_pace as pace on pace.carrier_account_id = own.carrier_account_id
+        where own.organization_id = campaign.organization_id
+      ), '-infinity'::numeric) as turn
+    from public.campaigns as campaign
+    join public.organizations as organization on organization.id = campaign.organization_id
+    where campaign.status = 'running'
+      and (sole is null or campaign.id = sole)
+      and campaign.dialling_enabled
+      and not private.is_broken(campaign.id, at)
+      and private.dispatch_obstacle(campaign.organization_id, at) is null
+      and (campaign.credit_cap is null or private.campaign_credit_left(campaign) > 0)
+      and campaign.max_concurrent_calls
+        > coalesce((select sum(calls.number) from calls where calls.campaign_id = campaign.id), 0)
+      and organization.max_concurrent_calls
+        > coalesce((select sum(calls.number) from calls where calls.organization_id = organization.id), 0)
+      and exists (
+        select
+        from public.call_queue as queue
+        where queue.campaign_id = campaign.id and queue.status = 'queued' and queue.next_retry_at <= at
+      )
+    order by place, turn, random()
+    limit budget
+  ),
+  ready as materialized (
+    -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
+    select
+      campaign.*, waiting.caller_id, waiting.dial_countries,
+      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
+    from waiting
+    join public.campaigns as campaign on campaign.id = waiting.id
+  ),
+  picked as materialized (
+    select queue.id
+    from ready
+    cross join lateral (
+      -- Promised calls, then retries in half of the places, then those who were never called.
+      select due.id
+      from (values (2, ready.most), (1, (ready.most + 1) / 2), (0, ready.most)) as kind (dial_class, most)
+      cross join lateral (
+        -- Priority by priority, each by an index from its oldest due row on: however many others wait.
+        with recursive level (priority) as (
+          select max(top.priority)::integer
+          from public.call_queue as top
+          where top.campaign_id = ready.id and top.status = 'queued' and top.dial_class = kind.dial_class
+          union all
+          select (
+            select max(lower.priority)
+            from public.call_queue as lower
+            where lower.campaign_id = ready.id and lower.status = 'queued' and lower.dial_class = kind.dial_class
+              and lower.priority < level.priority
+          )::integer
+          from level
+          where level.priority is not null
+        )
+        select oldest.id
+        from level
+        cross join lateral (
+          select queued.id
+          from public.call_queue as queued
+          where queued.campaign_id = ready.id
+            and queued.status = 'queued'
+            and queued.dial_class = kind.dial_class
+            and queued.priority = level.priority
+            and queued.next_retry_at <= at
+            and queued.id <> all (passed)
+          order by queued.next_retry_at
+          limit kind.most
+        ) as oldest
+        limit kind.most
+      ) as due
+      limit ready.most
+    ) as queue
+  ),
+  locked as materialized (
+    select
+      queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.dial_class, queue.priority, queue.next_retry_at,
+      queue.dispatch_count,
+      lead.project_id, lead.phone, lead.timezone, lead.recording_consent, lead.do_not_call, lead.abuse_flag, lead.archived_at
+    from public.call_queue as queue
+    join public.leads as lead on lead.organization_id = queue.organization_id and lead.id = queue.lead_id
+    where queue.id = any (array(select picked.id from picked)) and queue.status = 'queued' and queue.next_retry_at <= at
+    for no key update of queue skip locked
+    for key share of lead skip locked
+  ),
+  numbers as materialized (
+    -- What an organization may call from, without those that have rung often enough in 24 hours.
+    select number.organization_id, number.phone_number, number.carrier_account_id
+    from public.caller_numbers as number
+    join public.carrier_accounts as account on account.id = number.carrier_account_id
+    where number.organization_id in (select locked.organization_id from locked)
+      and number.is_active and account.is_active and account.dialling_enabled and not private.is_broken(account.id, at)
+      and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+  ),
+  zoned as materialized (
+    select
+      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable
+    from locked
+    join ready on ready.id = locked.campaign_id
+    cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
+  ),
+  stretches as materialized (
+    select place.campaign_id, place.zones, place.country, place.region, stretch.opens_at, stretch.closes_at
+    from (
+      select distinct zoned.campaign_id, zoned.zones, zoned.country, zoned.region from zoned where zoned.zones is not null and zoned.is_callable
+    ) as place
+    join public.campaigns as campaign on campaign.id = place.campaign_id
+    cross join lateral private.callee_window(at, place.zones, campaign, place.country, place.region) as stretch
+  ),
+  seen as materialized (
+    select
+      zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      (private.check_dnc(zoned.phone, at)).verdict as register,
+      exists (
+        select
+        from public.suppressions as suppression
+        where suppression.organization_id = zoned.organization_id and suppression.phone_number = zoned.phone
+      )
+      or exists (
+        select
+        from private.erased_numbers as erased
+        where erased.organization_id = zoned.organization_id and erased.phone_hash = private.hash_number(zoned.phone)
+      ) as suppressed,
+      exists (
+        select
+        from public.call_logs as live
+        where live.callee_number = zoned.phone and live.direction = 'outbound' and live.status <> 'ended'
+      ) as in_call
+    from zoned
+    left join stretches
+      on stretches.campaign_id = zoned.campaign_id and stretches.zones = zoned.zones
+      and stretches.country = zoned.country and stretches.region is not distinct from zoned.region
+  ),
+  gated as (
+    select
+      seen.*,
+      case
+        when seen.do_not_call or seen.suppressed then 'opted_out'
+        when seen.abuse_flag then 'abuse'
+        when seen.archived_at is not null then 'archived'
+        when seen.phone is null then 'no_phone'
+        when not seen.is_callable then 'destination_blocked'
+        when seen.register is not null then seen.register
+        when seen.zones is null then 'bad_timezone'
+        when seen.opens_at is null then 'campaign_over'
+        when seen.opens_at > at then 'outside_window'
+        when seen.in_call then 'number_in_call'
+        when seen.dials[2] + interval '24 hours' > at then 'daily_cap'
+        when seen.dials[1] + interval '60 minutes' > at then 'min_gap'
+      end as verdict
+    from seen
+  ),
+  single as (
+    select
+      gated.*,
+      case
+        -- The same number twice in one batch: the second waits for the first.
+        when gated.verdict is null and row_number() over (
+          partition by gated.verdict, gated.phone order by gated.dial_class desc, gated.priority desc, gated.next_retry_at, gated.id
+        ) > 1 then 'number_in_call'
+        else gated.verdict
+      end as final_verdict
+    from gated
+  )
+  select array_agg(
+    row(
+      numbered.id, numbered.organization_id, numbered.campaign_id, numbered.lead_id, numbered.project_id, numbered.phone,
+      numbered.caller_number, numbered.carrier_account_id, numbered.dispatch_count + 1, numbered.agent_id,
+      numbered.record_call, numbered.ring_timeout_seconds, numbered.max_call_seconds,
+      numbered.closes_at, numbered.final_verdict,
+      case numbered.final_verdict
+        when 'bad_timezone' then at + interval '1 day'
+        when 'register_stale' then private.whole_minute(at + interval '1 hour')
+        when 'campaign_over' then at + interval '1 day'
+        when 'outside_window' then numbered.opens_at
+        when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
+        when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
+        when 'daily_cap' then private.whole_minute(greatest(numbered.dials[2] + interval '24 hours', numbered.dials[1] + interval '60 minutes'))
+        when 'min_gap' then private.whole_minute(numbered.dials[1] + interval '60 minutes')
+      end,
+      numbered.dial_class
+    )::private.candidate
+    order by numbered.dial_class desc, numbered.priority desc, numbered.next_retry_at, numbered.id
+  )
+  into judged
+  from (
+    select
+      single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id) as project_id,
+      single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
+      ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
+      single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
+      case when single.final_verdict is null and number.phone_number is null then 'caller_number_cap' else single.final_verdict end as final_verdict
+    from single
+    join ready on ready.id = single.campaign_id
+    left join lateral (
+      select log.caller_number
+      from public.call_logs as log
+      where log.callee_number = single.phone and log.organization_id = single.organization_id and log.dialled and log.direction = 'outbound'
+      order by log.submitted_at desc
+      limit 1
+    ) as last on single.final_verdict is null
+    left join lateral (
+      -- The number that it last called them from, else the same one for the same callee every time; the organization's general one last.
+      select number.phone_number, number.carrier_account_id
+      from numbers as number
+      where number.organization_id = single.organization_id
+      order by
+        (number.phone_number = last.caller_number) desc nulls last, (number.phone_number = ready.caller_id) nulls first,
+        hashtextextended(number.phone_number || single.phone, 0)
+      limit 1
+    ) as number on single.final_verdict is null
+  ) as numbered;
+  return coalesce(judged, array[]::private.candidate[]);
+end
+$$;
+comment on function private.judge_candidates(timestamptz, integer, uuid[], uuid) is
+  'Locks due rows of campaigns that may dial, or of a sole one of them, about a budget of them and as many of each campaign, and judges each by every gate in order.';
+
+create function private.campaign_credit_left(campaign public.campaigns) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  if campaign.credit_cap is null then
+    return null;
+  end if;
+  return campaign.credit_cap - campaign.credit_spent - (
+    select coalesce(sum(hold.credit_minor), 0)
+    from public.call_logs as log
+    join private.call_holds as hold on hold.attempt_id = log.id
+    where log.status <> 'ended' and log.organization_id = campaign.organization_id and log.campaign_id = campaign.id
+  );
+end
+$$;
+comment on function private.campaign_credit_left(public.campaigns) is
+  'What a campaign''s next calls may cost in prepaid credit, beside what is spent and what calls under way may still cost; null is without limit.';
+
+create function private.campaign_obstacle(campaign public.campaigns, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return case
+    when not campaign.dialling_enabled then 'campaign_disabled'
+    when private.is_broken(campaign.id, at) then 'circuit_open'
+    when private.campaign_credit_left(campaign) <= 0 then 'credit_cap'
+    else private.dispatch_obstacle(campaign.organization_id, at)
+  end;
+end
+$$;
+comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
+  'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
+
+create or replace function private.release_calls(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  wanted     constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 100), 1), 500);
+  attempts   jsonb;
+  candidates private.candidate[];
+  able       private.candidate[] := array[]::private.candidate[];
+  over       private.candidate[] := array[]::private.candidate[];
+  granted    uuid[] := array[]::uuid[];
+  limits     integer[] := array[]::integer[];
+  holds      private.call_holds[] := array[]::private.call_holds[];
+  holding    record;
+  waiting    uuid[];
+  made       uuid[];
+  capped     uuid[];
+  kept       integer[];
+  room       integer;
+  moved      integer := 0;
+  given      integer;
+  tenant     record;
+begin
+  perform private.lock_releases();
+  perform private.start_scheduled(at);
+  perform private.check_breakers(at);
+
+  -- An attempt whose message was lost is offered again, the same one.
+  with lapsed as (
+    select log.id
+    from public.call_logs as log
+    where log.status = 'created' and log.lease_until < now() and log.not_after > now()
+    order by log.lease_until
+    limit wanted
+    for no key update skip locked
+  ),
+  renewed as (
+    update public.call_logs as log
+    set lease_until = now() + interval '60 seconds'
+    from lapsed
+    where log.id = lapsed.id
+    returning log.id, log.organization_id, log.not_after
+  )
+  select jsonb_agg(jsonb_build_object('id', renewed.id, 'organization_id', renewed.organization_id, 'not_after', renewed.not_after))
+  into attempts
+  from renewed;
+  attempts := coalesce(attempts, '[]');
+  room := wanted - jsonb_array_length(attempts);
+
+  -- Look until there are enough that may be dialled. Who must wait is told why and until when, and steps aside.
+  for round in 1..5 loop
+    exit when cardinality(able) >= room;
+    candidates := private.judge_candidates(
+      at, greatest(2 * room, 50), array(select candidate.queue_id from unnest(able || over) as candidate)
+    );
+    able := able || array(select candidate from unnest(candidates) as candidate where candidate.verdict is null);
+    over := over || array(select candidate from unnest(candidates) as candidate where candidate.verdict is not null and candidate.due is null);
+    moved := (select count(*) from unnest(candidates) as candidate where candidate.verdict is not null);
+    if moved > 0 then
+      update public.call_queue as queue
+      set next_retry_at = candidate.due, wait_reason = candidate.verdict
+      from unnest(candidates) as candidate
+      where queue.id = candidate.queue_id and candidate.due is not null;
+    end if;
+    exit when cardinality(candidates) = 0;
+  end loop;
+  if cardinality(over) > 0 then
+    perform private.close_leads(over, at);
+  end if;
+  waiting := (select array_agg(distinct candidate.carrier_account_id) from unnest(able) as candidate);
+  able := private.choose_candidates(able, room, at);
+
+  -- What the calls may cost last, organization by organization: nothing but wallets is locked after usage counters.
+  for tenant in
+    select
+      (able[place]).organization_id as id, array_agg((able[place]).queue_id order by place) as rows,
+      array_agg((able[place]).max_call_seconds order by place) as wanted
+    from generate_subscripts(able, 1) as place
+    group by (able[place]).organization_id
+    order by (able[place]).organization_id
+  loop
+    holding := private.hold_calls(tenant.id, tenant.wanted, at);
+    given := cardinality(holding.limits);
+    if given < cardinality(tenant.rows) then
+      insert into private.dispatch_holds as hold (organization_id, held_until, reason)
+      values (tenant.id, at + interval '5 minutes', holding.reason)
+      on conflict (organization_id) do update set held_until = excluded.held_until, reason = excluded.reason;
+    end if;
+    granted := granted || tenant.rows[:given];
+    limits := limits || holding.limits;
+    holds := holds || holding.holds;
+  end loop;
+
+  -- What the calls of a campaign may cost at most has to fit under its own cap, one after the other.
+  capped := array(
+    select summed.queue_id
+    from (
+      select
+        candidate.queue_id, candidate.campaign_id,
+        sum((holds[place]).credit_minor) over (partition by candidate.campaign_id order by place) as credit_minor
+      from generate_subscripts(granted, 1) as place
+      join unnest(able) as candidate on candidate.queue_id = granted[place]
+    ) as summed
+    join public.campaigns as campaign on campaign.id = summed.campaign_id and campaign.credit_cap is not null
+    where summed.credit_minor > private.campaign_credit_left(campaign)
+  );
+  if cardinality(capped) > 0 then
+    perform private.give_back_holds(
+      array(select holds[place] from generate_subscripts(granted, 1) as place where granted[place] = any (capped)), at
+    );
+    update public.call_queue as queue
+    set next_retry_at = private.whole_minute(at + interval '15 minutes'), wait_reason = 'credit_cap'
+    where queue.id = any (capped);
+    kept := array(select place from generate_subscripts(granted, 1) as place where granted[place] <> all (capped) order by place);
+    limits := array(select limits[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    holds := array(select holds[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+    granted := array(select granted[place] from unnest(kept) with ordinality as keep (place, nth) order by keep.nth);
+  end if;
+
+  with attempt as (
+    insert into public.call_logs (
+      organization_id, campaign_id, lead_id, project_id, queue_id, attempt_no, carrier_account_id, caller_number, callee_number,
+      agent_id, record_call, ring_timeout_seconds, time_limit_seconds, created_at, lease_until, not_after
+    )
+    select
+      candidate.organization_id, candidate.campaign_id, candidate.lead_id, candidate.project_id, candidate.queue_id,
+      candidate.attempt_no, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number, candidate.agent_id,
+      candidate.record_call, candidate.ring_timeout_seconds, allowed.seconds, at,
+      now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
+    from unnest(able) as candidate
+    join unnest(granted, limits) as allowed (queue_id, seconds) on allowed.queue_id = candidate.queue_id
+    on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
+    returning id, organization_id, campaign_id, lead_id, queue_id, not_after
+  ),
+  held as (
+    insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+    select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+    from generate_subscripts(granted, 1) as place
+    join attempt on attempt.queue_id = granted[place]
+    cross join lateral (select (holds[place]).*) as hold
+  ),
+  taken as (
+    update public.call_queue as queue
+    set status = 'processing', dispatch_count = queue.dispatch_count + 1, wait_reason = null
+    from attempt
+    where queue.id = attempt.queue_id
+  ),
+  calling as (
+    update public.campaign_leads as member
+    set status = 'calling'
+    from attempt
+    where member.organization_id = attempt.organization_id
+      and member.campaign_id = attempt.campaign_id
+      and member.lead_id = attempt.lead_id
+  )
+  select
+    attempts || coalesce(
+      jsonb_agg(jsonb_build_object('id', attempt.id, 'organization_id', attempt.organization_id, 'not_after', attempt.not_after)), '[]'
+    ),
+    count(*), array_agg(attempt.id)
+  into attempts, given, made
+  from attempt;
+  if given > 0 then
+    perform private.take_turns(made);
+    perform private.write_evidence(made, at);
+  end if;
+  if given < cardinality(granted) then
+    -- Somebody else began to call the number meanwhile: what was held for this row goes back.
+    perform private.give_back_holds(
+      array(
+        select holds[place]
+        from generate_subscripts(granted, 1) as place
+        join public.call_queue as queue on queue.id = granted[place]
+        where queue.status = 'queued'
+      ),
+      at
+    );
+  end if;
+
+  -- Full hands, or rows that stepped aside in the last look: another one would find more.
+  return jsonb_strip_nulls(jsonb_build_object(
+    'attempts', attempts,
+    'more', jsonb_array_length(attempts) >= wanted or moved > 0,
+    -- Something waits for nothing but the pace of its account: in a second there is as much again.
+    'paced', exists (
+      select
+      from public.carrier_accounts as account
+      where account.id = any (waiting) and private.account_tokens(account) < 1
+    )
+  ));
+end
+$$;
+comment on function private.release_calls(jsonb, timestamptz) is
+  'Makes attempts of due queue rows, fairly over organizations, through every gate and within every limit, and offers lost ones again.';
+
+create or replace function private.begin_dials(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  asked   uuid[] := array(select distinct item.value::uuid from jsonb_array_elements_text(request -> 'attempts') as item (value));
+  token   uuid := (request ->> 'lease_token')::uuid;
+  shut    jsonb;
+  attempt public.call_logs;
+  reason  text;
+  dials   jsonb;
+  skipped jsonb;
+begin
+  if token is null or cardinality(asked) = 0 then
+    perform private.raise_error(400, 'malformed_request', 'lease_token and attempts are required');
+  end if;
+  perform from public.call_logs as log where log.id = any (asked) order by log.id for no key update;
+
+  -- Every gate that can have closed since the release, once more, at the last moment.
+  select jsonb_object_agg(gate.id, gate.reason) into shut
+  from (
+    select
+      log.id,
+      case
+        when log.not_after <= now() then 'expired'
+        when not account.is_active or not account.dialling_enabled then 'account_disabled'
+        when platform.dialling_enabled is not true then 'platform_disabled'
+        when not organization.dialling_enabled then 'dialling_disabled'
+        when not campaign.dialling_enabled then 'campaign_disabled'
+        -- A single call is made whether its campaign runs or not.
+        when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
+        when lead.do_not_call or private.is_suppressed(log.organization_id, log.callee_number) then 'opted_out'
+        when lead.abuse_flag then 'abuse'
+        when lead.archived_at is not null then 'archived'
+        when lead.phone is distinct from log.callee_number then 'number_changed'
+      end as reason
+    from public.call_logs as log
+    left join private.platform_dialling as platform on platform.single
+    join public.organizations as organization on organization.id = log.organization_id
+    join public.carrier_accounts as account on account.id = log.carrier_account_id
+    join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
+    join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
+    where log.id = any (asked) and log.status = 'created'
+  ) as gate
+  where gate.reason is not null;
+
+  if shut is not null then
+    perform private.lock_attempts(array(select closed.key::uuid from jsonb_object_keys(shut) as closed (key)));
+    for attempt in
+      select log.*
+      from public.call_logs as log
+      where log.id::text = any (array(select jsonb_object_keys(shut))) and log.id = any (asked)
+      order by log.organization_id, log.id
+    loop
+      reason := shut ->> attempt.id::text;
+      perform private.end_attempt(
+        attempt,
+        case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
+        at,
+        due := case
+          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason = 'number_changed' or reason like 'campaign%' then at
+        end,
+        closing := case
+          when reason = 'opted_out' then 'opted_out'
+          when reason in ('abuse', 'archived') then 'skipped'
+        end::public.campaign_lead_status,
+        reason := reason
+      );
+    end loop;
+  end if;
+
+  update public.call_logs as log
+  set
+    status = 'submitting', dialled = true, submitted_at = greatest(at, log.created_at), begun_at = now(),
+    lease_token = token, lease_until = now() + interval '60 seconds'
+  where log.id = any (asked) and log.status = 'created';
+
+  -- Also those that this very caller began before, when the answer was lost on the way.
+  select
+    coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'attempt_id', log.id,
+          'organization_id', log.organization_id,
+          'provider', account.provider,
+          'carrier_account_id', account.id,
+          'account_sid', account.account_sid,
+          'credentials_sealed', account.credentials_sealed,
+          'api_base', account.api_base,
+          'from', log.caller_number,
+          'to', log.callee_number,
+          'ring_timeout_seconds', log.ring_timeout_seconds,
+          'time_limit_seconds', log.time_limit_seconds,
+          'record', log.record_call,
+          'agent_id', log.agent_id,
+          'not_after', floor(extract(epoch from log.not_after))::bigint
+        )
+      ) filter (where log.lease_token = token and log.status = 'submitting' and log.lease_until > now() and log.not_after > now()),
+      '[]'
+    )
+  into dials
+  from public.call_logs as log
+  join public.carrier_accounts as account on account.id = log.carrier_account_id
+  where log.id = any (asked);
+
+  select coalesce(
+    jsonb_agg(
+      jsonb_build_object(
+        'attempt_id', wanted.id,
+        'reason', coalesce(
+          shut ->> wanted.id::text,
+          case when log.id is null then 'unknown_attempt' when log.status = 'ended' then 'ended' else 'already_begun' end
+        )
+      )
+    ),
+    '[]'
+  )
+  into skipped
+  from unnest(asked) as wanted (id)
+  left join public.call_logs as log on log.id = wanted.id
+  where not jsonb_path_exists(dials, '$[*] ? (@.attempt_id == $id)', jsonb_build_object('id', wanted.id));
+  return jsonb_build_object('dials', dials, 'skipped', skipped);
+end
+$$;
+comment on function private.begin_dials(jsonb, timestamptz) is
+  'Moves attempts from created to submitting, each once and only once, and says how to dial them. Whoever gets a dial here makes the one request there is.';
+
+create or replace function private.campaign_json(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' set jit = off as $$
+declare
+  campaign public.campaigns;
+  obstacle text;
+  hold     timestamptz;
+begin
+  select described.* into campaign from public.campaigns as described where described.id = campaign_json.campaign_id;
+  obstacle := case
+    when campaign.status <> 'running' then 'campaign_' || campaign.status
+    else private.campaign_obstacle(campaign, at)
+  end;
+  select held.held_until into hold
+  from private.dispatch_holds as held
+  where held.organization_id = campaign.organization_id and held.held_until > at;
+  return jsonb_build_object(
+    'id', campaign.id, 'name', campaign.name, 'description', campaign.description, 'status', campaign.status,
+    'project_id', campaign.project_id, 'agent_id', campaign.agent_id, 'timezone', campaign.timezone,
+    'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
+    'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
+    'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete, 'purpose', campaign.purpose,
+    'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
+    'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
+    'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
+    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
+    'completed_at', campaign.completed_at, 'cancelled_at', campaign.cancelled_at,
+    'counts', (
+      select jsonb_object_agg(state.name, coalesce(counted.number, 0))
+      from unnest(enum_range(null::public.campaign_lead_status)) as state (name)
+      left join (
+        select member.status, count(*) as number
+        from public.campaign_leads as member
+        where member.campaign_id = campaign.id
+        group by member.status
+      ) as counted on counted.status = state.name
+    ),
+    'waiting', (
+      select coalesce(jsonb_object_agg(reasoned.reason, reasoned.number), '{}')
+      from (
+        select
+          coalesce(obstacle, case when queue.next_retry_at > at then coalesce(queue.wait_reason, 'scheduled') else 'capacity' end) as reason,
+          count(*) as number
+        from public.call_queue as queue
+        where queue.campaign_id = campaign.id and queue.status = 'queued'
+        group by 1
+      ) as reasoned
+    ),
+    'next_due_at', (
+      select greatest(min(queue.next_retry_at), hold)
+      from public.call_queue as queue
+      where queue.campaign_id = campaign.id and queue.status = 'queued'
+    )
+  );
+end
+$$;
+comment on function private.campaign_json(uuid, timestamptz) is
+  'A campaign as its users see it: what it is, how many leads are in which state, and what the others wait for.';
+
+create or replace function private.create_campaign(name text, project_id uuid, settings jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.edit');
+  me           uuid := private.acting_user_id();
+  campaign     public.campaigns;
+  field        text;
+  enrolled     integer;
+begin
+  settings := coalesce(settings, '{}');
+  if length(btrim(coalesce(name, ''))) not between 1 and 200 then
+    perform private.raise_error(422, 'invalid_name', 'A name of 1 to 200 characters is required', 'name');
+  end if;
+  if jsonb_typeof(settings) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'settings is an object', 'settings');
+  end if;
+  if create_campaign.project_id is not null and not exists (
+    select
+    from public.projects as project
+    where project.organization_id = organization and project.id = create_campaign.project_id
+  ) then
+    perform private.raise_error(404, 'project_not_found', 'There is no such project', 'project_id');
+  end if;
+
+  select tenant.timezone into campaign.timezone from public.organizations as tenant where tenant.id = organization;
+  begin
+    field := 'timezone';
+    campaign.timezone := coalesce(settings ->> field, campaign.timezone);
+    field := 'description';
+    campaign.description := settings ->> field;
+    field := 'start_date';
+    campaign.start_date := (settings ->> field)::date;
+    field := 'end_date';
+    campaign.end_date := (settings ->> field)::date;
+    field := 'time_start';
+    campaign.time_start := coalesce((settings ->> field)::time, '09:00');
+    field := 'time_end';
+    campaign.time_end := coalesce((settings ->> field)::time, '21:00');
+    field := 'max_concurrent_calls';
+    campaign.max_concurrent_calls := coalesce((settings ->> field)::integer, 10);
+    field := 'max_attempts';
+    campaign.max_attempts := coalesce((settings ->> field)::smallint, 3);
+    field := 'agent_id';
+    campaign.agent_id := (settings ->> field)::uuid;
+    field := 'record_calls';
+    campaign.record_calls := coalesce((settings ->> field)::boolean, false);
+    field := 'auto_complete';
+    campaign.auto_complete := coalesce((settings ->> field)::boolean, true);
+    field := 'credit_cap';
+    campaign.credit_cap := (settings ->> field)::bigint;
+  exception when data_exception then
+    perform private.raise_error(422, 'invalid_setting', format('%L is not a value of %s', settings ->> field, field), field);
+  end;
+  if campaign.max_concurrent_calls not between 1 and 10000 then
+    perform private.raise_error(422, 'invalid_setting', 'max_concurrent_calls is from 1 to 10000', 'max_concurrent_calls');
+  end if;
+  if campaign.max_attempts not between 1 and 10 then
+    perform private.raise_error(422, 'invalid_setting', 'max_attempts is from 1 to 10', 'max_attempts');
+  end if;
+  if campaign.start_date > campaign.end_date then
+    perform private.raise_error(422, 'invalid_setting', 'end_date is not before start_date', 'end_date');
+  end if;
+  campaign.purpose := coalesce(settings ->> 'purpose', 'service');
+  if campaign.purpose not in ('service', 'promotional') then
+    perform private.raise_error(422, 'invalid_setting', 'purpose is service or promotional', 'purpose');
+  end if;
+  -- What they may be, the table's own trigger says.
+  campaign.retry_rules := coalesce(nullif(settings -> 'retry_rules', 'null'), '{}');
+  if jsonb_typeof(campaign.retry_rules) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'retry_rules is an object', 'retry_rules');
+  end if;
+  if campaign.credit_cap <= 0 then
+    perform private.raise_error(422, 'invalid_setting', 'credit_cap is above 0', 'credit_cap');
+  end if;
+
+  insert into public.campaigns (
+    organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
+    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, created_by, created_at, updated_at
+  )
+  values (
+    organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
+    campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
+    campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, campaign.purpose, campaign.retry_rules,
+    campaign.credit_cap, me, at, at
+  )
+  returning * into campaign;
+  enrolled := private.enrol_leads(campaign, me, at);
+  perform private.audit(
+    organization, 'campaign.created', 'campaign', campaign.id, jsonb_build_object('name', campaign.name, 'enrolled', enrolled), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.create_campaign(text, uuid, jsonb, timestamptz) is
+  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none.';
+
+create or replace function public.create_campaign(name text, project_id uuid default null, settings jsonb default '{}') returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.create_campaign(name, project_id, settings, private.clock_now())
+$$;
+comment on function public.create_campaign(text, uuid, jsonb) is
+  'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
+  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap. Needs campaign.edit; returns the campaign as get_campaign() does.';
+
+create function private.check_startable(campaign public.campaigns, at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  obstacle constant text := private.dispatch_obstacle(campaign.organization_id, at);
+begin
+  if obstacle = 'subscription_inactive' then
+    perform private.raise_error(402, obstacle, 'The organization has no active subscription');
+  elsif obstacle in ('no_caller_number', 'account_disabled') then
+    perform private.raise_error(422, 'no_caller_number', 'The organization has no number to call from');
+  elsif obstacle = 'dialling_disabled' then
+    perform private.raise_error(422, obstacle, 'Dialling is disabled for the organization');
+  end if;
+  if (private.calling_window(at, campaign.timezone, campaign.time_start, campaign.time_end, campaign.start_date, campaign.end_date)).opens_at
+    is null
+  then
+    perform private.raise_error(
+      422, 'window_never_opens', 'Nothing is left of the calling window between 09:00 and 21:00 and the campaign''s dates', 'time_start'
+    );
+  end if;
+end
+$$;
+comment on function private.check_startable(public.campaigns, timestamptz) is
+  'Refuses a campaign that could call nobody whatever its leads are.';
+
+create function private.queue_campaign(campaign public.campaigns, at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  queued integer;
+begin
+  if campaign.total_enrolled = 0 then
+    perform private.enrol_leads(campaign, private.acting_user_id(), at);
+  end if;
+  insert into public.call_queue (organization_id, campaign_id, lead_id, next_retry_at, max_attempts, created_at, updated_at)
+  select member.organization_id, member.campaign_id, member.lead_id, at, campaign.max_attempts, at, at
+  from public.campaign_leads as member
+  where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled'
+  on conflict do nothing;
+  update public.campaign_leads as member
+  set status = 'queued'
+  where member.organization_id = campaign.organization_id and member.campaign_id = campaign.id and member.status = 'enrolled';
+  -- With those that a restored campaign had left, or that it queued when it was scheduled.
+  select count(*) into queued
+  from public.call_queue as queue
+  where queue.organization_id = campaign.organization_id and queue.campaign_id = campaign.id and queue.status = 'queued';
+  if queued = 0 then
+    perform private.raise_error(422, 'no_leads', 'The campaign has no lead to call');
+  end if;
+  return queued;
+end
+$$;
+comment on function private.queue_campaign(public.campaigns, timestamptz) is
+  'Queues every enrolled lead of a locked campaign; returns how many wait, and refuses when nobody does.';
+
+create or replace function private.start_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status not in ('draft', 'scheduled') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be started', campaign.status), 'status'
+    );
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
+  update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('queued', queued), at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.start_campaign(uuid, timestamptz) is 'Queues every enrolled lead and lets the campaign run.';
+
+create function private.schedule_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+  queued   integer;
+begin
+  if campaign.status <> 'draft' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be scheduled', campaign.status), 'status'
+    );
+  end if;
+  if campaign.start_date is null or campaign.start_date <= (at at time zone campaign.timezone)::date then
+    perform private.raise_error(422, 'invalid_setting', 'A campaign is scheduled for a start_date that is to come', 'start_date');
+  end if;
+  perform private.check_startable(campaign, at);
+  queued := private.queue_campaign(campaign, at);
+  update public.campaigns as mine set status = 'scheduled' where mine.id = campaign.id;
+  perform private.audit(
+    campaign.organization_id, 'campaign.scheduled', 'campaign', campaign.id,
+    jsonb_build_object('queued', queued, 'start_date', campaign.start_date), at
+  );
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.schedule_campaign(uuid, timestamptz) is
+  'Queues every enrolled lead now, so that the campaign need only be let run on its start date.';
+
+create function public.schedule_campaign(campaign_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.schedule_campaign(campaign_id, private.clock_now())
+$$;
+comment on function public.schedule_campaign(uuid) is
+  'Lets a draft start by itself on its start_date, in its own time zone; 409 when it is no draft, else refused as start_campaign() is. Needs campaign.run.';
+
+create function private.start_scheduled(at timestamptz) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns;
+  started  integer := 0;
+begin
+  for campaign in
+    select due.*
+    from public.campaigns as due
+    where due.status = 'scheduled' and due.start_date <= (at at time zone due.timezone)::date
+    order by due.id
+    for no key update skip locked
+  loop
+    update public.campaigns as mine set status = 'running', started_at = at where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.started', 'campaign', campaign.id, jsonb_build_object('start_date', campaign.start_date), at
+    );
+    started := started + 1;
+  end loop;
+  return started;
+end
+$$;
+comment on function private.start_scheduled(timestamptz) is
+  'Lets scheduled campaigns run whose start date has come; what stands in their way is told as of any that runs. Part of every release.';
+
+create or replace function private.restore_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  reopened     integer;
+begin
+  perform
+  from public.call_queue as queue
+  where queue.organization_id = organization and queue.campaign_id = restore_campaign.campaign_id and queue.status = 'failed'
+  order by queue.id
+  for no key update;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = restore_campaign.campaign_id and member.status = 'skipped'
+  order by member.id
+  for no key update;
+  campaign := private.claim_campaign(campaign_id, 'campaign.run');
+  if campaign.status <> 'archived' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be restored', campaign.status), 'status'
+    );
+  end if;
+  -- Whom nothing but the campaign's end took out is open again; who was called, failed or must not be called stays so.
+  update public.call_queue as queue
+  set status = 'queued', next_retry_at = at, last_error = null
+  from public.campaign_leads as member
+  where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'failed'
+    and member.organization_id = organization and member.campaign_id = campaign.id and member.lead_id = queue.lead_id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  update public.campaign_leads as member
+  set
+    skip_reason = null,
+    status = case
+      when exists (
+        select
+        from public.call_queue as queue
+        where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.lead_id = member.lead_id
+      )
+      then 'queued'
+      else 'enrolled'
+    end::public.campaign_lead_status
+  where member.organization_id = organization and member.campaign_id = campaign.id
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+  get diagnostics reopened = row_count;
+  update public.campaigns as mine
+  set
+    status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
+    open_leads = mine.open_leads + reopened
+  where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.restore_campaign(uuid, timestamptz) is
+  'Makes an archived campaign a draft again: who was still waiting when it ended is open again, who was called stays called.';
+
+create or replace function private.preview_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign   public.campaigns;
+  candidates private.candidate[];
+  judged     private.candidate[] := array[]::private.candidate[];
+  holding    record;
+  obstacle   text;
+  preview    jsonb;
+begin
+  begin
+    -- It is started, judged and held for as start does and a release after it, and then none of it has been.
+    perform private.start_campaign(campaign_id, at);
+    select mine.* into campaign from public.campaigns as mine where mine.id = preview_campaign.campaign_id;
+    obstacle := private.campaign_obstacle(campaign, at);
+    for round in 1..5 loop
+      candidates := private.judge_candidates(
+        at, 2000, array(select candidate.queue_id from unnest(judged) as candidate), campaign.id
+      );
+      exit when cardinality(candidates) = 0;
+      judged := judged || candidates;
+    end loop;
+    holding := private.hold_calls(
+      campaign.organization_id,
+      array(select candidate.max_call_seconds from unnest(judged) as candidate where candidate.verdict is null), at
+    );
+    preview := jsonb_build_object(
+      'queued', (select count(*) from public.call_queue as queue where queue.campaign_id = campaign.id and queue.status = 'queued'),
+      'judged', cardinality(judged),
+      'obstacle', obstacle,
+      'callable', (select count(*) from unnest(judged) as candidate where candidate.verdict is null),
+      'affordable', cardinality(holding.limits),
+      'later', (
+        select coalesce(jsonb_object_agg(told.verdict, told.leads), '{}')
+        from (
+          select candidate.verdict, count(*) as leads
+          from unnest(judged) as candidate
+          where candidate.verdict is not null and candidate.due is not null
+          group by candidate.verdict
+        ) as told
+      ),
+      'skipped', (
+        select coalesce(jsonb_object_agg(told.verdict, told.leads), '{}')
+        from (
+          select candidate.verdict, count(*) as leads
+          from unnest(judged) as candidate
+          where candidate.verdict is not null and candidate.due is null
+          group by candidate.verdict
+        ) as told
+      ),
+      'first_call_at', case
+        when obstacle is null then (
+          select min(case when candidate.verdict is null then at else candidate.due end) from unnest(judged) as candidate
+        )
+      end,
+      -- If every call lasted as long as it may, one after the other in as many lines as there are.
+      'done_by', (
+        select max(coalesce(candidate.due, at)) + make_interval(
+          secs => ceil(count(*)::numeric / campaign.max_concurrent_calls)::integer * (campaign.ring_timeout_seconds + campaign.max_call_seconds)
+        )
+        from unnest(judged) as candidate
+        where candidate.verdict is null or candidate.due is not null
+      ),
+      'cost', jsonb_build_object(
+        'currency', (select max(held.currency) from unnest(holding.holds) as held),
+        'credit_minor', (select coalesce(sum(held.credit_minor), 0) from unnest(holding.holds) as held)
+      )
+    );
+    raise exception using errcode = 'TL001';
+  exception when sqlstate 'TL001' then
+    null;
+  end;
+  return preview;
+end
+$$;
+comment on function private.preview_campaign(uuid, timestamptz) is
+  'What a start would do now, by doing it and taking it back: the same gates, and what the calls may cost at most in credit. Of very many leads '
+  'the first ten thousand are judged.';
+
+create function private.refuse_call(reason text, due timestamptz) returns void
+language plpgsql stable set search_path = '' as $$
+begin
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'call_refused',
+      'message', format('The call may not be made: %s', replace(reason, '_', ' ')),
+      'details', json_build_object('field', 'lead_id', 'reason', reason, 'next_at', due)::text,
+      'hint', null
+    )::text,
+    detail = json_build_object('status', 422, 'headers', json_build_object())::text;
+end
+$$;
+comment on function private.refuse_call(text, timestamptz) is
+  'Ends the request with 422 call_refused: details name the gate as the reason, and when it opens if it does.';
+
+create function private.judge_lead(campaign_id uuid, lead_id uuid, at timestamptz) returns private.candidate
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  row_id    uuid;
+  candidate private.candidate;
+begin
+  begin
+    -- The lead is put in front of the campaign's queue, judged as any of it, and then none of that has been.
+    insert into public.call_queue as queue (organization_id, campaign_id, lead_id, next_retry_at, dial_class, priority, created_at, updated_at)
+    select campaign.organization_id, campaign.id, judge_lead.lead_id, '-infinity', 2, 9, at, at
+    from public.campaigns as campaign
+    where campaign.id = judge_lead.campaign_id
+    on conflict on constraint call_queue_organization_id_campaign_id_lead_id_key do update
+    set status = 'queued', next_retry_at = '-infinity', dial_class = 2, priority = 9
+    where queue.status <> 'processing'
+    returning queue.id into row_id;
+    update public.campaigns as campaign set status = 'running' where campaign.id = judge_lead.campaign_id and campaign.status <> 'running';
+    select judged.* into candidate
+    from unnest(private.judge_candidates(at, 1, array[]::uuid[], campaign_id)) as judged
+    where judged.queue_id = row_id;
+    raise exception using errcode = 'TL001';
+  exception when sqlstate 'TL001' then
+    null;
+  end;
+  return candidate;
+end
+$$;
+comment on function private.judge_lead(uuid, uuid, timestamptz) is
+  'A lead as a release would judge it now for a campaign that runs, whether it is enrolled or not; null when it is being called, or when its '
+  'campaign or organization has no place for another call. Writes nothing.';
+
+create function private.place_call(campaign_id uuid, lead_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  campaign     public.campaigns;
+  candidate    private.candidate;
+  chosen       private.candidate[];
+  obstacle     text;
+  holding      record;
+  attempt      public.call_logs;
+begin
+  perform private.lock_releases();
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = place_call.campaign_id;
+  if campaign.id is null then
+    perform private.raise_error(404, 'campaign_not_found', 'There is no such campaign', 'campaign_id');
+  end if;
+  if not exists (select from public.leads as mine where mine.organization_id = organization and mine.id = place_call.lead_id) then
+    perform private.raise_error(404, 'lead_not_found', 'There is no such lead', 'lead_id');
+  end if;
+  if campaign.status not in ('draft', 'scheduled', 'running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'campaign_id'
+    );
+  end if;
+  perform private.check_breakers(at);
+  obstacle := private.campaign_obstacle(campaign, at);
+  if obstacle = 'subscription_inactive' then
+    perform private.raise_error(402, obstacle, 'The organization has no active subscription');
+  elsif obstacle is not null then
+    perform private.refuse_call(obstacle, null);
+  end if;
+
+  candidate := private.judge_lead(campaign.id, lead_id, at);
+  if candidate.queue_id is null then
+    perform private.refuse_call('capacity', null);
+  elsif candidate.verdict is not null then
+    perform private.refuse_call(candidate.verdict, candidate.due);
+  end if;
+  chosen := private.choose_candidates(array[candidate], 1, at);
+  if cardinality(chosen) = 0 then
+    perform private.refuse_call('capacity', null);
+  end if;
+  holding := private.hold_calls(organization, array[candidate.max_call_seconds], at);
+  if cardinality(holding.limits) = 0 then
+    perform private.refuse_call(holding.reason, null);
+  end if;
+  if (holding.holds[1]).credit_minor > private.campaign_credit_left(campaign) then
+    perform private.refuse_call('credit_cap', null);
+  end if;
+
+  -- Of no queue: how it ends is nothing to the campaign's leads and counters.
+  insert into public.call_logs (
+    organization_id, campaign_id, lead_id, project_id, carrier_account_id, caller_number, callee_number, agent_id, record_call,
+    ring_timeout_seconds, time_limit_seconds, caller_id, created_at, lease_until, not_after
+  )
+  values (
+    organization, campaign.id, lead_id, candidate.project_id, candidate.carrier_account_id, candidate.caller_number, candidate.callee_number,
+    candidate.agent_id, candidate.record_call, candidate.ring_timeout_seconds, holding.limits[1], private.acting_user_id(), at,
+    now() + interval '60 seconds', now() + least(interval '10 minutes', candidate.closes_at - at)
+  )
+  on conflict (callee_number) where direction = 'outbound' and status <> 'ended' do nothing
+  returning * into attempt;
+  if attempt.id is null then
+    perform private.refuse_call('number_in_call', null);
+  end if;
+  insert into private.call_holds (attempt_id, organization_id, seconds, credit_seconds, is_beyond, currency, credit_minor)
+  select attempt.id, hold.organization_id, hold.seconds, hold.credit_seconds, hold.is_beyond, hold.currency, hold.credit_minor
+  from unnest(holding.holds) as hold;
+  perform private.take_turns(array[attempt.id]);
+  perform private.write_evidence(array[attempt.id], at);
+  perform private.audit(
+    organization, 'call.placed', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', lead_id), at
+  );
+  return jsonb_build_object(
+    'attempt_id', attempt.id, 'organization_id', organization, 'campaign_id', campaign.id, 'lead_id', lead_id, 'status', attempt.status,
+    'from', attempt.caller_number, 'not_after', attempt.not_after
+  );
+end
+$$;
+comment on function private.place_call(uuid, uuid, timestamptz) is
+  'Makes one attempt at a lead as a campaign would, whether it runs or not, through every gate of a release; a refusal says which one.';
+
+create function public.place_call(campaign_id uuid, lead_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.place_call(campaign_id, lead_id, private.clock_now())
+$$;
+comment on function public.place_call(uuid, uuid) is
+  'One call to a lead with a campaign''s settings, to try it out: {"attempt_id","organization_id","campaign_id","lead_id","status","from","not_after"}. '
+  '422 call_refused names the gate; 402 without a subscription. Needs campaign.run.';
+
+create function private.retry_call(call_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('campaign.run');
+  attempt      public.call_logs;
+  queue        public.call_queue;
+  campaign     public.campaigns;
+begin
+  select log.* into attempt from public.call_logs as log where log.organization_id = organization and log.id = retry_call.call_id;
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'call_id');
+  end if;
+  select waiting.* into queue
+  from public.call_queue as waiting
+  where waiting.organization_id = organization and waiting.id = attempt.queue_id
+  for no key update;
+  if queue.id is null or queue.status not in ('queued', 'failed') then
+    perform private.raise_error(
+      409, 'invalid_transition',
+      case queue.status
+        when 'completed' then 'The lead has been reached' when 'processing' then 'The lead is being called' else 'The call is of no campaign''s queue'
+      end,
+      'call_id'
+    );
+  end if;
+  if private.is_suppressed(organization, attempt.callee_number) or exists (
+    select
+    from public.leads as lead
+    where lead.organization_id = organization and lead.id = queue.lead_id and lead.do_not_call
+  ) then
+    perform private.refuse_call('opted_out', null);
+  end if;
+  perform
+  from public.campaign_leads as member
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id
+  for no key update;
+  select mine.* into campaign
+  from public.campaigns as mine
+  where mine.organization_id = organization and mine.id = queue.campaign_id
+  for no key update;
+  if campaign.status not in ('running', 'paused') then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s calls nobody', campaign.status), 'status'
+    );
+  end if;
+  update public.call_queue as waiting
+  set
+    status = 'queued', next_retry_at = at, wait_reason = null, last_error = null, dial_class = greatest(waiting.dial_class, 1),
+    max_attempts = greatest(waiting.max_attempts, waiting.attempt_count + 1)
+  where waiting.id = queue.id;
+  update public.campaign_leads as member
+  set status = 'queued', skip_reason = null
+  where member.organization_id = organization and member.campaign_id = queue.campaign_id and member.lead_id = queue.lead_id;
+  update public.campaigns as mine
+  set open_leads = mine.open_leads + (queue.status = 'failed')::integer
+  where mine.id = campaign.id;
+  perform private.audit(
+    organization, 'call.retried', 'call_log', attempt.id, jsonb_build_object('campaign_id', campaign.id, 'lead_id', queue.lead_id), at
+  );
+  perform private.nudge('call-dispatch');
+  return jsonb_build_object('call_id', attempt.id, 'campaign_id', campaign.id, 'lead_id', queue.lead_id, 'status', 'queued', 'due_at', at);
+end
+$$;
+comment on function private.retry_call(uuid, timestamptz) is
+  'Puts the lead of a failed call back into its campaign''s queue for one more attempt, due now: gap, caps and window are the release''s to judge.';
+
+create function public.retry_call(call_id uuid) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.retry_call(call_id, private.clock_now())
+$$;
+comment on function public.retry_call(uuid) is
+  'Calls the lead of a failed call again: {"call_id","campaign_id","lead_id","status","due_at"}; 409 when it was reached, is being called, or its '
+  'campaign is over. Needs campaign.run.';
+
+create function private.spend_campaign_credit() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update public.campaigns as campaign
+  set credit_spent = campaign.credit_spent + new.charged_minor
+  from public.call_logs as log
+  where log.organization_id = new.organization_id and log.id = new.call_log_id
+    and campaign.organization_id = log.organization_id and campaign.id = log.campaign_id;
+  return null;
+end
+$$;
+comment on function private.spend_campaign_credit() is
+  'Trigger: what a call took of prepaid credit, or a correction gave back, is what its campaign has spent; a charge is there once, and so is this.';
+revoke all on function private.spend_campaign_credit() from public;
+
+-- Triggers and grants ----------------------------------------------------------------------------------------------------------------
+
+create trigger spend_campaign_credit after insert on public.call_charges
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+create trigger spend_campaign_credit after insert on private.call_corrections
+  for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
+
+revoke execute on function
+  public.schedule_campaign(uuid), public.place_call(uuid, uuid), public.retry_call(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.schedule_campaign(uuid, timestamptz), public.schedule_campaign(uuid), private.place_call(uuid, uuid, timestamptz),
+  public.place_call(uuid, uuid), private.retry_call(uuid, timestamptz), public.retry_call(uuid)
+to authenticated;
