@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := 'ec1180d958f4';
+  version   constant text := '0f723b7d6546';
   installed text;
   clash     text;
 begin
@@ -5214,7 +5214,8 @@ create table public.call_queue (
   foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete restrict,
   foreign key (organization_id, lead_id) references public.leads (organization_id, id) on delete restrict
 ) with (fillfactor = 80);
-create index idx_call_queue_due on public.call_queue (campaign_id, next_retry_at) where status = 'queued';
+-- Nulls first, though there are none: so that no query takes it for an order in which it would have to pass by other classes and priorities.
+create index idx_call_queue_due on public.call_queue (campaign_id, next_retry_at nulls first) where status = 'queued';
 create index idx_call_queue_lead on public.call_queue (organization_id, lead_id);
 
 revoke all on public.call_queue from anon, authenticated, service_role;
@@ -5232,7 +5233,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -6537,6 +6538,281 @@ comment on column public.campaigns.credit_spent is
   'Prepaid credit that its calls have used, in minor units: what the ledger says of them, corrections included. Written at settlement alone.';
 grant insert (credit_cap), update (credit_cap) on public.campaigns to authenticated;
 create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';
+
+-- What a call needs beside an open window: consent, and a number of the right series --------------------------------------------------
+
+create table private.consent_rules (
+  country text not null check (country ~ '^[A-Z]{2}$'),
+  purpose text not null check (purpose in ('service', 'promotional')),
+  basis   text not null,
+  primary key (country, purpose)
+);
+select private.close_table('private.consent_rules');
+comment on table private.consent_rules is
+  'Where nobody is called for a purpose without having agreed to it: a consent of scope call_<purpose> that holds at the time. Reference data, to '
+  'be checked by a lawyer before launch.';
+insert into private.consent_rules (country, purpose, basis)
+values
+  ('US', 'promotional', '47 CFR 64.1200(a)(2): a voice that is made is an artificial one'),
+  ('IN', 'promotional', 'TRAI TCCCPR 2018, second amendment of 2025: explicit consent');
+
+create table private.caller_series (
+  country            text not null check (country ~ '^[A-Z]{2}$'),
+  purpose            text not null check (purpose in ('service', 'promotional')),
+  prefix             text not null check (prefix ~ '^\+[1-9][0-9]{0,7}$'),
+  is_allowed         boolean not null,
+  needs_registration boolean not null default false,
+  basis              text not null,
+  primary key (country, purpose, prefix)
+);
+select private.close_table('private.caller_series');
+comment on table private.caller_series is
+  'Which numbers people of a country may be called from for a purpose: the longest prefix of the caller''s number decides. Of a country and purpose '
+  'without rows any number will do. Reference data, to be checked before launch.';
+comment on column private.caller_series.needs_registration is 'Only a number that says under which registration it is used (caller_numbers.registration_id).';
+insert into private.caller_series (country, purpose, prefix, is_allowed, needs_registration, basis)
+values
+  ('IN', 'service', '+91', true, false, 'Numbers of the organization''s own'),
+  ('IN', 'service', '+91140', false, false, 'TRAI: the series of promotion'),
+  ('IN', 'service', '+91160', true, true, 'TRAI: the series of banks, insurers and government'),
+  ('IN', 'promotional', '+91140', true, true, 'TRAI: the series of promotion');
+
+alter table public.caller_numbers add column registration_id text;
+alter table public.caller_numbers add constraint caller_numbers_registration_length check (length(registration_id) between 1 and 100);
+comment on column public.caller_numbers.registration_id is
+  'Under which registration it is used, where its series asks for one: of the entity at the operators'' register in India. The operator enters it.';
+
+create function private.lacks_consent(organization uuid, phone text, country text, purpose text, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+      select
+      from private.consent_rules as rule
+      where rule.country = lacks_consent.country and rule.purpose = lacks_consent.purpose
+    )
+    and not exists (
+      select
+      from public.consents as known
+      where known.organization_id = organization and known.phone_number = phone and known.scope = 'call_' || lacks_consent.purpose
+        and known.granted_at <= at and (known.expires_at is null or known.expires_at > at) and (known.revoked_at is null or known.revoked_at > at)
+    );
+end
+$$;
+comment on function private.lacks_consent(uuid, text, text, text, timestamptz) is
+  'Whether a number may not be called for a purpose because nobody there has agreed to it, where that is asked for. Who takes it back is suppressed.';
+revoke execute on function private.lacks_consent(uuid, text, text, text, timestamptz) from public;
+
+create function private.may_call_from(number text, registration_id text, country text, purpose text) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  series private.caller_series;
+begin
+  select known.* into series
+  from private.caller_series as known
+  where known.country = may_call_from.country and known.purpose = may_call_from.purpose and starts_with(number, known.prefix)
+  order by length(known.prefix) desc
+  limit 1;
+  if series.prefix is null then
+    return not exists (
+      select from private.caller_series as known where known.country = may_call_from.country and known.purpose = may_call_from.purpose
+    );
+  end if;
+  return series.is_allowed and (registration_id is not null or not series.needs_registration);
+end
+$$;
+comment on function private.may_call_from(text, text, text, text) is
+  'Whether people of a country may be called from a number for a purpose: its series is the right one, and registered where that is asked for.';
+revoke execute on function private.may_call_from(text, text, text, text) from public;
+
+alter table private.dial_evidence
+  add column caller_series text,
+  add column registration_id text;
+comment on column private.dial_evidence.caller_series is 'The prefix of private.caller_series that allowed the number it was made from; null where any will do.';
+comment on column private.dial_evidence.registration_id is 'The registration that the number was used under at the time.';
+
+-- Ceilings on what calls cost, and calls that nobody speaks on -----------------------------------------------------------------------
+
+alter table private.destinations add column price_micros bigint;
+alter table private.destinations add constraint destinations_price_not_negative check (price_micros >= 0);
+comment on column private.destinations.price_micros is
+  'What a carrier asks at most for a minute there, in millionths of a US dollar, as the operator has entered it; null is not known.';
+alter table public.organizations
+  add column max_price_micros bigint,
+  add column max_hourly_cost_micros bigint,
+  add column hourly_cost_currency text not null default 'USD';
+alter table public.organizations add constraint organizations_max_price_positive check (max_price_micros > 0);
+alter table public.organizations add constraint organizations_max_hourly_cost_positive check (max_hourly_cost_micros > 0);
+alter table public.organizations add constraint organizations_hourly_cost_currency_is_iso check (hourly_cost_currency ~ '^[A-Z]{3}$');
+comment on column public.organizations.max_price_micros is
+  'What a minute of a call may cost at the carrier at most, in millionths of a US dollar; with one, nobody is called where the price is not known. '
+  'Null is without limit. Set by the operator.';
+comment on column public.organizations.max_hourly_cost_micros is
+  'What its calls of the last 60 minutes may have cost at the carrier before no more are begun, in millionths of hourly_cost_currency; a cost in another '
+  'currency cannot be compared and stops them too. Null is without limit. Set by the operator.';
+comment on column public.organizations.hourly_cost_currency is 'The currency of max_hourly_cost_micros.';
+
+create function private.destination_price(phone text) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select known.price_micros
+    from private.destinations as known
+    where known.prefix = any (array(select left(phone, size) from generate_series(2, 8) as size))
+    order by length(known.prefix) desc
+    limit 1
+  );
+end
+$$;
+comment on function private.destination_price(text) is 'What a minute to a number costs at most, in millionths of a US dollar; null is not known.';
+revoke execute on function private.destination_price(text) from public;
+
+alter table public.call_logs add column first_audio_ms integer;
+-- Nothing is in it yet.
+alter table public.call_logs add constraint call_logs_first_audio_not_negative check (first_audio_ms >= 0);
+comment on column public.call_logs.first_audio_ms is
+  'Milliseconds from the answer, when the agent''s stream was opened, until its first audio, as the agent measured them.';
+alter table public.campaigns add column pause_reason text;
+alter table public.campaigns add constraint campaigns_pause_reason_known check (pause_reason in ('abandoned_calls'));
+comment on column public.campaigns.pause_reason is 'Why it paused by itself; null when somebody paused it.';
+
+-- Four rings, for whoever is called.
+alter table public.campaigns add constraint campaigns_rings_long_enough check (ring_timeout_seconds >= 20);
+
+create table private.campaign_days (
+  organization_id uuid not null,
+  campaign_id     uuid not null,
+  day             date not null,
+  answered        integer not null default 0 check (answered >= 0),
+  abandoned       integer not null default 0 check (abandoned >= 0),
+  primary key (organization_id, campaign_id, day),
+  foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete cascade
+);
+select private.close_table('private.campaign_days');
+comment on table private.campaign_days is
+  'Of each UTC day, how many calls of a campaign a person answered, and on how many of these nobody spoke within two seconds.';
+
+create function private.is_live_answer(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select leg.status = 'ended' and leg.answered_at is not null and not coalesce(leg.machine, false)
+    and coalesce(leg.call_status in ('answered', 'our_fault'), false)
+$$;
+comment on function private.is_live_answer(public.call_logs) is 'Whether a call is over that a person answered.';
+
+create function private.is_abandoned(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select private.is_live_answer(leg) and case
+    when leg.first_audio_ms is not null then leg.first_audio_ms > 2000
+    else leg.call_status = 'our_fault' or coalesce(leg.stream_status = 'failed', false)
+  end
+$$;
+comment on function private.is_abandoned(public.call_logs) is
+  'Whether a person answered and heard nobody within two seconds: by what the agent measured, and without that, when the agent''s stream failed.';
+
+create function private.tally_answer() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  more_answered  constant integer := private.is_live_answer(new)::integer - private.is_live_answer(old)::integer;
+  more_abandoned constant integer := private.is_abandoned(new)::integer - private.is_abandoned(old)::integer;
+  campaign       public.campaigns;
+  recent         record;
+begin
+  if more_answered = 0 and more_abandoned = 0 then
+    return null;
+  end if;
+  select mine.* into campaign from public.campaigns as mine where mine.id = new.campaign_id for no key update;
+  insert into private.campaign_days as tally (campaign_id, day, organization_id, answered, abandoned)
+  values (
+    new.campaign_id, (new.ended_at at time zone 'UTC')::date, new.organization_id, greatest(more_answered, 0), greatest(more_abandoned, 0)
+  )
+  on conflict (organization_id, campaign_id, day) do update
+  set answered = greatest(tally.answered + more_answered, 0), abandoned = greatest(tally.abandoned + more_abandoned, 0);
+  if more_abandoned <= 0 or campaign.status <> 'running' then
+    return null;
+  end if;
+  select sum(tally.answered)::integer as answered, sum(tally.abandoned)::integer as abandoned into recent
+  from private.campaign_days as tally
+  where tally.organization_id = new.organization_id and tally.campaign_id = new.campaign_id and tally.day > (new.ended_at at time zone 'UTC')::date - 30;
+  -- Of fewer than 34 a single one would be more than three in a hundred.
+  if recent.answered >= 34 and recent.abandoned * 100 > recent.answered * 3 then
+    update public.campaigns as mine
+    set status = 'paused', paused_at = new.ended_at, pause_reason = 'abandoned_calls'
+    where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.paused', 'campaign', campaign.id,
+      jsonb_build_object('reason', 'abandoned_calls', 'answered', recent.answered, 'abandoned', recent.abandoned), private.clock_now()
+    );
+    perform private.raise_alarm(
+      new, 'abandoned_calls', jsonb_build_object('campaign_id', campaign.id, 'answered', recent.answered, 'abandoned', recent.abandoned),
+      private.clock_now()
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.tally_answer() is
+  'Trigger: counts what people answered and where nobody spoke; above three in a hundred of the last 30 days the campaign pauses (47 CFR 64.1200(a)(7)).';
+revoke execute on function private.is_live_answer(public.call_logs), private.is_abandoned(public.call_logs), private.tally_answer() from public;
+-- After settle_lead by its name: leads are locked before campaigns.
+create trigger tally_answer after update of status, answered_at, machine, call_status, first_audio_ms, stream_status on public.call_logs
+  for each row when (
+    new.direction = 'outbound' and new.campaign_id is not null and new.status = 'ended' and new.answered_at is not null
+    and (old.status, old.machine, old.call_status, old.first_audio_ms, old.stream_status, old.answered_at)
+      is distinct from (new.status, new.machine, new.call_status, new.first_audio_ms, new.stream_status, new.answered_at)
+  ) execute function private.tally_answer();
+
+-- What the carrier says of a day -----------------------------------------------------------------------------------------------------
+
+create table private.carrier_checks (
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  next_page          text,
+  pages              integer not null default 0 check (pages >= 0),
+  lease_until        timestamptz,
+  finished_at        timestamptz,
+  differences        integer check (differences >= 0),
+  primary key (carrier_account_id, day)
+);
+select private.close_table('private.carrier_checks');
+comment on table private.carrier_checks is 'Days of a carrier account, in UTC, whose call records are fetched page by page and then compared with our attempts, once.';
+comment on column private.carrier_checks.next_page is 'Where the carrier goes on; null before the first page and after the last.';
+comment on column private.carrier_checks.lease_until is 'Real time until which somebody fetches it.';
+
+create table private.carrier_records (
+  carrier_account_id    uuid not null,
+  day                   date not null,
+  provider_call_id      text not null,
+  started_at            timestamptz,
+  bill_duration_seconds integer check (bill_duration_seconds >= 0),
+  cost_micros           bigint check (cost_micros >= 0),
+  cost_currency         text check (cost_currency ~ '^[A-Z]{3}$'),
+  primary key (carrier_account_id, day, provider_call_id),
+  foreign key (carrier_account_id, day) references private.carrier_checks (carrier_account_id, day) on delete cascade
+);
+select private.close_table('private.carrier_records');
+comment on table private.carrier_records is 'A day''s call records as the carrier has them, while they are fetched; empty again once they are compared.';
+
+create table private.carrier_differences (
+  id                 uuid primary key default private.uuid_v7(),
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  kind               text not null check (kind in ('call_without_attempt', 'attempt_without_record', 'other_seconds', 'other_cost')),
+  provider_call_id   text,
+  attempt_id         uuid,
+  organization_id    uuid,
+  our_seconds        integer,
+  their_seconds      integer,
+  our_cost_micros    bigint,
+  their_cost_micros  bigint,
+  cost_currency      text,
+  is_corrected       boolean not null default false,
+  found_at           timestamptz not null
+);
+create index idx_carrier_differences_day on private.carrier_differences (carrier_account_id, day);
+select private.close_table('private.carrier_differences');
+comment on table private.carrier_differences is
+  'Where a carrier''s records of a day are other than our attempts. Other seconds and costs are corrected, at the price of the call; a call that '
+  'nobody made and a call that the carrier does not know are for a person.';
+create index idx_call_logs_begun on public.call_logs (carrier_account_id, begun_at) where dialled and direction = 'outbound';
 -- 07_plans_and_usage.sql
 
 -- Plans, their versioned prices, subscriptions, and what organizations have used.
@@ -11588,7 +11864,7 @@ begin
     or exists (select from private.breakers as breaker where breaker.is_open)
   then
     with judged as materialized (
-      select scope.id, recent.ended_at, recent.is_fault
+      select scope.id, recent.ended_at, recent.is_fault, recent.is_live
       from (
         (
           select
@@ -11596,16 +11872,19 @@ begin
             case
               when log.call_status in ('carrier_transient', 'our_fault', 'lost') then true
               when log.call_status in ('answered', 'machine', 'rejected') then false
-            end as is_fault
+            end as is_fault,
+            false as is_live
           from public.call_logs as log
           where log.status = 'ended' and log.direction = 'outbound' and log.ended_at > at - interval '2 minutes'
           order by log.ended_at desc
           limit 4000
         )
         union all
-        select log.carrier_account_id, log.campaign_id, at, true
+        -- Those that the carrier took speak for the line while they last, as those of which nothing is known speak against it.
+        select log.carrier_account_id, log.campaign_id, at, log.status = 'submission_unknown', log.status <> 'submission_unknown'
         from public.call_logs as log
-        where log.status <> 'ended' and log.status = 'submission_unknown' and log.submitted_at > at - interval '2 minutes'
+        where log.status <> 'ended' and log.direction = 'outbound' and log.status not in ('created', 'submitting')
+          and log.submitted_at > at - interval '2 minutes'
       ) as recent
       cross join lateral (values (recent.carrier_account_id), (recent.campaign_id)) as scope (id)
       -- Busy, no answer and the like say nothing of the line.
@@ -11616,7 +11895,7 @@ begin
         judged.id, breaker.is_open, breaker.retry_at,
         count(*) filter (where judged.ended_at > coalesce(breaker.since, '-infinity')) as calls,
         count(*) filter (where judged.is_fault and judged.ended_at > coalesce(breaker.since, '-infinity')) as faults,
-        bool_or(judged.is_fault) filter (where judged.ended_at >= breaker.retry_at) as probe_failed
+        bool_or(judged.is_fault) filter (where judged.ended_at >= breaker.retry_at and not judged.is_live) as probe_failed
       from judged
       left join private.breakers as breaker on breaker.scope = judged.id
       group by judged.id, breaker.is_open, breaker.retry_at
@@ -11687,6 +11966,19 @@ $$;
 comment on function private.is_broken(uuid, timestamptz) is
   'Whether nothing may be begun on an account or of a campaign since too much failed; once the wait is over, one call at a time may.';
 
+create function private.has_tripped(scope uuid, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from private.breakers as breaker
+    where breaker.scope = has_tripped.scope and breaker.is_open and breaker.retry_at > has_tripped.at
+  );
+end
+$$;
+comment on function private.has_tripped(uuid, timestamptz) is
+  'Whether nothing may be begun on an account or of a campaign yet; the call that tries whether it is over is released after that.';
+
 create function private.caller_number_room(number text, daily_calls integer, at timestamptz) returns integer
 language plpgsql stable security definer set search_path = '' as $$
 begin
@@ -11721,7 +12013,7 @@ begin
   waiting as materialized (
     -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
     select
-      campaign.id, organization.caller_id, organization.dial_countries,
+      campaign.id, organization.caller_id, organization.dial_countries, organization.max_price_micros,
       organization.dispatch_weight::numeric / count(*) over (partition by campaign.organization_id) as weight,
       row_number() over (partition by campaign.organization_id order by random()) as place,
       coalesce((
@@ -11753,7 +12045,7 @@ begin
   ready as materialized (
     -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
     select
-      campaign.*, waiting.caller_id, waiting.dial_countries,
+      campaign.*, waiting.caller_id, waiting.dial_countries, waiting.max_price_micros,
       greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
     from waiting
     join public.campaigns as campaign on campaign.id = waiting.id
@@ -11795,6 +12087,7 @@ begin
           order by queued.next_retry_at
           limit kind.most
         ) as oldest
+        where level.priority is not null
         limit kind.most
       ) as due
       limit ready.most
@@ -11813,7 +12106,7 @@ begin
   ),
   numbers as materialized (
     -- What an organization may call from, without those that have rung often enough in 24 hours.
-    select number.organization_id, number.phone_number, number.carrier_account_id
+    select number.organization_id, number.phone_number, number.carrier_account_id, number.registration_id
     from public.caller_numbers as number
     join public.carrier_accounts as account on account.id = number.carrier_account_id
     where number.organization_id in (select locked.organization_id from locked)
@@ -11822,7 +12115,10 @@ begin
   ),
   zoned as materialized (
     select
-      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable
+      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable,
+      ready.purpose,
+      case when ready.max_price_micros is not null then coalesce(private.destination_price(locked.phone) > ready.max_price_micros, true) else false end
+        as is_dear
     from locked
     join ready on ready.id = locked.campaign_id
     cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
@@ -11838,6 +12134,7 @@ begin
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      private.lacks_consent(zoned.organization_id, zoned.phone, zoned.country, zoned.purpose, at) as lacks_consent,
       (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
         select
@@ -11868,7 +12165,9 @@ begin
         when seen.archived_at is not null then 'archived'
         when seen.phone is null then 'no_phone'
         when not seen.is_callable then 'destination_blocked'
+        when seen.is_dear then 'price_ceiling'
         when seen.register is not null then seen.register
+        when seen.lacks_consent then 'no_consent'
         when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
@@ -11903,6 +12202,7 @@ begin
         when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
         when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
+        when 'no_caller_series' then private.whole_minute(at + interval '1 hour')
         when 'daily_cap' then private.whole_minute(greatest(numbered.dials[2] + interval '24 hours', numbered.dials[1] + interval '60 minutes'))
         when 'min_gap' then private.whole_minute(numbered.dials[1] + interval '60 minutes')
       end,
@@ -11917,7 +12217,20 @@ begin
       single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
       ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
       single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
-      case when single.final_verdict is null and number.phone_number is null then 'caller_number_cap' else single.final_verdict end as final_verdict
+      case
+        when single.final_verdict is null and number.phone_number is null then case
+          when exists (
+            select
+            from public.caller_numbers as own
+            join public.carrier_accounts as account on account.id = own.carrier_account_id
+            where own.organization_id = single.organization_id and own.is_active and account.is_active and account.dialling_enabled
+              and private.may_call_from(own.phone_number, own.registration_id, single.country, single.purpose)
+          )
+          then 'caller_number_cap'
+          else 'no_caller_series'
+        end
+        else single.final_verdict
+      end as final_verdict
     from single
     join ready on ready.id = single.campaign_id
     left join lateral (
@@ -11932,6 +12245,7 @@ begin
       select number.phone_number, number.carrier_account_id
       from numbers as number
       where number.organization_id = single.organization_id
+        and private.may_call_from(number.phone_number, number.registration_id, single.country, single.purpose)
       order by
         (number.phone_number = last.caller_number) desc nulls last, (number.phone_number = ready.caller_id) nulls first,
         hashtextextended(number.phone_number || single.phone, 0)
@@ -12008,9 +12322,30 @@ begin
           where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
             and not private.is_broken(account.id, at)
         ) then 'circuit_open'
-        else (
-          select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
+        when exists (
+          select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
         )
+        then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
+        when tenant.max_hourly_cost_micros is not null and (
+          select
+            coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+            or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+          from public.call_logs as log
+          -- The longest call and the hour.
+          where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+            and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+        )
+        then 'spend_ceiling'
+        -- All its numbers rest: its leads are left where they are, and none of them is looked at.
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+            and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+        )
+        then 'caller_number_cap'
       end
     from public.organizations as tenant
     left join private.platform_dialling as platform on platform.single
@@ -12243,14 +12578,24 @@ create function private.write_evidence(attempts uuid[], at timestamptz) returns 
 language plpgsql volatile security definer set search_path = '' as $$
 begin
   insert into private.dial_evidence (
-    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before
+    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before,
+    caller_series, registration_id
   )
   select
     log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
     private.callee_zones(lead.timezone, callee.zones, campaign.timezone),
     case when lead.timezone <> '' then 'lead' when callee.zones is not null then 'number' else 'campaign' end,
-    private.recent_dials(log.callee_number, at)
+    private.recent_dials(log.callee_number, at),
+    (
+      select series.prefix
+      from private.caller_series as series
+      where series.country = callee.country and series.purpose = campaign.purpose and starts_with(log.caller_number, series.prefix)
+      order by length(series.prefix) desc
+      limit 1
+    ),
+    number.registration_id
   from public.call_logs as log
+  join public.caller_numbers as number on number.phone_number = log.caller_number
   join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
   join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
   cross join lateral private.destination(log.callee_number, null) as callee
@@ -12282,6 +12627,7 @@ begin
           'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
           'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
           'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'caller_series', seen.caller_series, 'registration_id', seen.registration_id,
           'consent', case
             when consent.id is not null then jsonb_build_object(
               'id', consent.id, 'text', consent.consent_text, 'source', consent.source, 'granted_at', consent.granted_at, 'proof', consent.proof
@@ -12540,6 +12886,7 @@ begin
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
         when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
+        when private.has_tripped(log.carrier_account_id, at) or private.has_tripped(log.campaign_id, at) then 'circuit_open'
         when not campaign.dialling_enabled then 'campaign_disabled'
         -- A single call is made whether its campaign runs or not.
         when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
@@ -12547,6 +12894,10 @@ begin
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
         when lead.phone is distinct from log.callee_number then 'number_changed'
+        when private.lacks_consent(
+          log.organization_id, log.callee_number, (private.destination(log.callee_number, null)).country, campaign.purpose, at
+        )
+        then 'no_consent'
       end as reason
     from public.call_logs as log
     left join private.platform_dialling as platform on platform.single
@@ -12572,12 +12923,12 @@ begin
         case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
         at,
         due := case
-          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled', 'circuit_open') then at + interval '1 minute'
           when reason = 'number_changed' or reason like 'campaign%' then at
         end,
         closing := case
           when reason = 'opted_out' then 'opted_out'
-          when reason in ('abuse', 'archived') then 'skipped'
+          when reason in ('abuse', 'archived', 'no_consent') then 'skipped'
         end::public.campaign_lead_status,
         reason := reason
       );
@@ -12819,19 +13170,217 @@ begin
   into stale
   from claimed
   join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
-  return jsonb_build_object('attempts', coalesce(stale, '[]'));
+  return jsonb_build_object('attempts', coalesce(stale, '[]'), 'agentless', private.reap_websockets('{"v": 1}', at) -> 'calls');
 end
 $$;
 comment on function private.reconcile_calls(jsonb, timestamptz) is
   'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
-  'Also ends those that were never begun and may not be any more.';
+  'Also ends those that were never begun and may not be any more, and forgets the sockets that nobody has heard of.';
 
 create function public.reconcile_calls(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.reconcile_calls($1, private.clock_now())
 $$;
 comment on function public.reconcile_calls(jsonb) is
-  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}]}; the age is real, since it was begun.';
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}],"agentless":[{"organization_id",'
+  '"attempt_id"}]}; the age is real, since it was begun.';
+
+
+-- The carrier's records of a day --------------------------------------------------------------------------------------------------
+
+create function private.claim_carrier_check(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  -- Until four in the morning carriers still add to what was.
+  yesterday constant date := ((now() - interval '4 hours') at time zone 'UTC')::date - 1;
+  claimed   jsonb;
+begin
+  insert into private.carrier_checks (carrier_account_id, day)
+  select account.id, yesterday
+  from public.carrier_accounts as account
+  -- Telnyx keeps its records where no adapter reads them yet.
+  where account.is_active and account.created_at < at and account.provider <> 'telnyx'
+  on conflict do nothing;
+  with due as (
+    select waiting.carrier_account_id, waiting.day
+    from private.carrier_checks as waiting
+    where waiting.finished_at is null and waiting.day > yesterday - 7 and (waiting.lease_until is null or waiting.lease_until < now())
+    order by waiting.day, waiting.carrier_account_id
+    limit 1
+    for no key update skip locked
+  ),
+  taken as (
+    update private.carrier_checks as own
+    set lease_until = now() + interval '5 minutes'
+    from due
+    where own.carrier_account_id = due.carrier_account_id and own.day = due.day
+    returning own.*
+  )
+  select jsonb_build_object(
+    'day', taken.day, 'next_page', taken.next_page, 'provider', account.provider, 'carrier_account_id', account.id,
+    'account_sid', account.account_sid, 'credentials_sealed', account.credentials_sealed, 'api_base', account.api_base
+  )
+  into claimed
+  from taken
+  join public.carrier_accounts as account on account.id = taken.carrier_account_id;
+  return claimed;
+end
+$$;
+comment on function private.claim_carrier_check(jsonb, timestamptz) is
+  'Gives out one account whose records of a day are to be fetched, or to be gone on with, for five minutes: yesterday''s, and for a week what failed.';
+
+create function public.claim_carrier_check(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_carrier_check($1, private.clock_now())
+$$;
+comment on function public.claim_carrier_check(jsonb) is
+  '{"v":1} -> {"day","next_page","provider","carrier_account_id","account_sid","credentials_sealed","api_base"}, or null when nothing is due.';
+
+create function private.store_carrier_records(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  account constant uuid := (request ->> 'carrier_account_id')::uuid;
+  checked constant date := (request ->> 'day')::date;
+begin
+  perform
+  from private.carrier_checks as own
+  where own.carrier_account_id = account and own.day = checked and own.finished_at is null
+  for no key update;
+  if not found then
+    return jsonb_build_object('done', true, 'differences', 0, 'corrected', 0);
+  end if;
+  insert into private.carrier_records (carrier_account_id, day, provider_call_id, started_at, bill_duration_seconds, cost_micros, cost_currency)
+  select distinct on (told.provider_call_id)
+    account, checked, told.provider_call_id, told.started_at, told.bill_duration_seconds, told.cost_micros, told.cost_currency
+  from jsonb_to_recordset(coalesce(request -> 'records', '[]')) as told (
+    provider_call_id text, started_at timestamptz, bill_duration_seconds integer, cost_micros bigint, cost_currency text
+  )
+  where told.provider_call_id <> ''
+  on conflict (carrier_account_id, day, provider_call_id) do update
+  set
+    started_at = excluded.started_at, bill_duration_seconds = excluded.bill_duration_seconds, cost_micros = excluded.cost_micros,
+    cost_currency = excluded.cost_currency;
+  if request ->> 'next_page' is not null then
+    update private.carrier_checks as own
+    set next_page = request ->> 'next_page', pages = own.pages + 1, lease_until = now() + interval '5 minutes'
+    where own.carrier_account_id = account and own.day = checked;
+    return jsonb_build_object('done', false);
+  end if;
+  return private.compare_carrier_records(account, checked, at) || '{"done": true}';
+end
+$$;
+comment on function private.store_carrier_records(jsonb, timestamptz) is
+  'Keeps a page of a carrier''s records; with the last one compares the day. A page that comes again changes nothing.';
+
+create function public.store_carrier_records(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.store_carrier_records($1, private.clock_now())
+$$;
+comment on function public.store_carrier_records(jsonb) is
+  '{"v":1,"carrier_account_id","day","records":[{"provider_call_id","started_at","bill_duration_seconds","cost_micros","cost_currency"}],'
+  '"next_page":text|null} -> {"done":false} or {"done":true,"differences":n,"corrected":n}.';
+
+create function private.compare_carrier_records(account uuid, checked date, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  opens  constant timestamptz := checked::timestamp at time zone 'UTC';
+  closes constant timestamptz := (checked + 1)::timestamp at time zone 'UTC';
+  attempt public.call_logs;
+  amended public.call_logs;
+  theirs  private.carrier_records;
+  found_  integer;
+  corrected integer := 0;
+begin
+  insert into private.carrier_differences (
+    carrier_account_id, day, kind, provider_call_id, attempt_id, organization_id, our_seconds, their_seconds, our_cost_micros, their_cost_micros,
+    cost_currency, found_at
+  )
+  -- Records of the hours before and after are there for attempts at the edges of the day, and are judged with their own day.
+  select
+    account, checked, told.kind, record.provider_call_id, log.id, log.organization_id, log.bill_duration_seconds, record.bill_duration_seconds,
+    log.carrier_cost_micros, record.cost_micros, record.cost_currency, at
+  from private.carrier_records as record
+  left join public.call_logs as log on log.call_sid = record.provider_call_id and log.carrier_account_id = account
+  cross join lateral (
+    select 'call_without_attempt' as kind
+    where log.id is null and not exists (
+      select from public.call_logs as leg where leg.transfer_sid = record.provider_call_id
+    )
+    union all
+    select 'other_seconds'
+    where log.status = 'ended' and record.bill_duration_seconds <> coalesce(log.bill_duration_seconds, 0)
+    union all
+    select 'other_cost'
+    where log.status = 'ended' and record.cost_micros is not null
+      and (record.cost_micros, record.cost_currency) is distinct from (log.carrier_cost_micros, log.carrier_cost_currency)
+  ) as told
+  where record.carrier_account_id = account and record.day = checked
+    and (record.started_at is null or record.started_at >= opens and record.started_at < closes)
+  union all
+  select
+    account, checked, 'attempt_without_record', log.call_sid, log.id, log.organization_id, log.bill_duration_seconds, null,
+    log.carrier_cost_micros, null, log.carrier_cost_currency, at
+  from public.call_logs as log
+  where log.carrier_account_id = account and log.direction = 'outbound' and log.dialled and log.status = 'ended'
+    and log.begun_at >= opens and log.begun_at < closes
+    -- What was lost was looked for already, and not found.
+    and (log.call_sid is not null or log.call_status <> 'lost')
+    and not exists (
+      select
+      from private.carrier_records as record
+      where record.carrier_account_id = account and record.day = checked and record.provider_call_id = log.call_sid
+    );
+  get diagnostics found_ = row_count;
+
+  perform private.lock_attempts(array(
+    select distinct differing.attempt_id
+    from private.carrier_differences as differing
+    where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+  ));
+  for attempt in
+    select log.*
+    from public.call_logs as log
+    where log.id in (
+      select differing.attempt_id
+      from private.carrier_differences as differing
+      where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+    )
+    order by log.organization_id, log.id
+  loop
+    select own.* into theirs
+    from private.carrier_records as own
+    where own.carrier_account_id = account and own.day = checked and own.provider_call_id = attempt.call_sid;
+    amended := attempt;
+    amended.bill_duration_seconds := coalesce(theirs.bill_duration_seconds, attempt.bill_duration_seconds);
+    if theirs.cost_micros is not null then
+      amended.carrier_cost_micros := theirs.cost_micros;
+      amended.carrier_cost_currency := theirs.cost_currency;
+    end if;
+    if private.amend_attempt(attempt, amended, null, at) then
+      corrected := corrected + 1;
+    end if;
+  end loop;
+  update private.carrier_differences as differing
+  set is_corrected = true
+  where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost');
+
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    differing.organization_id, 'alarm.carrier_records_differ', concat_ws(' ', account, checked, differing.organization_id),
+    jsonb_build_object('carrier_account_id', account, 'day', checked, 'differences', count(*)), at
+  from private.carrier_differences as differing
+  where differing.carrier_account_id = account and differing.day = checked and differing.organization_id is not null
+  group by differing.organization_id
+  on conflict do nothing;
+  delete from private.carrier_records as own where own.carrier_account_id = account and own.day = checked;
+  update private.carrier_checks as own
+  set finished_at = now(), lease_until = null, next_page = null, differences = found_
+  where own.carrier_account_id = account and own.day = checked;
+  return jsonb_build_object('differences', found_, 'corrected', corrected);
+end
+$$;
+comment on function private.compare_carrier_records(uuid, date, timestamptz) is
+  'Compares a day''s records with our attempts in one statement; every difference becomes a row, other seconds and costs are corrected at the price of the call.';
 
 
 -- What a user does with a campaign ------------------------------------------------------------------------------------------------
@@ -12860,7 +13409,7 @@ begin
     'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
-    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
+    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at, 'pause_reason', campaign.pause_reason,
     'completed_at', campaign.completed_at, 'cancelled_at', campaign.cancelled_at,
     'counts', (
       select jsonb_object_agg(state.name, coalesce(counted.number, 0))
@@ -13210,7 +13759,7 @@ begin
       409, 'invalid_transition', format('A campaign that is %s cannot be paused', campaign.status), 'status'
     );
   end if;
-  update public.campaigns as mine set status = 'paused', paused_at = at where mine.id = campaign.id;
+  update public.campaigns as mine set status = 'paused', paused_at = at, pause_reason = null where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.paused', 'campaign', campaign.id, '{}', at);
   return private.campaign_json(campaign.id, at);
 end
@@ -13236,7 +13785,7 @@ begin
   if private.dispatch_obstacle(campaign.organization_id, at) = 'subscription_inactive' then
     perform private.raise_error(402, 'subscription_inactive', 'The organization has no active subscription');
   end if;
-  update public.campaigns as mine set status = 'running', paused_at = null where mine.id = campaign.id;
+  update public.campaigns as mine set status = 'running', paused_at = null, pause_reason = null where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.resumed', 'campaign', campaign.id, '{}', at);
   return private.campaign_json(campaign.id, at);
 end
@@ -13422,7 +13971,7 @@ begin
   update public.campaigns as mine
   set
     status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
-    open_leads = mine.open_leads + reopened
+    pause_reason = null, open_leads = mine.open_leads + reopened
   where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
   return private.campaign_json(campaign.id, at);
@@ -13803,14 +14352,15 @@ comment on function public.open_hangup(jsonb) is
 -- Who may call what ---------------------------------------------------------------------------------------------------------------
 
 revoke execute on function
-  public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
+  public.claim_carrier_check(jsonb), public.store_carrier_records(jsonb), public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
   public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 from public, anon, authenticated, service_role;
 grant execute on function
   private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
-  private.reconcile_calls(jsonb, timestamptz),
+  private.reconcile_calls(jsonb, timestamptz), private.claim_carrier_check(jsonb, timestamptz), private.store_carrier_records(jsonb, timestamptz),
+  public.claim_carrier_check(jsonb), public.store_carrier_records(jsonb),
   public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb)
 to service_role;
 grant execute on function
@@ -18741,6 +19291,8 @@ begin
     -- No link of any later event takes its place.
     ranks := ranks || jsonb_build_object('recording_url', 9);
   end if;
+  -- The first word is the first, however often it is told.
+  updated.first_audio_ms := coalesce(attempt.first_audio_ms, least(greatest((told ->> 'first_audio_ms')::bigint, 0), 3600000)::integer);
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
     ranks := ranks || jsonb_build_object('language', rank);
@@ -18809,7 +19361,8 @@ begin
       summary = updated.summary, sentiment_score = updated.sentiment_score, interest_level = updated.interest_level,
       transferred = updated.transferred, transferred_at = updated.transferred_at, transfer_reason = updated.transfer_reason,
       transfer_department = updated.transfer_department, disconnect_reason = updated.disconnect_reason,
-      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata
+      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata,
+      first_audio_ms = updated.first_audio_ms
     where log.id = attempt.id;
   end if;
   if updated.transferred and not attempt.transferred then
@@ -21063,7 +21616,7 @@ from (
     ('public.platform_audit_logs', 'user_name action entity_type', 'none', null, 'kept', 'Who of the operator''s own people did what.'),
     ('public.usage_logs', 'feature_key', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
     ('public.campaigns', 'name timezone', 'none', null, 'kept', 'What the organization calls it.'),
-    ('public.campaigns', 'retry_rules purpose', 'none', null, 'kept', 'Minutes, and a word of a list.'),
+    ('public.campaigns', 'retry_rules purpose pause_reason', 'none', null, 'kept', 'Minutes, and words of lists.'),
     ('public.organizations', 'dial_countries', 'none', null, 'kept', 'Countries.'),
     ('public.projects', 'name address project_type status image_url image_path', 'none', null, 'kept', 'A development or a product line, not a person.'),
     ('public.properties', 'title address currency_code type status', 'none', null, 'kept', 'A building, not a person.'),
@@ -21128,6 +21681,12 @@ from (
     ('private.setting_types', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.dial_evidence', '*', 'none', null, 'kept', 'Ids, and words of lists.'),
     ('private.destinations', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.caller_series', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.campaign_days', '*', 'none', null, 'kept', 'Counts.'),
+    ('private.carrier_checks', '*', 'none', null, 'kept', 'Where the carrier goes on.'),
+    ('private.carrier_records', '*', 'none', null, 'kept', 'Ids and amounts, for as long as they are compared.'),
+    ('private.carrier_differences', '*', 'none', null, 'kept', 'Ids, amounts, and words of a list.'),
+    ('private.consent_rules', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.platform_dialling', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.timezones', '*', 'none', null, 'kept', 'Reference data.'),
     ('public.call_logs', 'stream_id stream_status stream_error transfer_sid transfer_status', 'none', null, 'kept', 'The carrier''s ids and words of states.'),
@@ -22465,7 +23024,7 @@ begin
     private.key_at(new.id, at),
     jsonb_build_object(
       'campaign_id', new.id, 'name', new.name, 'project_id', new.project_id, 'status', new.status, 'leads', new.total_enrolled,
-      'open_leads', new.open_leads
+      'open_leads', new.open_leads, 'reason', new.pause_reason
     ),
     at
   );

@@ -4,6 +4,7 @@ mod figures;
 mod intake;
 mod invoices;
 mod metering;
+mod release;
 mod rls;
 
 use anyhow::Result;
@@ -15,6 +16,8 @@ use clap::Parser;
 enum Benchmark {
     /// What row-level security costs through PostgREST, against the same query with its filter written by hand.
     Rls(rls::Options),
+    /// What a release costs, whatever is queued.
+    Release(release::Options),
     /// What `webhook-intake` costs, against a handler that only forwards.
     Intake(intake::Options),
     /// How fast usage is counted, read and held, against the limit of the machine.
@@ -28,6 +31,7 @@ async fn main() -> Result<()> {
     println!("{}", figures::machine());
     match Benchmark::parse_from(local::arguments()) {
         Benchmark::Rls(options) => rls::run(&options).await,
+        Benchmark::Release(options) => release::run(options).await,
         Benchmark::Intake(options) => intake::run(options).await,
         Benchmark::Metering(options) => metering::run(options).await,
         Benchmark::Invoices(options) => invoices::run(&options).await,

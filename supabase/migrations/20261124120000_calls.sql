@@ -1,4 +1,5 @@
--- Single calls, manual retries, campaigns that start by themselves and again, and what a campaign may spend.
+-- Single calls, manual retries, campaigns that start by themselves and again; consent, series, ceilings, calls that nobody speaks on, and what the
+-- carrier says of a day.
 
 set local lock_timeout = '5s';
 set local statement_timeout = '60s';
@@ -20,9 +21,304 @@ grant insert (credit_cap), update (credit_cap) on public.campaigns to authentica
 -- squawk-ignore require-concurrent-index-creation
 create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+
+-- What a call needs beside an open window: consent, and a number of the right series --------------------------------------------------
+
+create table private.consent_rules (
+  country text not null check (country ~ '^[A-Z]{2}$'),
+  purpose text not null check (purpose in ('service', 'promotional')),
+  basis   text not null,
+  primary key (country, purpose)
+);
+select private.close_table('private.consent_rules');
+comment on table private.consent_rules is
+  'Where nobody is called for a purpose without having agreed to it: a consent of scope call_<purpose> that holds at the time. Reference data, to '
+  'be checked by a lawyer before launch.';
+insert into private.consent_rules (country, purpose, basis)
+values
+  ('US', 'promotional', '47 CFR 64.1200(a)(2): a voice that is made is an artificial one'),
+  ('IN', 'promotional', 'TRAI TCCCPR 2018, second amendment of 2025: explicit consent');
+
+create table private.caller_series (
+  country            text not null check (country ~ '^[A-Z]{2}$'),
+  purpose            text not null check (purpose in ('service', 'promotional')),
+  prefix             text not null check (prefix ~ '^\+[1-9][0-9]{0,7}$'),
+  is_allowed         boolean not null,
+  needs_registration boolean not null default false,
+  basis              text not null,
+  primary key (country, purpose, prefix)
+);
+select private.close_table('private.caller_series');
+comment on table private.caller_series is
+  'Which numbers people of a country may be called from for a purpose: the longest prefix of the caller''s number decides. Of a country and purpose '
+  'without rows any number will do. Reference data, to be checked before launch.';
+comment on column private.caller_series.needs_registration is 'Only a number that says under which registration it is used (caller_numbers.registration_id).';
+insert into private.caller_series (country, purpose, prefix, is_allowed, needs_registration, basis)
+values
+  ('IN', 'service', '+91', true, false, 'Numbers of the organization''s own'),
+  ('IN', 'service', '+91140', false, false, 'TRAI: the series of promotion'),
+  ('IN', 'service', '+91160', true, true, 'TRAI: the series of banks, insurers and government'),
+  ('IN', 'promotional', '+91140', true, true, 'TRAI: the series of promotion');
+
+alter table public.caller_numbers add column registration_id text;
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.caller_numbers add constraint caller_numbers_registration_length check (length(registration_id) between 1 and 100);
+comment on column public.caller_numbers.registration_id is
+  'Under which registration it is used, where its series asks for one: of the entity at the operators'' register in India. The operator enters it.';
+
+alter table private.dial_evidence
+  add column caller_series text,
+  add column registration_id text;
+comment on column private.dial_evidence.caller_series is 'The prefix of private.caller_series that allowed the number it was made from; null where any will do.';
+comment on column private.dial_evidence.registration_id is 'The registration that the number was used under at the time.';
+
+-- Ceilings on what calls cost, and calls that nobody speaks on -----------------------------------------------------------------------
+
+alter table private.destinations add column price_micros bigint;
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table private.destinations add constraint destinations_price_not_negative check (price_micros >= 0);
+comment on column private.destinations.price_micros is
+  'What a carrier asks at most for a minute there, in millionths of a US dollar, as the operator has entered it; null is not known.';
+alter table public.organizations
+  add column max_price_micros bigint,
+  add column max_hourly_cost_micros bigint,
+  add column hourly_cost_currency text not null default 'USD';
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.organizations add constraint organizations_max_price_positive check (max_price_micros > 0);
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.organizations add constraint organizations_max_hourly_cost_positive check (max_hourly_cost_micros > 0);
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.organizations add constraint organizations_hourly_cost_currency_is_iso check (hourly_cost_currency ~ '^[A-Z]{3}$');
+comment on column public.organizations.max_price_micros is
+  'What a minute of a call may cost at the carrier at most, in millionths of a US dollar; with one, nobody is called where the price is not known. '
+  'Null is without limit. Set by the operator.';
+comment on column public.organizations.max_hourly_cost_micros is
+  'What its calls of the last 60 minutes may have cost at the carrier before no more are begun, in millionths of hourly_cost_currency; a cost in another '
+  'currency cannot be compared and stops them too. Null is without limit. Set by the operator.';
+comment on column public.organizations.hourly_cost_currency is 'The currency of max_hourly_cost_micros.';
+
+alter table public.call_logs add column first_audio_ms integer;
+-- Nothing is in it yet.
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.call_logs add constraint call_logs_first_audio_not_negative check (first_audio_ms >= 0);
+comment on column public.call_logs.first_audio_ms is
+  'Milliseconds from the answer, when the agent''s stream was opened, until its first audio, as the agent measured them.';
+alter table public.campaigns add column pause_reason text;
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.campaigns add constraint campaigns_pause_reason_known check (pause_reason in ('abandoned_calls'));
+comment on column public.campaigns.pause_reason is 'Why it paused by itself; null when somebody paused it.';
+
+-- Four rings, for whoever is called.
+update public.campaigns set ring_timeout_seconds = 20 where ring_timeout_seconds < 20;
+-- The table is new or small: it is read in no time.
+-- squawk-ignore constraint-missing-not-valid
+alter table public.campaigns add constraint campaigns_rings_long_enough check (ring_timeout_seconds >= 20);
+
+create table private.campaign_days (
+  organization_id uuid not null,
+  campaign_id     uuid not null,
+  day             date not null,
+  answered        integer not null default 0 check (answered >= 0),
+  abandoned       integer not null default 0 check (abandoned >= 0),
+  primary key (organization_id, campaign_id, day),
+  foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete cascade
+);
+select private.close_table('private.campaign_days');
+comment on table private.campaign_days is
+  'Of each UTC day, how many calls of a campaign a person answered, and on how many of these nobody spoke within two seconds.';
+
+-- What the carrier says of a day -----------------------------------------------------------------------------------------------------
+
+create table private.carrier_checks (
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  next_page          text,
+  pages              integer not null default 0 check (pages >= 0),
+  lease_until        timestamptz,
+  finished_at        timestamptz,
+  differences        integer check (differences >= 0),
+  primary key (carrier_account_id, day)
+);
+select private.close_table('private.carrier_checks');
+comment on table private.carrier_checks is 'Days of a carrier account, in UTC, whose call records are fetched page by page and then compared with our attempts, once.';
+comment on column private.carrier_checks.next_page is 'Where the carrier goes on; null before the first page and after the last.';
+comment on column private.carrier_checks.lease_until is 'Real time until which somebody fetches it.';
+
+create table private.carrier_records (
+  carrier_account_id    uuid not null,
+  day                   date not null,
+  provider_call_id      text not null,
+  started_at            timestamptz,
+  bill_duration_seconds integer check (bill_duration_seconds >= 0),
+  cost_micros           bigint check (cost_micros >= 0),
+  cost_currency         text check (cost_currency ~ '^[A-Z]{3}$'),
+  primary key (carrier_account_id, day, provider_call_id),
+  foreign key (carrier_account_id, day) references private.carrier_checks (carrier_account_id, day) on delete cascade
+);
+select private.close_table('private.carrier_records');
+comment on table private.carrier_records is 'A day''s call records as the carrier has them, while they are fetched; empty again once they are compared.';
+
+create table private.carrier_differences (
+  id                 uuid primary key default private.uuid_v7(),
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  kind               text not null check (kind in ('call_without_attempt', 'attempt_without_record', 'other_seconds', 'other_cost')),
+  provider_call_id   text,
+  attempt_id         uuid,
+  organization_id    uuid,
+  our_seconds        integer,
+  their_seconds      integer,
+  our_cost_micros    bigint,
+  their_cost_micros  bigint,
+  cost_currency      text,
+  is_corrected       boolean not null default false,
+  found_at           timestamptz not null
+);
+create index idx_carrier_differences_day on private.carrier_differences (carrier_account_id, day);
+select private.close_table('private.carrier_differences');
+comment on table private.carrier_differences is
+  'Where a carrier''s records of a day are other than our attempts. Other seconds and costs are corrected, at the price of the call; a call that '
+  'nobody made and a call that the carrier does not know are for a person.';
+-- Before the first release no installation is in use: the table is small.
+-- squawk-ignore require-concurrent-index-creation
+create index idx_call_logs_begun on public.call_logs (carrier_account_id, begun_at) where dialled and direction = 'outbound';
+
+insert into private.personal_data (table_name, column_name, found_by, via, treatment, reason)
+values
+  ('private.campaign_days', '*', 'none', null, 'kept', 'Counts.'),
+  ('private.carrier_checks', '*', 'none', null, 'kept', 'Where the carrier goes on.'),
+  ('private.carrier_records', '*', 'none', null, 'kept', 'Ids and amounts, for as long as they are compared.'),
+  ('private.carrier_differences', '*', 'none', null, 'kept', 'Ids, amounts, and words of a list.'),
+  ('private.consent_rules', '*', 'none', null, 'kept', 'Reference data.'),
+  ('private.caller_series', '*', 'none', null, 'kept', 'Reference data.'),
+  ('public.campaigns', 'pause_reason', 'none', null, 'kept', 'Minutes, and words of lists.');
+update private.personal_data set reason = 'Minutes, and words of lists.'
+where table_name = 'public.campaigns' and column_name in ('retry_rules', 'purpose');
 
 -- Functions --------------------------------------------------------------------------------------------------------------------------
+
+create function private.lacks_consent(organization uuid, phone text, country text, purpose text, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+      select
+      from private.consent_rules as rule
+      where rule.country = lacks_consent.country and rule.purpose = lacks_consent.purpose
+    )
+    and not exists (
+      select
+      from public.consents as known
+      where known.organization_id = organization and known.phone_number = phone and known.scope = 'call_' || lacks_consent.purpose
+        and known.granted_at <= at and (known.expires_at is null or known.expires_at > at) and (known.revoked_at is null or known.revoked_at > at)
+    );
+end
+$$;
+comment on function private.lacks_consent(uuid, text, text, text, timestamptz) is
+  'Whether a number may not be called for a purpose because nobody there has agreed to it, where that is asked for. Who takes it back is suppressed.';
+
+create function private.may_call_from(number text, registration_id text, country text, purpose text) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  series private.caller_series;
+begin
+  select known.* into series
+  from private.caller_series as known
+  where known.country = may_call_from.country and known.purpose = may_call_from.purpose and starts_with(number, known.prefix)
+  order by length(known.prefix) desc
+  limit 1;
+  if series.prefix is null then
+    return not exists (
+      select from private.caller_series as known where known.country = may_call_from.country and known.purpose = may_call_from.purpose
+    );
+  end if;
+  return series.is_allowed and (registration_id is not null or not series.needs_registration);
+end
+$$;
+comment on function private.may_call_from(text, text, text, text) is
+  'Whether people of a country may be called from a number for a purpose: its series is the right one, and registered where that is asked for.';
+
+create function private.destination_price(phone text) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select known.price_micros
+    from private.destinations as known
+    where known.prefix = any (array(select left(phone, size) from generate_series(2, 8) as size))
+    order by length(known.prefix) desc
+    limit 1
+  );
+end
+$$;
+comment on function private.destination_price(text) is 'What a minute to a number costs at most, in millionths of a US dollar; null is not known.';
+
+create function private.is_live_answer(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select leg.status = 'ended' and leg.answered_at is not null and not coalesce(leg.machine, false)
+    and coalesce(leg.call_status in ('answered', 'our_fault'), false)
+$$;
+comment on function private.is_live_answer(public.call_logs) is 'Whether a call is over that a person answered.';
+
+create function private.is_abandoned(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select private.is_live_answer(leg) and case
+    when leg.first_audio_ms is not null then leg.first_audio_ms > 2000
+    else leg.call_status = 'our_fault' or coalesce(leg.stream_status = 'failed', false)
+  end
+$$;
+comment on function private.is_abandoned(public.call_logs) is
+  'Whether a person answered and heard nobody within two seconds: by what the agent measured, and without that, when the agent''s stream failed.';
+
+create function private.tally_answer() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  more_answered  constant integer := private.is_live_answer(new)::integer - private.is_live_answer(old)::integer;
+  more_abandoned constant integer := private.is_abandoned(new)::integer - private.is_abandoned(old)::integer;
+  campaign       public.campaigns;
+  recent         record;
+begin
+  if more_answered = 0 and more_abandoned = 0 then
+    return null;
+  end if;
+  select mine.* into campaign from public.campaigns as mine where mine.id = new.campaign_id for no key update;
+  insert into private.campaign_days as tally (campaign_id, day, organization_id, answered, abandoned)
+  values (
+    new.campaign_id, (new.ended_at at time zone 'UTC')::date, new.organization_id, greatest(more_answered, 0), greatest(more_abandoned, 0)
+  )
+  on conflict (organization_id, campaign_id, day) do update
+  set answered = greatest(tally.answered + more_answered, 0), abandoned = greatest(tally.abandoned + more_abandoned, 0);
+  if more_abandoned <= 0 or campaign.status <> 'running' then
+    return null;
+  end if;
+  select sum(tally.answered)::integer as answered, sum(tally.abandoned)::integer as abandoned into recent
+  from private.campaign_days as tally
+  where tally.organization_id = new.organization_id and tally.campaign_id = new.campaign_id and tally.day > (new.ended_at at time zone 'UTC')::date - 30;
+  -- Of fewer than 34 a single one would be more than three in a hundred.
+  if recent.answered >= 34 and recent.abandoned * 100 > recent.answered * 3 then
+    update public.campaigns as mine
+    set status = 'paused', paused_at = new.ended_at, pause_reason = 'abandoned_calls'
+    where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.paused', 'campaign', campaign.id,
+      jsonb_build_object('reason', 'abandoned_calls', 'answered', recent.answered, 'abandoned', recent.abandoned), private.clock_now()
+    );
+    perform private.raise_alarm(
+      new, 'abandoned_calls', jsonb_build_object('campaign_id', campaign.id, 'answered', recent.answered, 'abandoned', recent.abandoned),
+      private.clock_now()
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.tally_answer() is
+  'Trigger: counts what people answered and where nobody spoke; above three in a hundred of the last 30 days the campaign pauses (47 CFR 64.1200(a)(7)).';
 
 create or replace function private.end_attempt(
   attempt public.call_logs, outcome public.call_outcome, at timestamptz,
@@ -290,6 +586,19 @@ $$;
 comment on function private.amend_attempt(public.call_logs, public.call_logs, public.call_outcome, timestamptz) is
   'Adds to an ended attempt what came late: cost, recording, seconds not yet counted, a better reason. It never ends twice. False if nothing was new.';
 
+create function private.has_tripped(scope uuid, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from private.breakers as breaker
+    where breaker.scope = has_tripped.scope and breaker.is_open and breaker.retry_at > has_tripped.at
+  );
+end
+$$;
+comment on function private.has_tripped(uuid, timestamptz) is
+  'Whether nothing may be begun on an account or of a campaign yet; the call that tries whether it is over is released after that.';
+
 create or replace function private.judge_candidates(at timestamptz, budget integer, passed uuid[], sole uuid default null) returns private.candidate[]
 language plpgsql volatile security definer set search_path = '' set jit = off set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 declare
@@ -304,7 +613,7 @@ begin
   waiting as materialized (
     -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
     select
-      campaign.id, organization.caller_id, organization.dial_countries,
+      campaign.id, organization.caller_id, organization.dial_countries, organization.max_price_micros,
       organization.dispatch_weight::numeric / count(*) over (partition by campaign.organization_id) as weight,
       row_number() over (partition by campaign.organization_id order by random()) as place,
       coalesce((
@@ -336,7 +645,7 @@ begin
   ready as materialized (
     -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
     select
-      campaign.*, waiting.caller_id, waiting.dial_countries,
+      campaign.*, waiting.caller_id, waiting.dial_countries, waiting.max_price_micros,
       greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
     from waiting
     join public.campaigns as campaign on campaign.id = waiting.id
@@ -396,7 +705,7 @@ begin
   ),
   numbers as materialized (
     -- What an organization may call from, without those that have rung often enough in 24 hours.
-    select number.organization_id, number.phone_number, number.carrier_account_id
+    select number.organization_id, number.phone_number, number.carrier_account_id, number.registration_id
     from public.caller_numbers as number
     join public.carrier_accounts as account on account.id = number.carrier_account_id
     where number.organization_id in (select locked.organization_id from locked)
@@ -405,7 +714,10 @@ begin
   ),
   zoned as materialized (
     select
-      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable
+      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable,
+      ready.purpose,
+      case when ready.max_price_micros is not null then coalesce(private.destination_price(locked.phone) > ready.max_price_micros, true) else false end
+        as is_dear
     from locked
     join ready on ready.id = locked.campaign_id
     cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
@@ -421,6 +733,7 @@ begin
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      private.lacks_consent(zoned.organization_id, zoned.phone, zoned.country, zoned.purpose, at) as lacks_consent,
       (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
         select
@@ -451,7 +764,9 @@ begin
         when seen.archived_at is not null then 'archived'
         when seen.phone is null then 'no_phone'
         when not seen.is_callable then 'destination_blocked'
+        when seen.is_dear then 'price_ceiling'
         when seen.register is not null then seen.register
+        when seen.lacks_consent then 'no_consent'
         when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
@@ -486,6 +801,7 @@ begin
         when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
         when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
+        when 'no_caller_series' then private.whole_minute(at + interval '1 hour')
         when 'daily_cap' then private.whole_minute(greatest(numbered.dials[2] + interval '24 hours', numbered.dials[1] + interval '60 minutes'))
         when 'min_gap' then private.whole_minute(numbered.dials[1] + interval '60 minutes')
       end,
@@ -500,7 +816,20 @@ begin
       single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
       ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
       single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
-      case when single.final_verdict is null and number.phone_number is null then 'caller_number_cap' else single.final_verdict end as final_verdict
+      case
+        when single.final_verdict is null and number.phone_number is null then case
+          when exists (
+            select
+            from public.caller_numbers as own
+            join public.carrier_accounts as account on account.id = own.carrier_account_id
+            where own.organization_id = single.organization_id and own.is_active and account.is_active and account.dialling_enabled
+              and private.may_call_from(own.phone_number, own.registration_id, single.country, single.purpose)
+          )
+          then 'caller_number_cap'
+          else 'no_caller_series'
+        end
+        else single.final_verdict
+      end as final_verdict
     from single
     join ready on ready.id = single.campaign_id
     left join lateral (
@@ -515,6 +844,7 @@ begin
       select number.phone_number, number.carrier_account_id
       from numbers as number
       where number.organization_id = single.organization_id
+        and private.may_call_from(number.phone_number, number.registration_id, single.country, single.purpose)
       order by
         (number.phone_number = last.caller_number) desc nulls last, (number.phone_number = ready.caller_id) nulls first,
         hashtextextended(number.phone_number || single.phone, 0)
@@ -557,6 +887,148 @@ end
 $$;
 comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
   'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
+
+create or replace function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select
+      case
+        -- A switch that is not there is off.
+        when platform.dialling_enabled is not true then 'platform_disabled'
+        when not tenant.dialling_enabled then 'dialling_disabled'
+        when not exists (
+          select
+          from public.subscriptions as subscription
+          where subscription.organization_id = tenant.id and subscription.status in ('trialing', 'active', 'past_due')
+        ) then 'subscription_inactive'
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+        )
+        then case
+          when exists (
+            select from public.caller_numbers as number where number.organization_id = tenant.id and number.is_active
+          ) then 'account_disabled'
+          else 'no_caller_number'
+        end
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+        ) then 'circuit_open'
+        when exists (
+          select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
+        )
+        then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
+        when tenant.max_hourly_cost_micros is not null and (
+          select
+            coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+            or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+          from public.call_logs as log
+          -- The longest call and the hour.
+          where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+            and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+        )
+        then 'spend_ceiling'
+        -- All its numbers rest: its leads are left where they are, and none of them is looked at.
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+            and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+        )
+        then 'caller_number_cap'
+      end
+    from public.organizations as tenant
+    left join private.platform_dialling as platform on platform.single
+    where tenant.id = organization
+  );
+end
+$$;
+comment on function private.dispatch_obstacle(uuid, timestamptz) is
+  'Why nothing at all may be dialled for an organization now; null if something may.';
+
+create or replace function private.write_evidence(attempts uuid[], at timestamptz) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  insert into private.dial_evidence (
+    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before,
+    caller_series, registration_id
+  )
+  select
+    log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
+    private.callee_zones(lead.timezone, callee.zones, campaign.timezone),
+    case when lead.timezone <> '' then 'lead' when callee.zones is not null then 'number' else 'campaign' end,
+    private.recent_dials(log.callee_number, at),
+    (
+      select series.prefix
+      from private.caller_series as series
+      where series.country = callee.country and series.purpose = campaign.purpose and starts_with(log.caller_number, series.prefix)
+      order by length(series.prefix) desc
+      limit 1
+    ),
+    number.registration_id
+  from public.call_logs as log
+  join public.caller_numbers as number on number.phone_number = log.caller_number
+  join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
+  join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
+  cross join lateral private.destination(log.callee_number, null) as callee
+  cross join lateral private.check_dnc(log.callee_number, at) as register
+  left join lateral (
+    select known.id
+    from public.consents as known
+    where known.organization_id = log.organization_id and known.phone_number = log.callee_number
+      and known.scope = 'call_' || campaign.purpose
+      and known.granted_at <= at and (known.expires_at is null or known.expires_at > at) and (known.revoked_at is null or known.revoked_at > at)
+    order by known.granted_at desc
+    limit 1
+  ) as consent on true
+  where log.id = any (attempts);
+end
+$$;
+comment on function private.write_evidence(uuid[], timestamptz) is 'Keeps why new attempts were allowed.';
+
+create or replace function private.get_dial_evidence(phone_number text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('call.view');
+begin
+  return jsonb_build_object('phone_number', phone_number, 'calls', (
+    select coalesce(
+      jsonb_agg(
+        jsonb_build_object(
+          'call_id', log.id, 'campaign_id', log.campaign_id, 'dialled_at', log.submitted_at, 'outcome', log.call_status,
+          'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
+          'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
+          'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'caller_series', seen.caller_series, 'registration_id', seen.registration_id,
+          'consent', case
+            when consent.id is not null then jsonb_build_object(
+              'id', consent.id, 'text', consent.consent_text, 'source', consent.source, 'granted_at', consent.granted_at, 'proof', consent.proof
+            )
+          end
+        )
+        order by log.submitted_at desc
+      ),
+      '[]'
+    )
+    from public.call_logs as log
+    join private.dial_evidence as seen on seen.attempt_id = log.id
+    left join private.dnc_versions as version on version.register_key = seen.register_key and version.number = seen.register_version
+    left join public.consents as consent on consent.organization_id = log.organization_id and consent.id = seen.consent_id
+    where log.organization_id = organization and log.callee_number = get_dial_evidence.phone_number and log.direction = 'outbound'
+      and log.dialled and log.submitted_at <= at
+  ));
+end
+$$;
+comment on function private.get_dial_evidence(text, timestamptz) is 'Why each call to a number was allowed, for whoever has to show it.';
 
 create or replace function private.release_calls(request jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
@@ -777,6 +1249,7 @@ begin
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
         when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
+        when private.has_tripped(log.carrier_account_id, at) or private.has_tripped(log.campaign_id, at) then 'circuit_open'
         when not campaign.dialling_enabled then 'campaign_disabled'
         -- A single call is made whether its campaign runs or not.
         when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
@@ -784,6 +1257,10 @@ begin
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
         when lead.phone is distinct from log.callee_number then 'number_changed'
+        when private.lacks_consent(
+          log.organization_id, log.callee_number, (private.destination(log.callee_number, null)).country, campaign.purpose, at
+        )
+        then 'no_consent'
       end as reason
     from public.call_logs as log
     left join private.platform_dialling as platform on platform.single
@@ -809,12 +1286,12 @@ begin
         case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
         at,
         due := case
-          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled', 'circuit_open') then at + interval '1 minute'
           when reason = 'number_changed' or reason like 'campaign%' then at
         end,
         closing := case
           when reason = 'opted_out' then 'opted_out'
-          when reason in ('abuse', 'archived') then 'skipped'
+          when reason in ('abuse', 'archived', 'no_consent') then 'skipped'
         end::public.campaign_lead_status,
         reason := reason
       );
@@ -877,6 +1354,284 @@ $$;
 comment on function private.begin_dials(jsonb, timestamptz) is
   'Moves attempts from created to submitting, each once and only once, and says how to dial them. Whoever gets a dial here makes the one request there is.';
 
+create or replace function private.reconcile_calls(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' set jit = off set enable_seqscan = off as $$
+declare
+  most    constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 50), 1), 500);
+  expired uuid[];
+  attempt public.call_logs;
+  stale   jsonb;
+begin
+  -- What was never begun and may not be any more, whose message never came: nobody was called.
+  expired := array(
+    select late.id
+    from (
+      select log.id
+      from public.call_logs as log
+      where log.status = 'created' and log.lease_until < now() and log.not_after <= now()
+      order by log.lease_until
+      limit most
+    ) as late
+    order by late.id
+  );
+  if cardinality(expired) > 0 then
+    perform private.lock_attempts(expired);
+    for attempt in
+      select log.*
+      from public.call_logs as log
+      where log.id = any (expired) and log.status = 'created'
+      order by log.organization_id, log.id
+    loop
+      perform private.end_attempt(attempt, 'expired', at);
+    end loop;
+  end if;
+
+  with lapsed as (
+    select log.id
+    from public.call_logs as log
+    where log.status in ('submitting', 'submission_unknown', 'queued', 'initiated', 'ringing', 'in_progress')
+      -- A call to us is known by the carrier's id of it alone.
+      and (log.direction = 'outbound' or log.call_sid is not null)
+      and log.lease_until < now()
+    order by log.lease_until
+    limit most
+    for no key update skip locked
+  ),
+  claimed as (
+    update public.call_logs as log
+    set lease_until = now() + interval '60 seconds'
+    from lapsed
+    where log.id = lapsed.id
+    returning log.*
+  )
+  select jsonb_agg(
+    jsonb_build_object(
+      'attempt_id', claimed.id,
+      'organization_id', claimed.organization_id,
+      'provider', account.provider,
+      'carrier_account_id', account.id,
+      'account_sid', account.account_sid,
+      'credentials_sealed', account.credentials_sealed,
+      'api_base', account.api_base,
+      'provider_call_id', claimed.call_sid,
+      'from', claimed.caller_number,
+      'to', claimed.callee_number,
+      'status', claimed.status,
+      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer
+    )
+  )
+  into stale
+  from claimed
+  join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
+  return jsonb_build_object('attempts', coalesce(stale, '[]'), 'agentless', private.reap_websockets('{"v": 1}', at) -> 'calls');
+end
+$$;
+comment on function private.reconcile_calls(jsonb, timestamptz) is
+  'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
+  'Also ends those that were never begun and may not be any more, and forgets the sockets that nobody has heard of.';
+
+create or replace function public.reconcile_calls(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.reconcile_calls($1, private.clock_now())
+$$;
+comment on function public.reconcile_calls(jsonb) is
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}],"agentless":[{"organization_id",'
+  '"attempt_id"}]}; the age is real, since it was begun.';
+
+create function private.claim_carrier_check(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  -- Until four in the morning carriers still add to what was.
+  yesterday constant date := ((now() - interval '4 hours') at time zone 'UTC')::date - 1;
+  claimed   jsonb;
+begin
+  insert into private.carrier_checks (carrier_account_id, day)
+  select account.id, yesterday
+  from public.carrier_accounts as account
+  -- Telnyx keeps its records where no adapter reads them yet.
+  where account.is_active and account.created_at < at and account.provider <> 'telnyx'
+  on conflict do nothing;
+  with due as (
+    select waiting.carrier_account_id, waiting.day
+    from private.carrier_checks as waiting
+    where waiting.finished_at is null and waiting.day > yesterday - 7 and (waiting.lease_until is null or waiting.lease_until < now())
+    order by waiting.day, waiting.carrier_account_id
+    limit 1
+    for no key update skip locked
+  ),
+  taken as (
+    update private.carrier_checks as own
+    set lease_until = now() + interval '5 minutes'
+    from due
+    where own.carrier_account_id = due.carrier_account_id and own.day = due.day
+    returning own.*
+  )
+  select jsonb_build_object(
+    'day', taken.day, 'next_page', taken.next_page, 'provider', account.provider, 'carrier_account_id', account.id,
+    'account_sid', account.account_sid, 'credentials_sealed', account.credentials_sealed, 'api_base', account.api_base
+  )
+  into claimed
+  from taken
+  join public.carrier_accounts as account on account.id = taken.carrier_account_id;
+  return claimed;
+end
+$$;
+comment on function private.claim_carrier_check(jsonb, timestamptz) is
+  'Gives out one account whose records of a day are to be fetched, or to be gone on with, for five minutes: yesterday''s, and for a week what failed.';
+
+create function public.claim_carrier_check(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_carrier_check($1, private.clock_now())
+$$;
+comment on function public.claim_carrier_check(jsonb) is
+  '{"v":1} -> {"day","next_page","provider","carrier_account_id","account_sid","credentials_sealed","api_base"}, or null when nothing is due.';
+
+create function private.store_carrier_records(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  account constant uuid := (request ->> 'carrier_account_id')::uuid;
+  checked constant date := (request ->> 'day')::date;
+begin
+  perform
+  from private.carrier_checks as own
+  where own.carrier_account_id = account and own.day = checked and own.finished_at is null
+  for no key update;
+  if not found then
+    return jsonb_build_object('done', true, 'differences', 0, 'corrected', 0);
+  end if;
+  insert into private.carrier_records (carrier_account_id, day, provider_call_id, started_at, bill_duration_seconds, cost_micros, cost_currency)
+  select distinct on (told.provider_call_id)
+    account, checked, told.provider_call_id, told.started_at, told.bill_duration_seconds, told.cost_micros, told.cost_currency
+  from jsonb_to_recordset(coalesce(request -> 'records', '[]')) as told (
+    provider_call_id text, started_at timestamptz, bill_duration_seconds integer, cost_micros bigint, cost_currency text
+  )
+  where told.provider_call_id <> ''
+  on conflict (carrier_account_id, day, provider_call_id) do update
+  set
+    started_at = excluded.started_at, bill_duration_seconds = excluded.bill_duration_seconds, cost_micros = excluded.cost_micros,
+    cost_currency = excluded.cost_currency;
+  if request ->> 'next_page' is not null then
+    update private.carrier_checks as own
+    set next_page = request ->> 'next_page', pages = own.pages + 1, lease_until = now() + interval '5 minutes'
+    where own.carrier_account_id = account and own.day = checked;
+    return jsonb_build_object('done', false);
+  end if;
+  return private.compare_carrier_records(account, checked, at) || '{"done": true}';
+end
+$$;
+comment on function private.store_carrier_records(jsonb, timestamptz) is
+  'Keeps a page of a carrier''s records; with the last one compares the day. A page that comes again changes nothing.';
+
+create function public.store_carrier_records(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.store_carrier_records($1, private.clock_now())
+$$;
+comment on function public.store_carrier_records(jsonb) is
+  '{"v":1,"carrier_account_id","day","records":[{"provider_call_id","started_at","bill_duration_seconds","cost_micros","cost_currency"}],'
+  '"next_page":text|null} -> {"done":false} or {"done":true,"differences":n,"corrected":n}.';
+
+create function private.compare_carrier_records(account uuid, checked date, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  opens  constant timestamptz := checked::timestamp at time zone 'UTC';
+  closes constant timestamptz := (checked + 1)::timestamp at time zone 'UTC';
+  attempt public.call_logs;
+  amended public.call_logs;
+  theirs  private.carrier_records;
+  found_  integer;
+  corrected integer := 0;
+begin
+  insert into private.carrier_differences (
+    carrier_account_id, day, kind, provider_call_id, attempt_id, organization_id, our_seconds, their_seconds, our_cost_micros, their_cost_micros,
+    cost_currency, found_at
+  )
+  -- Records of the hours before and after are there for attempts at the edges of the day, and are judged with their own day.
+  select
+    account, checked, told.kind, record.provider_call_id, log.id, log.organization_id, log.bill_duration_seconds, record.bill_duration_seconds,
+    log.carrier_cost_micros, record.cost_micros, record.cost_currency, at
+  from private.carrier_records as record
+  left join public.call_logs as log on log.call_sid = record.provider_call_id and log.carrier_account_id = account
+  cross join lateral (
+    select 'call_without_attempt' as kind
+    where log.id is null and not exists (
+      select from public.call_logs as leg where leg.transfer_sid = record.provider_call_id
+    )
+    union all
+    select 'other_seconds'
+    where log.status = 'ended' and record.bill_duration_seconds <> coalesce(log.bill_duration_seconds, 0)
+    union all
+    select 'other_cost'
+    where log.status = 'ended' and record.cost_micros is not null
+      and (record.cost_micros, record.cost_currency) is distinct from (log.carrier_cost_micros, log.carrier_cost_currency)
+  ) as told
+  where record.carrier_account_id = account and record.day = checked
+    and (record.started_at is null or record.started_at >= opens and record.started_at < closes)
+  union all
+  select
+    account, checked, 'attempt_without_record', log.call_sid, log.id, log.organization_id, log.bill_duration_seconds, null,
+    log.carrier_cost_micros, null, log.carrier_cost_currency, at
+  from public.call_logs as log
+  where log.carrier_account_id = account and log.direction = 'outbound' and log.dialled and log.status = 'ended'
+    and log.begun_at >= opens and log.begun_at < closes
+    -- What was lost was looked for already, and not found.
+    and (log.call_sid is not null or log.call_status <> 'lost')
+    and not exists (
+      select
+      from private.carrier_records as record
+      where record.carrier_account_id = account and record.day = checked and record.provider_call_id = log.call_sid
+    );
+  get diagnostics found_ = row_count;
+
+  perform private.lock_attempts(array(
+    select distinct differing.attempt_id
+    from private.carrier_differences as differing
+    where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+  ));
+  for attempt in
+    select log.*
+    from public.call_logs as log
+    where log.id in (
+      select differing.attempt_id
+      from private.carrier_differences as differing
+      where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+    )
+    order by log.organization_id, log.id
+  loop
+    select own.* into theirs
+    from private.carrier_records as own
+    where own.carrier_account_id = account and own.day = checked and own.provider_call_id = attempt.call_sid;
+    amended := attempt;
+    amended.bill_duration_seconds := coalesce(theirs.bill_duration_seconds, attempt.bill_duration_seconds);
+    if theirs.cost_micros is not null then
+      amended.carrier_cost_micros := theirs.cost_micros;
+      amended.carrier_cost_currency := theirs.cost_currency;
+    end if;
+    if private.amend_attempt(attempt, amended, null, at) then
+      corrected := corrected + 1;
+    end if;
+  end loop;
+  update private.carrier_differences as differing
+  set is_corrected = true
+  where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost');
+
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    differing.organization_id, 'alarm.carrier_records_differ', concat_ws(' ', account, checked, differing.organization_id),
+    jsonb_build_object('carrier_account_id', account, 'day', checked, 'differences', count(*)), at
+  from private.carrier_differences as differing
+  where differing.carrier_account_id = account and differing.day = checked and differing.organization_id is not null
+  group by differing.organization_id
+  on conflict do nothing;
+  delete from private.carrier_records as own where own.carrier_account_id = account and own.day = checked;
+  update private.carrier_checks as own
+  set finished_at = now(), lease_until = null, next_page = null, differences = found_
+  where own.carrier_account_id = account and own.day = checked;
+  return jsonb_build_object('differences', found_, 'corrected', corrected);
+end
+$$;
+comment on function private.compare_carrier_records(uuid, date, timestamptz) is
+  'Compares a day''s records with our attempts in one statement; every difference becomes a row, other seconds and costs are corrected at the price of the call.';
+
 create or replace function private.campaign_json(campaign_id uuid, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = '' set jit = off as $$
 declare
@@ -901,7 +1656,7 @@ begin
     'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
-    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
+    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at, 'pause_reason', campaign.pause_reason,
     'completed_at', campaign.completed_at, 'cancelled_at', campaign.cancelled_at,
     'counts', (
       select jsonb_object_agg(state.name, coalesce(counted.number, 0))
@@ -1171,6 +1926,43 @@ $$;
 comment on function private.start_scheduled(timestamptz) is
   'Lets scheduled campaigns run whose start date has come; what stands in their way is told as of any that runs. Part of every release.';
 
+create or replace function private.pause_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status <> 'running' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be paused', campaign.status), 'status'
+    );
+  end if;
+  update public.campaigns as mine set status = 'paused', paused_at = at, pause_reason = null where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.paused', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.pause_campaign(uuid, timestamptz) is 'Nothing more is begun; calls under way go on to their end.';
+
+create or replace function private.resume_campaign(campaign_id uuid, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  campaign public.campaigns := private.claim_campaign(campaign_id, 'campaign.run');
+begin
+  if campaign.status <> 'paused' then
+    perform private.raise_error(
+      409, 'invalid_transition', format('A campaign that is %s cannot be resumed', campaign.status), 'status'
+    );
+  end if;
+  if private.dispatch_obstacle(campaign.organization_id, at) = 'subscription_inactive' then
+    perform private.raise_error(402, 'subscription_inactive', 'The organization has no active subscription');
+  end if;
+  update public.campaigns as mine set status = 'running', paused_at = null, pause_reason = null where mine.id = campaign.id;
+  perform private.audit(campaign.organization_id, 'campaign.resumed', 'campaign', campaign.id, '{}', at);
+  return private.campaign_json(campaign.id, at);
+end
+$$;
+comment on function private.resume_campaign(uuid, timestamptz) is 'A paused campaign runs again.';
+
 create or replace function private.restore_campaign(campaign_id uuid, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -1219,7 +2011,7 @@ begin
   update public.campaigns as mine
   set
     status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
-    open_leads = mine.open_leads + reopened
+    pause_reason = null, open_leads = mine.open_leads + reopened
   where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
   return private.campaign_json(campaign.id, at);
@@ -1536,6 +2328,249 @@ comment on function private.spend_campaign_credit() is
   'Trigger: what a call took of prepaid credit, or a correction gave back, is what its campaign has spent; a charge is there once, and so is this.';
 revoke all on function private.spend_campaign_credit() from public;
 
+create or replace function private.apply_agent_event(
+  event private.webhook_events, source public.webhook_sources, at timestamptz,
+  out result public.event_status, out error text, out organization_id uuid
+)
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  told     jsonb := event.payload;
+  agent_id text := left(nullif(told ->> 'agent_call_id', ''), 200);
+  rank     integer := coalesce(array_position(array['status', 'tool', 'started', 'ended', 'analyzed'], told ->> 'event'), 1) - 1;
+  is_over  boolean := coalesce(told ->> 'event' in ('ended', 'analyzed'), false);
+  attempt  public.call_logs;
+  updated  public.call_logs;
+  ranks    jsonb;
+  agent    jsonb;
+  tool     jsonb;
+  tools    jsonb := case jsonb_typeof(told -> 'tools') when 'array' then told -> 'tools' else '[]' end;
+  message_count integer := case jsonb_typeof(told -> 'messages') when 'array' then jsonb_array_length(told -> 'messages') end;
+  replaces boolean := false;
+  noted    boolean := false;
+  latest   timestamptz;
+  used_at  timestamptz;
+  moment   timestamptz;
+  reason   text;
+  orphan   private.webhook_events;
+  applied  record;
+begin
+  organization_id := source.organization_id;
+  -- Two events of one conversation, of which one tells what the other needs to find its call, see each other.
+  if agent_id is not null then
+    perform pg_advisory_xact_lock(hashtextextended('trunkline.agent:' || event.source_id || ':' || agent_id, 0));
+  end if;
+  select log.* into attempt
+  from public.call_logs as log
+  where log.id = private.attempt_of_agent(event)
+  for no key update;
+  if attempt.id is null then
+    result := 'orphan';
+    error := 'unknown_attempt';
+    return;
+  end if;
+  if source.organization_id <> attempt.organization_id then
+    result := 'orphan';
+    error := 'other_organization';
+    return;
+  end if;
+  organization_id := attempt.organization_id;
+  if attempt.agent_call_id <> agent_id then
+    result := 'orphan';
+    error := 'other_conversation';
+    return;
+  end if;
+  if jsonb_array_length(tools) > 0 then
+    perform private.lock_person(attempt, tools @? '$[*] ? (@.name == "opt_out")');
+  end if;
+
+  updated := attempt;
+  latest := greatest(at, attempt.created_at);
+  agent := coalesce(attempt.metadata -> 'agent', '{}');
+  ranks := coalesce(agent -> 'ranks', '{}');
+  updated.agent_call_id := coalesce(attempt.agent_call_id, agent_id);
+  if private.knows_more(ranks, 'transcript', rank, attempt.conversation_transcript, told ->> 'transcript') then
+    updated.conversation_transcript := told ->> 'transcript';
+    ranks := ranks || jsonb_build_object('transcript', rank);
+  end if;
+  if private.knows_more(ranks, 'summary', rank, attempt.summary, told ->> 'summary') then
+    updated.summary := told ->> 'summary';
+    ranks := ranks || jsonb_build_object('summary', rank);
+  end if;
+  if private.knows_more(ranks, 'analysis', rank, attempt.ai_analysis::text, nullif(told -> 'analysis', 'null')::text) then
+    updated.ai_analysis := told -> 'analysis';
+    ranks := ranks || jsonb_build_object('analysis', rank);
+  end if;
+  if private.knows_more(ranks, 'sentiment', rank, attempt.sentiment_score::text, round((told ->> 'sentiment')::numeric, 2)::text) then
+    updated.sentiment_score := round((told ->> 'sentiment')::numeric, 2);
+    ranks := ranks || jsonb_build_object('sentiment', rank);
+  end if;
+  if private.knows_more(ranks, 'interest_level', rank, attempt.interest_level, told ->> 'interest_level') then
+    updated.interest_level := told ->> 'interest_level';
+    ranks := ranks || jsonb_build_object('interest_level', rank);
+  end if;
+  if private.knows_more(ranks, 'disconnect_reason', rank,
+    case when ranks ? 'disconnect_reason' then attempt.disconnect_reason end, told ->> 'disconnect_reason')
+  then
+    updated.disconnect_reason := told ->> 'disconnect_reason';
+    updated.disconnect_notes := told ->> 'disconnect_code';
+    ranks := ranks || jsonb_build_object('disconnect_reason', rank);
+  end if;
+  -- A recording of the carrier's has an id, and stays.
+  if attempt.recording_id is null
+    and private.knows_more(ranks, 'recording_url', rank, attempt.recording_url, told ->> 'recording_url')
+  then
+    updated.recording_url := told ->> 'recording_url';
+    ranks := ranks || jsonb_build_object('recording_url', rank);
+  end if;
+  if told #>> '{recording,path}' is not null and private.take_object(attempt, told -> 'recording', at) then
+    updated.recording_url := told #>> '{recording,path}';
+    -- No link of any later event takes its place.
+    ranks := ranks || jsonb_build_object('recording_url', 9);
+  end if;
+  -- The first word is the first, however often it is told.
+  updated.first_audio_ms := coalesce(attempt.first_audio_ms, least(greatest((told ->> 'first_audio_ms')::bigint, 0), 3600000)::integer);
+  if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
+    agent := agent || jsonb_build_object('language', told ->> 'language');
+    ranks := ranks || jsonb_build_object('language', rank);
+  end if;
+  if message_count > 0 and (rank, message_count)
+    > (coalesce((ranks ->> 'messages')::integer, -1), coalesce((agent ->> 'message_count')::integer, 0))
+  then
+    replaces := true;
+    agent := agent || jsonb_build_object('message_count', message_count);
+    ranks := ranks || jsonb_build_object('messages', rank);
+  end if;
+  agent := agent || jsonb_strip_nulls(jsonb_build_object(
+    'provider', source.provider,
+    'started_at', least((agent ->> 'started_at')::timestamptz, (told ->> 'started_at')::timestamptz),
+    'ended_at', greatest((agent ->> 'ended_at')::timestamptz, (told ->> 'ended_at')::timestamptz),
+    'duration_seconds', greatest((agent ->> 'duration_seconds')::integer, (told ->> 'duration_seconds')::integer)
+  ));
+
+  for tool in select element.value from jsonb_array_elements(tools) as element loop
+    used_at := private.clamp_time(
+      coalesce(tool ->> 'at', told ->> 'ended_at', told ->> 'started_at'), attempt.created_at, latest
+    );
+    used_at := coalesce(used_at, latest);
+    moment := private.to_business((tool ->> 'when')::timestamptz);
+    reason := left(coalesce(tool #>> '{arguments,reason}', tool #>> '{arguments,message}'), 500);
+    if private.note_activity(
+      attempt, 'tool|' || coalesce(tool ->> 'id', ''),
+      case tool ->> 'name'
+        when 'transfer' then 'transfer' when 'callback' then 'callback' when 'opt_out' then 'opt_out' when 'site_visit' then 'site_visit'
+        else 'agent_tool'
+      end,
+      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment), used_at
+    ) then
+      noted := true;
+    end if;
+    case tool ->> 'name'
+      when 'transfer' then
+        updated.transferred := true;
+        updated.transferred_at := least(updated.transferred_at, used_at);
+        if private.knows_more(ranks, 'transfer_reason', 0, updated.transfer_reason, reason) then
+          updated.transfer_reason := reason;
+        end if;
+        if private.knows_more(ranks, 'transfer_department', 0, updated.transfer_department,
+          left(coalesce(tool #>> '{arguments,department}', tool #>> '{arguments,destination}'), 200))
+        then
+          updated.transfer_department := left(coalesce(tool #>> '{arguments,department}', tool #>> '{arguments,destination}'), 200);
+        end if;
+      when 'callback' then
+        if moment is not null then
+          agent := agent || jsonb_build_object('callback_at', greatest((agent ->> 'callback_at')::timestamptz, moment));
+        end if;
+      when 'opt_out' then
+        agent := agent || jsonb_build_object('opted_out', true);
+        perform private.opt_out(attempt.organization_id, private.number_of_person(attempt), coalesce(reason, 'said so in a call'), at);
+      else
+        null;
+    end case;
+  end loop;
+
+  updated.metadata := attempt.metadata || jsonb_build_object('agent', agent || jsonb_build_object('ranks', ranks));
+  if updated is distinct from attempt then
+    noted := true;
+    update public.call_logs as log
+    set
+      agent_call_id = updated.agent_call_id, conversation_transcript = updated.conversation_transcript, ai_analysis = updated.ai_analysis,
+      summary = updated.summary, sentiment_score = updated.sentiment_score, interest_level = updated.interest_level,
+      transferred = updated.transferred, transferred_at = updated.transferred_at, transfer_reason = updated.transfer_reason,
+      transfer_department = updated.transfer_department, disconnect_reason = updated.disconnect_reason,
+      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata,
+      first_audio_ms = updated.first_audio_ms
+    where log.id = attempt.id;
+  end if;
+  if updated.transferred and not attempt.transferred then
+    update public.campaigns as campaign
+    set transferred_calls = campaign.transferred_calls + 1
+    where campaign.id = attempt.campaign_id;
+  end if;
+  if (agent ->> 'callback_at') is distinct from (attempt.metadata #>> '{agent,callback_at}') then
+    perform private.call_back(updated, (agent ->> 'callback_at')::timestamptz, at);
+  end if;
+  perform private.follow_conversation(updated, told, replaces, is_over, at);
+  if is_over or updated.metadata #>> '{agent,ended_at}' is not null then
+    perform private.note_activity(
+      updated, 'call', 'call',
+      jsonb_build_object(
+        'summary', updated.summary, 'sentiment', updated.sentiment_score, 'interest_level', updated.interest_level,
+        'disconnect_reason', case when ranks ? 'disconnect_reason' then updated.disconnect_reason end,
+        'duration_seconds', agent -> 'duration_seconds'
+      ),
+      coalesce(private.clamp_time(agent ->> 'ended_at', attempt.created_at, latest), latest)
+    );
+  end if;
+  result := case when noted or replaces then 'applied' else 'ignored' end::public.event_status;
+
+  -- What came before anybody knew whose conversation it was.
+  if attempt.agent_call_id is null and updated.agent_call_id is not null then
+    for orphan in
+      select waiting.*
+      from private.webhook_events as waiting
+      where waiting.source_id = event.source_id and waiting.payload ->> 'agent_call_id' = told ->> 'agent_call_id'
+        and waiting.status = 'orphan' and waiting.payload_type = 'agent' and waiting.error = 'unknown_attempt'
+      order by waiting.received_at, waiting.id
+      for no key update
+    loop
+      select * into applied from private.apply_agent_event(orphan, source, at);
+      update private.webhook_events as stored
+      set
+        status = applied.result, error = applied.error, organization_id = applied.organization_id, attempt_id = attempt.id,
+        tries = stored.tries + 1
+      where stored.id = orphan.id and stored.received_at = orphan.received_at;
+    end loop;
+  end if;
+end
+$$;
+comment on function private.apply_agent_event(private.webhook_events, public.webhook_sources, timestamptz) is
+  'What an agent''s event means for its attempt: transcript, analysis, recording and tools land in the call, the conversation and the lead. '
+  'The state of the call is the carrier''s to tell.';
+
+create or replace function private.tell_campaign() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  at constant timestamptz := private.clock_now();
+begin
+  perform private.emit(
+    new.organization_id,
+    'campaign.' || case
+      when new.status <> 'running' then new.status::text
+      when old.status = 'paused' then 'resumed'
+      else 'started'
+    end,
+    private.key_at(new.id, at),
+    jsonb_build_object(
+      'campaign_id', new.id, 'name', new.name, 'project_id', new.project_id, 'status', new.status, 'leads', new.total_enrolled,
+      'open_leads', new.open_leads, 'reason', new.pause_reason
+    ),
+    at
+  );
+  return null;
+end
+$$;
+comment on function private.tell_campaign() is 'Trigger: a campaign starts, pauses, goes on, is called off. That it is complete is told by campaign_completed().';
+
 -- Triggers and grants ----------------------------------------------------------------------------------------------------------------
 
 create trigger spend_campaign_credit after insert on public.call_charges
@@ -1543,6 +2578,18 @@ create trigger spend_campaign_credit after insert on public.call_charges
 create trigger spend_campaign_credit after insert on private.call_corrections
   for each row when (new.charged_minor <> 0) execute function private.spend_campaign_credit();
 
+-- After settle_lead by its name: leads are locked before campaigns.
+create trigger tally_answer after update of status, answered_at, machine, call_status, first_audio_ms, stream_status on public.call_logs
+  for each row when (
+    new.direction = 'outbound' and new.campaign_id is not null and new.status = 'ended' and new.answered_at is not null
+    and (old.status, old.machine, old.call_status, old.first_audio_ms, old.stream_status, old.answered_at)
+      is distinct from (new.status, new.machine, new.call_status, new.first_audio_ms, new.stream_status, new.answered_at)
+  ) execute function private.tally_answer();
+
+revoke execute on function
+  private.lacks_consent(uuid, text, text, text, timestamptz), private.may_call_from(text, text, text, text), private.destination_price(text),
+  private.is_live_answer(public.call_logs), private.is_abandoned(public.call_logs), private.tally_answer()
+from public;
 revoke execute on function
   public.schedule_campaign(uuid), public.place_call(uuid, uuid), public.retry_call(uuid)
 from public, anon, authenticated, service_role;
@@ -1550,3 +2597,8 @@ grant execute on function
   private.schedule_campaign(uuid, timestamptz), public.schedule_campaign(uuid), private.place_call(uuid, uuid, timestamptz),
   public.place_call(uuid, uuid), private.retry_call(uuid, timestamptz), public.retry_call(uuid)
 to authenticated;
+revoke execute on function public.claim_carrier_check(jsonb), public.store_carrier_records(jsonb) from public, anon, authenticated, service_role;
+grant execute on function
+  private.claim_carrier_check(jsonb, timestamptz), public.claim_carrier_check(jsonb), private.store_carrier_records(jsonb, timestamptz),
+  public.store_carrier_records(jsonb)
+to service_role;

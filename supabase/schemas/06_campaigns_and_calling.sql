@@ -309,7 +309,8 @@ create table public.call_queue (
   foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete restrict,
   foreign key (organization_id, lead_id) references public.leads (organization_id, id) on delete restrict
 ) with (fillfactor = 80);
-create index idx_call_queue_due on public.call_queue (campaign_id, next_retry_at) where status = 'queued';
+-- Nulls first, though there are none: so that no query takes it for an order in which it would have to pass by other classes and priorities.
+create index idx_call_queue_due on public.call_queue (campaign_id, next_retry_at nulls first) where status = 'queued';
 create index idx_call_queue_lead on public.call_queue (organization_id, lead_id);
 
 revoke all on public.call_queue from anon, authenticated, service_role;
@@ -327,7 +328,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -1632,3 +1633,278 @@ comment on column public.campaigns.credit_spent is
   'Prepaid credit that its calls have used, in minor units: what the ledger says of them, corrections included. Written at settlement alone.';
 grant insert (credit_cap), update (credit_cap) on public.campaigns to authenticated;
 create index idx_campaigns_scheduled on public.campaigns (start_date) where status = 'scheduled';
+
+-- What a call needs beside an open window: consent, and a number of the right series --------------------------------------------------
+
+create table private.consent_rules (
+  country text not null check (country ~ '^[A-Z]{2}$'),
+  purpose text not null check (purpose in ('service', 'promotional')),
+  basis   text not null,
+  primary key (country, purpose)
+);
+select private.close_table('private.consent_rules');
+comment on table private.consent_rules is
+  'Where nobody is called for a purpose without having agreed to it: a consent of scope call_<purpose> that holds at the time. Reference data, to '
+  'be checked by a lawyer before launch.';
+insert into private.consent_rules (country, purpose, basis)
+values
+  ('US', 'promotional', '47 CFR 64.1200(a)(2): a voice that is made is an artificial one'),
+  ('IN', 'promotional', 'TRAI TCCCPR 2018, second amendment of 2025: explicit consent');
+
+create table private.caller_series (
+  country            text not null check (country ~ '^[A-Z]{2}$'),
+  purpose            text not null check (purpose in ('service', 'promotional')),
+  prefix             text not null check (prefix ~ '^\+[1-9][0-9]{0,7}$'),
+  is_allowed         boolean not null,
+  needs_registration boolean not null default false,
+  basis              text not null,
+  primary key (country, purpose, prefix)
+);
+select private.close_table('private.caller_series');
+comment on table private.caller_series is
+  'Which numbers people of a country may be called from for a purpose: the longest prefix of the caller''s number decides. Of a country and purpose '
+  'without rows any number will do. Reference data, to be checked before launch.';
+comment on column private.caller_series.needs_registration is 'Only a number that says under which registration it is used (caller_numbers.registration_id).';
+insert into private.caller_series (country, purpose, prefix, is_allowed, needs_registration, basis)
+values
+  ('IN', 'service', '+91', true, false, 'Numbers of the organization''s own'),
+  ('IN', 'service', '+91140', false, false, 'TRAI: the series of promotion'),
+  ('IN', 'service', '+91160', true, true, 'TRAI: the series of banks, insurers and government'),
+  ('IN', 'promotional', '+91140', true, true, 'TRAI: the series of promotion');
+
+alter table public.caller_numbers add column registration_id text;
+alter table public.caller_numbers add constraint caller_numbers_registration_length check (length(registration_id) between 1 and 100);
+comment on column public.caller_numbers.registration_id is
+  'Under which registration it is used, where its series asks for one: of the entity at the operators'' register in India. The operator enters it.';
+
+create function private.lacks_consent(organization uuid, phone text, country text, purpose text, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+      select
+      from private.consent_rules as rule
+      where rule.country = lacks_consent.country and rule.purpose = lacks_consent.purpose
+    )
+    and not exists (
+      select
+      from public.consents as known
+      where known.organization_id = organization and known.phone_number = phone and known.scope = 'call_' || lacks_consent.purpose
+        and known.granted_at <= at and (known.expires_at is null or known.expires_at > at) and (known.revoked_at is null or known.revoked_at > at)
+    );
+end
+$$;
+comment on function private.lacks_consent(uuid, text, text, text, timestamptz) is
+  'Whether a number may not be called for a purpose because nobody there has agreed to it, where that is asked for. Who takes it back is suppressed.';
+revoke execute on function private.lacks_consent(uuid, text, text, text, timestamptz) from public;
+
+create function private.may_call_from(number text, registration_id text, country text, purpose text) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  series private.caller_series;
+begin
+  select known.* into series
+  from private.caller_series as known
+  where known.country = may_call_from.country and known.purpose = may_call_from.purpose and starts_with(number, known.prefix)
+  order by length(known.prefix) desc
+  limit 1;
+  if series.prefix is null then
+    return not exists (
+      select from private.caller_series as known where known.country = may_call_from.country and known.purpose = may_call_from.purpose
+    );
+  end if;
+  return series.is_allowed and (registration_id is not null or not series.needs_registration);
+end
+$$;
+comment on function private.may_call_from(text, text, text, text) is
+  'Whether people of a country may be called from a number for a purpose: its series is the right one, and registered where that is asked for.';
+revoke execute on function private.may_call_from(text, text, text, text) from public;
+
+alter table private.dial_evidence
+  add column caller_series text,
+  add column registration_id text;
+comment on column private.dial_evidence.caller_series is 'The prefix of private.caller_series that allowed the number it was made from; null where any will do.';
+comment on column private.dial_evidence.registration_id is 'The registration that the number was used under at the time.';
+
+-- Ceilings on what calls cost, and calls that nobody speaks on -----------------------------------------------------------------------
+
+alter table private.destinations add column price_micros bigint;
+alter table private.destinations add constraint destinations_price_not_negative check (price_micros >= 0);
+comment on column private.destinations.price_micros is
+  'What a carrier asks at most for a minute there, in millionths of a US dollar, as the operator has entered it; null is not known.';
+alter table public.organizations
+  add column max_price_micros bigint,
+  add column max_hourly_cost_micros bigint,
+  add column hourly_cost_currency text not null default 'USD';
+alter table public.organizations add constraint organizations_max_price_positive check (max_price_micros > 0);
+alter table public.organizations add constraint organizations_max_hourly_cost_positive check (max_hourly_cost_micros > 0);
+alter table public.organizations add constraint organizations_hourly_cost_currency_is_iso check (hourly_cost_currency ~ '^[A-Z]{3}$');
+comment on column public.organizations.max_price_micros is
+  'What a minute of a call may cost at the carrier at most, in millionths of a US dollar; with one, nobody is called where the price is not known. '
+  'Null is without limit. Set by the operator.';
+comment on column public.organizations.max_hourly_cost_micros is
+  'What its calls of the last 60 minutes may have cost at the carrier before no more are begun, in millionths of hourly_cost_currency; a cost in another '
+  'currency cannot be compared and stops them too. Null is without limit. Set by the operator.';
+comment on column public.organizations.hourly_cost_currency is 'The currency of max_hourly_cost_micros.';
+
+create function private.destination_price(phone text) returns bigint
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select known.price_micros
+    from private.destinations as known
+    where known.prefix = any (array(select left(phone, size) from generate_series(2, 8) as size))
+    order by length(known.prefix) desc
+    limit 1
+  );
+end
+$$;
+comment on function private.destination_price(text) is 'What a minute to a number costs at most, in millionths of a US dollar; null is not known.';
+revoke execute on function private.destination_price(text) from public;
+
+alter table public.call_logs add column first_audio_ms integer;
+-- Nothing is in it yet.
+alter table public.call_logs add constraint call_logs_first_audio_not_negative check (first_audio_ms >= 0);
+comment on column public.call_logs.first_audio_ms is
+  'Milliseconds from the answer, when the agent''s stream was opened, until its first audio, as the agent measured them.';
+alter table public.campaigns add column pause_reason text;
+alter table public.campaigns add constraint campaigns_pause_reason_known check (pause_reason in ('abandoned_calls'));
+comment on column public.campaigns.pause_reason is 'Why it paused by itself; null when somebody paused it.';
+
+-- Four rings, for whoever is called.
+alter table public.campaigns add constraint campaigns_rings_long_enough check (ring_timeout_seconds >= 20);
+
+create table private.campaign_days (
+  organization_id uuid not null,
+  campaign_id     uuid not null,
+  day             date not null,
+  answered        integer not null default 0 check (answered >= 0),
+  abandoned       integer not null default 0 check (abandoned >= 0),
+  primary key (organization_id, campaign_id, day),
+  foreign key (organization_id, campaign_id) references public.campaigns (organization_id, id) on delete cascade
+);
+select private.close_table('private.campaign_days');
+comment on table private.campaign_days is
+  'Of each UTC day, how many calls of a campaign a person answered, and on how many of these nobody spoke within two seconds.';
+
+create function private.is_live_answer(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select leg.status = 'ended' and leg.answered_at is not null and not coalesce(leg.machine, false)
+    and coalesce(leg.call_status in ('answered', 'our_fault'), false)
+$$;
+comment on function private.is_live_answer(public.call_logs) is 'Whether a call is over that a person answered.';
+
+create function private.is_abandoned(leg public.call_logs) returns boolean
+language sql immutable parallel safe set search_path = '' as $$
+  select private.is_live_answer(leg) and case
+    when leg.first_audio_ms is not null then leg.first_audio_ms > 2000
+    else leg.call_status = 'our_fault' or coalesce(leg.stream_status = 'failed', false)
+  end
+$$;
+comment on function private.is_abandoned(public.call_logs) is
+  'Whether a person answered and heard nobody within two seconds: by what the agent measured, and without that, when the agent''s stream failed.';
+
+create function private.tally_answer() returns trigger
+language plpgsql security definer set search_path = '' as $$
+declare
+  more_answered  constant integer := private.is_live_answer(new)::integer - private.is_live_answer(old)::integer;
+  more_abandoned constant integer := private.is_abandoned(new)::integer - private.is_abandoned(old)::integer;
+  campaign       public.campaigns;
+  recent         record;
+begin
+  if more_answered = 0 and more_abandoned = 0 then
+    return null;
+  end if;
+  select mine.* into campaign from public.campaigns as mine where mine.id = new.campaign_id for no key update;
+  insert into private.campaign_days as tally (campaign_id, day, organization_id, answered, abandoned)
+  values (
+    new.campaign_id, (new.ended_at at time zone 'UTC')::date, new.organization_id, greatest(more_answered, 0), greatest(more_abandoned, 0)
+  )
+  on conflict (organization_id, campaign_id, day) do update
+  set answered = greatest(tally.answered + more_answered, 0), abandoned = greatest(tally.abandoned + more_abandoned, 0);
+  if more_abandoned <= 0 or campaign.status <> 'running' then
+    return null;
+  end if;
+  select sum(tally.answered)::integer as answered, sum(tally.abandoned)::integer as abandoned into recent
+  from private.campaign_days as tally
+  where tally.organization_id = new.organization_id and tally.campaign_id = new.campaign_id and tally.day > (new.ended_at at time zone 'UTC')::date - 30;
+  -- Of fewer than 34 a single one would be more than three in a hundred.
+  if recent.answered >= 34 and recent.abandoned * 100 > recent.answered * 3 then
+    update public.campaigns as mine
+    set status = 'paused', paused_at = new.ended_at, pause_reason = 'abandoned_calls'
+    where mine.id = campaign.id;
+    perform private.audit(
+      campaign.organization_id, 'campaign.paused', 'campaign', campaign.id,
+      jsonb_build_object('reason', 'abandoned_calls', 'answered', recent.answered, 'abandoned', recent.abandoned), private.clock_now()
+    );
+    perform private.raise_alarm(
+      new, 'abandoned_calls', jsonb_build_object('campaign_id', campaign.id, 'answered', recent.answered, 'abandoned', recent.abandoned),
+      private.clock_now()
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.tally_answer() is
+  'Trigger: counts what people answered and where nobody spoke; above three in a hundred of the last 30 days the campaign pauses (47 CFR 64.1200(a)(7)).';
+revoke execute on function private.is_live_answer(public.call_logs), private.is_abandoned(public.call_logs), private.tally_answer() from public;
+-- After settle_lead by its name: leads are locked before campaigns.
+create trigger tally_answer after update of status, answered_at, machine, call_status, first_audio_ms, stream_status on public.call_logs
+  for each row when (
+    new.direction = 'outbound' and new.campaign_id is not null and new.status = 'ended' and new.answered_at is not null
+    and (old.status, old.machine, old.call_status, old.first_audio_ms, old.stream_status, old.answered_at)
+      is distinct from (new.status, new.machine, new.call_status, new.first_audio_ms, new.stream_status, new.answered_at)
+  ) execute function private.tally_answer();
+
+-- What the carrier says of a day -----------------------------------------------------------------------------------------------------
+
+create table private.carrier_checks (
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  next_page          text,
+  pages              integer not null default 0 check (pages >= 0),
+  lease_until        timestamptz,
+  finished_at        timestamptz,
+  differences        integer check (differences >= 0),
+  primary key (carrier_account_id, day)
+);
+select private.close_table('private.carrier_checks');
+comment on table private.carrier_checks is 'Days of a carrier account, in UTC, whose call records are fetched page by page and then compared with our attempts, once.';
+comment on column private.carrier_checks.next_page is 'Where the carrier goes on; null before the first page and after the last.';
+comment on column private.carrier_checks.lease_until is 'Real time until which somebody fetches it.';
+
+create table private.carrier_records (
+  carrier_account_id    uuid not null,
+  day                   date not null,
+  provider_call_id      text not null,
+  started_at            timestamptz,
+  bill_duration_seconds integer check (bill_duration_seconds >= 0),
+  cost_micros           bigint check (cost_micros >= 0),
+  cost_currency         text check (cost_currency ~ '^[A-Z]{3}$'),
+  primary key (carrier_account_id, day, provider_call_id),
+  foreign key (carrier_account_id, day) references private.carrier_checks (carrier_account_id, day) on delete cascade
+);
+select private.close_table('private.carrier_records');
+comment on table private.carrier_records is 'A day''s call records as the carrier has them, while they are fetched; empty again once they are compared.';
+
+create table private.carrier_differences (
+  id                 uuid primary key default private.uuid_v7(),
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  day                date not null,
+  kind               text not null check (kind in ('call_without_attempt', 'attempt_without_record', 'other_seconds', 'other_cost')),
+  provider_call_id   text,
+  attempt_id         uuid,
+  organization_id    uuid,
+  our_seconds        integer,
+  their_seconds      integer,
+  our_cost_micros    bigint,
+  their_cost_micros  bigint,
+  cost_currency      text,
+  is_corrected       boolean not null default false,
+  found_at           timestamptz not null
+);
+create index idx_carrier_differences_day on private.carrier_differences (carrier_account_id, day);
+select private.close_table('private.carrier_differences');
+comment on table private.carrier_differences is
+  'Where a carrier''s records of a day are other than our attempts. Other seconds and costs are corrected, at the price of the call; a call that '
+  'nobody made and a call that the carrier does not know are for a person.';
+create index idx_call_logs_begun on public.call_logs (carrier_account_id, begun_at) where dialled and direction = 'outbound';

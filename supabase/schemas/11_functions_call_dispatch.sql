@@ -608,7 +608,7 @@ begin
     or exists (select from private.breakers as breaker where breaker.is_open)
   then
     with judged as materialized (
-      select scope.id, recent.ended_at, recent.is_fault
+      select scope.id, recent.ended_at, recent.is_fault, recent.is_live
       from (
         (
           select
@@ -616,16 +616,19 @@ begin
             case
               when log.call_status in ('carrier_transient', 'our_fault', 'lost') then true
               when log.call_status in ('answered', 'machine', 'rejected') then false
-            end as is_fault
+            end as is_fault,
+            false as is_live
           from public.call_logs as log
           where log.status = 'ended' and log.direction = 'outbound' and log.ended_at > at - interval '2 minutes'
           order by log.ended_at desc
           limit 4000
         )
         union all
-        select log.carrier_account_id, log.campaign_id, at, true
+        -- Those that the carrier took speak for the line while they last, as those of which nothing is known speak against it.
+        select log.carrier_account_id, log.campaign_id, at, log.status = 'submission_unknown', log.status <> 'submission_unknown'
         from public.call_logs as log
-        where log.status <> 'ended' and log.status = 'submission_unknown' and log.submitted_at > at - interval '2 minutes'
+        where log.status <> 'ended' and log.direction = 'outbound' and log.status not in ('created', 'submitting')
+          and log.submitted_at > at - interval '2 minutes'
       ) as recent
       cross join lateral (values (recent.carrier_account_id), (recent.campaign_id)) as scope (id)
       -- Busy, no answer and the like say nothing of the line.
@@ -636,7 +639,7 @@ begin
         judged.id, breaker.is_open, breaker.retry_at,
         count(*) filter (where judged.ended_at > coalesce(breaker.since, '-infinity')) as calls,
         count(*) filter (where judged.is_fault and judged.ended_at > coalesce(breaker.since, '-infinity')) as faults,
-        bool_or(judged.is_fault) filter (where judged.ended_at >= breaker.retry_at) as probe_failed
+        bool_or(judged.is_fault) filter (where judged.ended_at >= breaker.retry_at and not judged.is_live) as probe_failed
       from judged
       left join private.breakers as breaker on breaker.scope = judged.id
       group by judged.id, breaker.is_open, breaker.retry_at
@@ -707,6 +710,19 @@ $$;
 comment on function private.is_broken(uuid, timestamptz) is
   'Whether nothing may be begun on an account or of a campaign since too much failed; once the wait is over, one call at a time may.';
 
+create function private.has_tripped(scope uuid, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return exists (
+    select
+    from private.breakers as breaker
+    where breaker.scope = has_tripped.scope and breaker.is_open and breaker.retry_at > has_tripped.at
+  );
+end
+$$;
+comment on function private.has_tripped(uuid, timestamptz) is
+  'Whether nothing may be begun on an account or of a campaign yet; the call that tries whether it is over is released after that.';
+
 create function private.caller_number_room(number text, daily_calls integer, at timestamptz) returns integer
 language plpgsql stable security definer set search_path = '' as $$
 begin
@@ -741,7 +757,7 @@ begin
   waiting as materialized (
     -- A campaign that may not dial now, or is full, is left alone: its rows cost nothing and hold up nobody.
     select
-      campaign.id, organization.caller_id, organization.dial_countries,
+      campaign.id, organization.caller_id, organization.dial_countries, organization.max_price_micros,
       organization.dispatch_weight::numeric / count(*) over (partition by campaign.organization_id) as weight,
       row_number() over (partition by campaign.organization_id order by random()) as place,
       coalesce((
@@ -773,7 +789,7 @@ begin
   ready as materialized (
     -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
     select
-      campaign.*, waiting.caller_id, waiting.dial_countries,
+      campaign.*, waiting.caller_id, waiting.dial_countries, waiting.max_price_micros,
       greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
     from waiting
     join public.campaigns as campaign on campaign.id = waiting.id
@@ -815,6 +831,7 @@ begin
           order by queued.next_retry_at
           limit kind.most
         ) as oldest
+        where level.priority is not null
         limit kind.most
       ) as due
       limit ready.most
@@ -833,7 +850,7 @@ begin
   ),
   numbers as materialized (
     -- What an organization may call from, without those that have rung often enough in 24 hours.
-    select number.organization_id, number.phone_number, number.carrier_account_id
+    select number.organization_id, number.phone_number, number.carrier_account_id, number.registration_id
     from public.caller_numbers as number
     join public.carrier_accounts as account on account.id = number.carrier_account_id
     where number.organization_id in (select locked.organization_id from locked)
@@ -842,7 +859,10 @@ begin
   ),
   zoned as materialized (
     select
-      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable
+      locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable,
+      ready.purpose,
+      case when ready.max_price_micros is not null then coalesce(private.destination_price(locked.phone) > ready.max_price_micros, true) else false end
+        as is_dear
     from locked
     join ready on ready.id = locked.campaign_id
     cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
@@ -858,6 +878,7 @@ begin
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      private.lacks_consent(zoned.organization_id, zoned.phone, zoned.country, zoned.purpose, at) as lacks_consent,
       (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
         select
@@ -888,7 +909,9 @@ begin
         when seen.archived_at is not null then 'archived'
         when seen.phone is null then 'no_phone'
         when not seen.is_callable then 'destination_blocked'
+        when seen.is_dear then 'price_ceiling'
         when seen.register is not null then seen.register
+        when seen.lacks_consent then 'no_consent'
         when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
@@ -923,6 +946,7 @@ begin
         when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
         when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
+        when 'no_caller_series' then private.whole_minute(at + interval '1 hour')
         when 'daily_cap' then private.whole_minute(greatest(numbered.dials[2] + interval '24 hours', numbered.dials[1] + interval '60 minutes'))
         when 'min_gap' then private.whole_minute(numbered.dials[1] + interval '60 minutes')
       end,
@@ -937,7 +961,20 @@ begin
       single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
       ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
       single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
-      case when single.final_verdict is null and number.phone_number is null then 'caller_number_cap' else single.final_verdict end as final_verdict
+      case
+        when single.final_verdict is null and number.phone_number is null then case
+          when exists (
+            select
+            from public.caller_numbers as own
+            join public.carrier_accounts as account on account.id = own.carrier_account_id
+            where own.organization_id = single.organization_id and own.is_active and account.is_active and account.dialling_enabled
+              and private.may_call_from(own.phone_number, own.registration_id, single.country, single.purpose)
+          )
+          then 'caller_number_cap'
+          else 'no_caller_series'
+        end
+        else single.final_verdict
+      end as final_verdict
     from single
     join ready on ready.id = single.campaign_id
     left join lateral (
@@ -952,6 +989,7 @@ begin
       select number.phone_number, number.carrier_account_id
       from numbers as number
       where number.organization_id = single.organization_id
+        and private.may_call_from(number.phone_number, number.registration_id, single.country, single.purpose)
       order by
         (number.phone_number = last.caller_number) desc nulls last, (number.phone_number = ready.caller_id) nulls first,
         hashtextextended(number.phone_number || single.phone, 0)
@@ -1028,9 +1066,30 @@ begin
           where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
             and not private.is_broken(account.id, at)
         ) then 'circuit_open'
-        else (
-          select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
+        when exists (
+          select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
         )
+        then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
+        when tenant.max_hourly_cost_micros is not null and (
+          select
+            coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+            or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+          from public.call_logs as log
+          -- The longest call and the hour.
+          where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+            and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+        )
+        then 'spend_ceiling'
+        -- All its numbers rest: its leads are left where they are, and none of them is looked at.
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+            and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+        )
+        then 'caller_number_cap'
       end
     from public.organizations as tenant
     left join private.platform_dialling as platform on platform.single
@@ -1263,14 +1322,24 @@ create function private.write_evidence(attempts uuid[], at timestamptz) returns 
 language plpgsql volatile security definer set search_path = '' as $$
 begin
   insert into private.dial_evidence (
-    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before
+    attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before,
+    caller_series, registration_id
   )
   select
     log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
     private.callee_zones(lead.timezone, callee.zones, campaign.timezone),
     case when lead.timezone <> '' then 'lead' when callee.zones is not null then 'number' else 'campaign' end,
-    private.recent_dials(log.callee_number, at)
+    private.recent_dials(log.callee_number, at),
+    (
+      select series.prefix
+      from private.caller_series as series
+      where series.country = callee.country and series.purpose = campaign.purpose and starts_with(log.caller_number, series.prefix)
+      order by length(series.prefix) desc
+      limit 1
+    ),
+    number.registration_id
   from public.call_logs as log
+  join public.caller_numbers as number on number.phone_number = log.caller_number
   join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
   join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
   cross join lateral private.destination(log.callee_number, null) as callee
@@ -1302,6 +1371,7 @@ begin
           'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
           'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
           'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'caller_series', seen.caller_series, 'registration_id', seen.registration_id,
           'consent', case
             when consent.id is not null then jsonb_build_object(
               'id', consent.id, 'text', consent.consent_text, 'source', consent.source, 'granted_at', consent.granted_at, 'proof', consent.proof
@@ -1560,6 +1630,7 @@ begin
         when not account.is_active or not account.dialling_enabled then 'account_disabled'
         when platform.dialling_enabled is not true then 'platform_disabled'
         when not organization.dialling_enabled then 'dialling_disabled'
+        when private.has_tripped(log.carrier_account_id, at) or private.has_tripped(log.campaign_id, at) then 'circuit_open'
         when not campaign.dialling_enabled then 'campaign_disabled'
         -- A single call is made whether its campaign runs or not.
         when log.queue_id is not null and campaign.status <> 'running' then 'campaign_' || campaign.status
@@ -1567,6 +1638,10 @@ begin
         when lead.abuse_flag then 'abuse'
         when lead.archived_at is not null then 'archived'
         when lead.phone is distinct from log.callee_number then 'number_changed'
+        when private.lacks_consent(
+          log.organization_id, log.callee_number, (private.destination(log.callee_number, null)).country, campaign.purpose, at
+        )
+        then 'no_consent'
       end as reason
     from public.call_logs as log
     left join private.platform_dialling as platform on platform.single
@@ -1592,12 +1667,12 @@ begin
         case reason when 'expired' then 'expired' else 'cancelled' end::public.call_outcome,
         at,
         due := case
-          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled') then at + interval '1 minute'
+          when reason in ('platform_disabled', 'dialling_disabled', 'account_disabled', 'circuit_open') then at + interval '1 minute'
           when reason = 'number_changed' or reason like 'campaign%' then at
         end,
         closing := case
           when reason = 'opted_out' then 'opted_out'
-          when reason in ('abuse', 'archived') then 'skipped'
+          when reason in ('abuse', 'archived', 'no_consent') then 'skipped'
         end::public.campaign_lead_status,
         reason := reason
       );
@@ -1839,19 +1914,217 @@ begin
   into stale
   from claimed
   join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
-  return jsonb_build_object('attempts', coalesce(stale, '[]'));
+  return jsonb_build_object('attempts', coalesce(stale, '[]'), 'agentless', private.reap_websockets('{"v": 1}', at) -> 'calls');
 end
 $$;
 comment on function private.reconcile_calls(jsonb, timestamptz) is
   'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
-  'Also ends those that were never begun and may not be any more.';
+  'Also ends those that were never begun and may not be any more, and forgets the sockets that nobody has heard of.';
 
 create function public.reconcile_calls(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.reconcile_calls($1, private.clock_now())
 $$;
 comment on function public.reconcile_calls(jsonb) is
-  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}]}; the age is real, since it was begun.';
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}],"agentless":[{"organization_id",'
+  '"attempt_id"}]}; the age is real, since it was begun.';
+
+
+-- The carrier's records of a day --------------------------------------------------------------------------------------------------
+
+create function private.claim_carrier_check(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  -- Until four in the morning carriers still add to what was.
+  yesterday constant date := ((now() - interval '4 hours') at time zone 'UTC')::date - 1;
+  claimed   jsonb;
+begin
+  insert into private.carrier_checks (carrier_account_id, day)
+  select account.id, yesterday
+  from public.carrier_accounts as account
+  -- Telnyx keeps its records where no adapter reads them yet.
+  where account.is_active and account.created_at < at and account.provider <> 'telnyx'
+  on conflict do nothing;
+  with due as (
+    select waiting.carrier_account_id, waiting.day
+    from private.carrier_checks as waiting
+    where waiting.finished_at is null and waiting.day > yesterday - 7 and (waiting.lease_until is null or waiting.lease_until < now())
+    order by waiting.day, waiting.carrier_account_id
+    limit 1
+    for no key update skip locked
+  ),
+  taken as (
+    update private.carrier_checks as own
+    set lease_until = now() + interval '5 minutes'
+    from due
+    where own.carrier_account_id = due.carrier_account_id and own.day = due.day
+    returning own.*
+  )
+  select jsonb_build_object(
+    'day', taken.day, 'next_page', taken.next_page, 'provider', account.provider, 'carrier_account_id', account.id,
+    'account_sid', account.account_sid, 'credentials_sealed', account.credentials_sealed, 'api_base', account.api_base
+  )
+  into claimed
+  from taken
+  join public.carrier_accounts as account on account.id = taken.carrier_account_id;
+  return claimed;
+end
+$$;
+comment on function private.claim_carrier_check(jsonb, timestamptz) is
+  'Gives out one account whose records of a day are to be fetched, or to be gone on with, for five minutes: yesterday''s, and for a week what failed.';
+
+create function public.claim_carrier_check(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.claim_carrier_check($1, private.clock_now())
+$$;
+comment on function public.claim_carrier_check(jsonb) is
+  '{"v":1} -> {"day","next_page","provider","carrier_account_id","account_sid","credentials_sealed","api_base"}, or null when nothing is due.';
+
+create function private.store_carrier_records(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  account constant uuid := (request ->> 'carrier_account_id')::uuid;
+  checked constant date := (request ->> 'day')::date;
+begin
+  perform
+  from private.carrier_checks as own
+  where own.carrier_account_id = account and own.day = checked and own.finished_at is null
+  for no key update;
+  if not found then
+    return jsonb_build_object('done', true, 'differences', 0, 'corrected', 0);
+  end if;
+  insert into private.carrier_records (carrier_account_id, day, provider_call_id, started_at, bill_duration_seconds, cost_micros, cost_currency)
+  select distinct on (told.provider_call_id)
+    account, checked, told.provider_call_id, told.started_at, told.bill_duration_seconds, told.cost_micros, told.cost_currency
+  from jsonb_to_recordset(coalesce(request -> 'records', '[]')) as told (
+    provider_call_id text, started_at timestamptz, bill_duration_seconds integer, cost_micros bigint, cost_currency text
+  )
+  where told.provider_call_id <> ''
+  on conflict (carrier_account_id, day, provider_call_id) do update
+  set
+    started_at = excluded.started_at, bill_duration_seconds = excluded.bill_duration_seconds, cost_micros = excluded.cost_micros,
+    cost_currency = excluded.cost_currency;
+  if request ->> 'next_page' is not null then
+    update private.carrier_checks as own
+    set next_page = request ->> 'next_page', pages = own.pages + 1, lease_until = now() + interval '5 minutes'
+    where own.carrier_account_id = account and own.day = checked;
+    return jsonb_build_object('done', false);
+  end if;
+  return private.compare_carrier_records(account, checked, at) || '{"done": true}';
+end
+$$;
+comment on function private.store_carrier_records(jsonb, timestamptz) is
+  'Keeps a page of a carrier''s records; with the last one compares the day. A page that comes again changes nothing.';
+
+create function public.store_carrier_records(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.store_carrier_records($1, private.clock_now())
+$$;
+comment on function public.store_carrier_records(jsonb) is
+  '{"v":1,"carrier_account_id","day","records":[{"provider_call_id","started_at","bill_duration_seconds","cost_micros","cost_currency"}],'
+  '"next_page":text|null} -> {"done":false} or {"done":true,"differences":n,"corrected":n}.';
+
+create function private.compare_carrier_records(account uuid, checked date, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  opens  constant timestamptz := checked::timestamp at time zone 'UTC';
+  closes constant timestamptz := (checked + 1)::timestamp at time zone 'UTC';
+  attempt public.call_logs;
+  amended public.call_logs;
+  theirs  private.carrier_records;
+  found_  integer;
+  corrected integer := 0;
+begin
+  insert into private.carrier_differences (
+    carrier_account_id, day, kind, provider_call_id, attempt_id, organization_id, our_seconds, their_seconds, our_cost_micros, their_cost_micros,
+    cost_currency, found_at
+  )
+  -- Records of the hours before and after are there for attempts at the edges of the day, and are judged with their own day.
+  select
+    account, checked, told.kind, record.provider_call_id, log.id, log.organization_id, log.bill_duration_seconds, record.bill_duration_seconds,
+    log.carrier_cost_micros, record.cost_micros, record.cost_currency, at
+  from private.carrier_records as record
+  left join public.call_logs as log on log.call_sid = record.provider_call_id and log.carrier_account_id = account
+  cross join lateral (
+    select 'call_without_attempt' as kind
+    where log.id is null and not exists (
+      select from public.call_logs as leg where leg.transfer_sid = record.provider_call_id
+    )
+    union all
+    select 'other_seconds'
+    where log.status = 'ended' and record.bill_duration_seconds <> coalesce(log.bill_duration_seconds, 0)
+    union all
+    select 'other_cost'
+    where log.status = 'ended' and record.cost_micros is not null
+      and (record.cost_micros, record.cost_currency) is distinct from (log.carrier_cost_micros, log.carrier_cost_currency)
+  ) as told
+  where record.carrier_account_id = account and record.day = checked
+    and (record.started_at is null or record.started_at >= opens and record.started_at < closes)
+  union all
+  select
+    account, checked, 'attempt_without_record', log.call_sid, log.id, log.organization_id, log.bill_duration_seconds, null,
+    log.carrier_cost_micros, null, log.carrier_cost_currency, at
+  from public.call_logs as log
+  where log.carrier_account_id = account and log.direction = 'outbound' and log.dialled and log.status = 'ended'
+    and log.begun_at >= opens and log.begun_at < closes
+    -- What was lost was looked for already, and not found.
+    and (log.call_sid is not null or log.call_status <> 'lost')
+    and not exists (
+      select
+      from private.carrier_records as record
+      where record.carrier_account_id = account and record.day = checked and record.provider_call_id = log.call_sid
+    );
+  get diagnostics found_ = row_count;
+
+  perform private.lock_attempts(array(
+    select distinct differing.attempt_id
+    from private.carrier_differences as differing
+    where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+  ));
+  for attempt in
+    select log.*
+    from public.call_logs as log
+    where log.id in (
+      select differing.attempt_id
+      from private.carrier_differences as differing
+      where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost')
+    )
+    order by log.organization_id, log.id
+  loop
+    select own.* into theirs
+    from private.carrier_records as own
+    where own.carrier_account_id = account and own.day = checked and own.provider_call_id = attempt.call_sid;
+    amended := attempt;
+    amended.bill_duration_seconds := coalesce(theirs.bill_duration_seconds, attempt.bill_duration_seconds);
+    if theirs.cost_micros is not null then
+      amended.carrier_cost_micros := theirs.cost_micros;
+      amended.carrier_cost_currency := theirs.cost_currency;
+    end if;
+    if private.amend_attempt(attempt, amended, null, at) then
+      corrected := corrected + 1;
+    end if;
+  end loop;
+  update private.carrier_differences as differing
+  set is_corrected = true
+  where differing.carrier_account_id = account and differing.day = checked and differing.kind in ('other_seconds', 'other_cost');
+
+  insert into private.outbox (organization_id, topic, key, payload, created_at)
+  select
+    differing.organization_id, 'alarm.carrier_records_differ', concat_ws(' ', account, checked, differing.organization_id),
+    jsonb_build_object('carrier_account_id', account, 'day', checked, 'differences', count(*)), at
+  from private.carrier_differences as differing
+  where differing.carrier_account_id = account and differing.day = checked and differing.organization_id is not null
+  group by differing.organization_id
+  on conflict do nothing;
+  delete from private.carrier_records as own where own.carrier_account_id = account and own.day = checked;
+  update private.carrier_checks as own
+  set finished_at = now(), lease_until = null, next_page = null, differences = found_
+  where own.carrier_account_id = account and own.day = checked;
+  return jsonb_build_object('differences', found_, 'corrected', corrected);
+end
+$$;
+comment on function private.compare_carrier_records(uuid, date, timestamptz) is
+  'Compares a day''s records with our attempts in one statement; every difference becomes a row, other seconds and costs are corrected at the price of the call.';
 
 
 -- What a user does with a campaign ------------------------------------------------------------------------------------------------
@@ -1880,7 +2153,7 @@ begin
     'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
-    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at,
+    'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at, 'pause_reason', campaign.pause_reason,
     'completed_at', campaign.completed_at, 'cancelled_at', campaign.cancelled_at,
     'counts', (
       select jsonb_object_agg(state.name, coalesce(counted.number, 0))
@@ -2230,7 +2503,7 @@ begin
       409, 'invalid_transition', format('A campaign that is %s cannot be paused', campaign.status), 'status'
     );
   end if;
-  update public.campaigns as mine set status = 'paused', paused_at = at where mine.id = campaign.id;
+  update public.campaigns as mine set status = 'paused', paused_at = at, pause_reason = null where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.paused', 'campaign', campaign.id, '{}', at);
   return private.campaign_json(campaign.id, at);
 end
@@ -2256,7 +2529,7 @@ begin
   if private.dispatch_obstacle(campaign.organization_id, at) = 'subscription_inactive' then
     perform private.raise_error(402, 'subscription_inactive', 'The organization has no active subscription');
   end if;
-  update public.campaigns as mine set status = 'running', paused_at = null where mine.id = campaign.id;
+  update public.campaigns as mine set status = 'running', paused_at = null, pause_reason = null where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.resumed', 'campaign', campaign.id, '{}', at);
   return private.campaign_json(campaign.id, at);
 end
@@ -2442,7 +2715,7 @@ begin
   update public.campaigns as mine
   set
     status = 'draft', archived_at = null, completed_at = null, cancelled_at = null, started_at = null, paused_at = null,
-    open_leads = mine.open_leads + reopened
+    pause_reason = null, open_leads = mine.open_leads + reopened
   where mine.id = campaign.id;
   perform private.audit(campaign.organization_id, 'campaign.restored', 'campaign', campaign.id, jsonb_build_object('reopened', reopened), at);
   return private.campaign_json(campaign.id, at);
@@ -2823,14 +3096,15 @@ comment on function public.open_hangup(jsonb) is
 -- Who may call what ---------------------------------------------------------------------------------------------------------------
 
 revoke execute on function
-  public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
+  public.claim_carrier_check(jsonb), public.store_carrier_records(jsonb), public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb),
   public.get_campaign(uuid), public.create_campaign(text, uuid, jsonb), public.start_campaign(uuid), public.pause_campaign(uuid),
   public.resume_campaign(uuid), public.cancel_campaign(uuid), public.complete_campaign(uuid), public.archive_campaign(uuid),
   public.restore_campaign(uuid), public.preview_campaign(uuid), public.schedule_campaign(uuid), public.get_dial_evidence(text)
 from public, anon, authenticated, service_role;
 grant execute on function
   private.release_calls(jsonb, timestamptz), private.begin_dials(jsonb, timestamptz), private.record_dials(jsonb, timestamptz),
-  private.reconcile_calls(jsonb, timestamptz),
+  private.reconcile_calls(jsonb, timestamptz), private.claim_carrier_check(jsonb, timestamptz), private.store_carrier_records(jsonb, timestamptz),
+  public.claim_carrier_check(jsonb), public.store_carrier_records(jsonb),
   public.release_calls(jsonb), public.begin_dials(jsonb), public.record_dials(jsonb), public.reconcile_calls(jsonb)
 to service_role;
 grant execute on function

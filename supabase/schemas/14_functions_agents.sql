@@ -405,6 +405,8 @@ begin
     -- No link of any later event takes its place.
     ranks := ranks || jsonb_build_object('recording_url', 9);
   end if;
+  -- The first word is the first, however often it is told.
+  updated.first_audio_ms := coalesce(attempt.first_audio_ms, least(greatest((told ->> 'first_audio_ms')::bigint, 0), 3600000)::integer);
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
     ranks := ranks || jsonb_build_object('language', rank);
@@ -473,7 +475,8 @@ begin
       summary = updated.summary, sentiment_score = updated.sentiment_score, interest_level = updated.interest_level,
       transferred = updated.transferred, transferred_at = updated.transferred_at, transfer_reason = updated.transfer_reason,
       transfer_department = updated.transfer_department, disconnect_reason = updated.disconnect_reason,
-      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata
+      disconnect_notes = updated.disconnect_notes, recording_url = updated.recording_url, metadata = updated.metadata,
+      first_audio_ms = updated.first_audio_ms
     where log.id = attempt.id;
   end if;
   if updated.transferred and not attempt.transferred then

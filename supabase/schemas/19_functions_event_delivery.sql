@@ -248,7 +248,7 @@ begin
     private.key_at(new.id, at),
     jsonb_build_object(
       'campaign_id', new.id, 'name', new.name, 'project_id', new.project_id, 'status', new.status, 'leads', new.total_enrolled,
-      'open_leads', new.open_leads
+      'open_leads', new.open_leads, 'reason', new.pause_reason
     ),
     at
   );

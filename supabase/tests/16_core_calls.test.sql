@@ -261,6 +261,9 @@ select pg_temp.set_clock('24 14:00');
 select is(pg_temp.release(), '1', 'for them alone');
 
 -- By its start date.
+insert into public.consents (organization_id, phone_number, scope, consent_text, source, proof, granted_at)
+select '00000000-0000-4000-8000-0000000000c1', '+91700000000' || number, 'call_promotional', 'Call me', 'written', '{"page": 1}', '2026-11-01'
+from generate_series(1, 2) as number;
 create table pg_temp.later as select pg_temp.draft('Later', '{"start_date": "2026-11-26", "purpose": "promotional", "retry_rules": {"busy": [30]}}') as id;
 select is((select purpose || retry_rules::text from public.campaigns where id = (select id from pg_temp.later)), 'promotional{"busy": [30]}', 'Purpose and retries are settings');
 select is(

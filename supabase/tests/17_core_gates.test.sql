@@ -1,7 +1,7 @@
 -- Gates: switches, pace, weights, classes of calls, and the numbers they are made from.
 begin;
 set local search_path = public, extensions, tap;
-select plan(41);
+select plan(42);
 
 -- The business time is Tuesday, 24 November 2026, 10:00 in Kolkata. One plan without limits, one of three calls, one carrier account.
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
@@ -232,7 +232,8 @@ update public.caller_numbers set daily_calls = 4 where organization_id = pg_temp
 select is(pg_temp.release(calls => 3), '401 402 403', 'A number makes its calls');
 select is(pg_temp.release(), '404', 'up to those of a day');
 select is(pg_temp.release(), 'none', 'and then rests');
-select is(pg_temp.queue(410), 'queued caller_number_cap 24 10:15', 'which is why its leads wait');
+select is(pg_temp.queue(410), 'queued 24 10:00', 'Its leads are left where they are');
+select is(pg_temp.waiting(5), '{"caller_number_cap": 6}', 'and told why they wait');
 select is(pg_temp.release(pg_temp.at('25 10:00:01')), '405 406 407 408', 'until the next day');
 
 -- Ten organizations, with one to two thousand leads and weights from one to three, sixty calls at a time.

@@ -1,7 +1,7 @@
 -- Retries of a campaign's own, breakers, and what a carrier without room does.
 begin;
 set local search_path = public, extensions, tap;
-select plan(22);
+select plan(24);
 
 -- The business time is Tuesday, 24 November 2026, 10:00 in Kolkata. One plan without limits, one of three calls, one carrier account.
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
@@ -216,5 +216,20 @@ select is(pg_temp.live() <= 4, true, 'fewer calls are in flight');
 select pg_temp.set_clock('24 10:08');
 select private.check_breakers(private.clock_now());
 select is((select ceiling from private.carrier_pace), 8, 'one more for each minute without');
+
+-- Of what is under way, what the carrier took speaks for its line.
+select pg_temp.set_clock('24 10:30');
+delete from private.breakers;
+insert into public.call_logs (organization_id, carrier_account_id, caller_number, callee_number, status, dialled, submitted_at)
+select
+  organization.id, '00000000-0000-4000-c000-000000000001', '+918099000099', '+9170009' || lpad(number::text, 5, '0'),
+  case when number <= 10 then 'submission_unknown' else 'in_progress' end::public.attempt_status, true, private.clock_now()
+from generate_series(1, 21) as number
+cross join (select min(id::text)::uuid as id from public.organizations) as organization;
+select private.check_breakers(private.clock_now());
+select is((select count(*)::integer from private.breakers), 0, 'Ten of which nothing is known beside eleven that talk stop nothing');
+update public.call_logs set status = 'ended', call_status = 'busy', ended_at = private.clock_now() where callee_number = '+917000900021';
+select private.check_breakers(private.clock_now());
+select is((select count(*)::integer from private.breakers where is_open), 1, 'beside ten they do');
 select * from finish();
 rollback;

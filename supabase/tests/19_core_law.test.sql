@@ -153,6 +153,10 @@ select is(pg_temp.fate('+12255550100', '2026-11-22 18:00Z'), 'outside_window que
 select is(pg_temp.fate('+12255550100', '2026-11-26 18:00Z') ~ '^outside_window queued (27|28)', true, 'and on a holiday');
 select is(pg_temp.fate('+12255550100', '2026-11-24 15:00Z'), 'processing', 'and else called, from nine in its zone');
 -- 09:30 in Kolkata.
+insert into public.consents (organization_id, phone_number, scope, consent_text, source, proof, granted_at)
+select lead.organization_id, '+91700000000' || number, 'call_promotional', 'Call me', 'written', '{"page": 1}', '2026-11-01'
+from (select distinct known.organization_id from public.leads as known) as lead
+cross join generate_series(2, 3) as number;
 update public.campaigns set purpose = 'promotional';
 select is(pg_temp.fate('+917000000002', '2026-11-25 04:00Z'), 'outside_window queued 25 04:30', 'Who sells waits until ten in India');
 update public.campaigns set purpose = 'service';

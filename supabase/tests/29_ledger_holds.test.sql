@@ -267,7 +267,7 @@ select is(pg_temp.books(5), 'ai_calls 1+0 (0), call_seconds 100+0 (100); 0, 0 he
 select isnt(pg_temp.buy(5, 2000), null, 'Credit for two calls');
 select is(pg_temp.release(51, 52, 53), '51 for 100, 52 for 100', 'makes two');
 update public.call_logs set lease_until = now() - interval '1 second', not_after = now() - interval '1 second' where status = 'created';
-select is(public.reconcile_calls('{"v": 1}'), '{"attempts": []}', 'which nobody begins in time');
+select is(public.reconcile_calls('{"v": 1}'), '{"attempts": [], "agentless": []}', 'which nobody begins in time');
 select is(pg_temp.books(5), 'ai_calls 1+0 (0), call_seconds 100+0 (100); 2000, 0 held', 'and which hold nothing any more');
 
 -- What credit is held for is not taken from what is included.

@@ -182,16 +182,21 @@ async fn create(
     }
 }
 
-/// The records of calls between two numbers, the newest first.
+/// The records of calls, or of those between two numbers, the newest first and page by page.
 async fn list(State(inside): State<Arc<Inside>>, Query(query): Query<BTreeMap<String, String>>) -> Response {
     let records = inside.records.lock().unwrap_or_else(PoisonError::into_inner);
     let asked = |record: &&Value| {
         ["from_number", "to_number"]
             .iter()
-            .all(|name| query.get(*name).is_some_and(|number| record[*name] == json!(number)))
+            .all(|name| query.get(*name).is_none_or(|number| record[*name] == json!(number)))
     };
-    let objects: Vec<&Value> = records.iter().rev().filter(asked).collect();
-    Json(json!({ "api_id": Uuid::new_v4(), "meta": { "limit": 20, "offset": 0 }, "objects": objects })).into_response()
+    let number = |name: &str, or: usize| query.get(name).and_then(|text| text.parse().ok()).unwrap_or(or);
+    let (limit, offset) = (number("limit", 20), number("offset", 0));
+    let objects: Vec<&Value> = records.iter().rev().filter(asked).skip(offset).collect();
+    let next = (objects.len() > limit).then(|| format!("/v1/Account/A/Call/?limit={limit}&offset={}", offset + limit));
+    let objects: Vec<&Value> = objects.into_iter().take(limit).collect();
+    let meta = json!({ "limit": limit, "offset": offset, "next": next });
+    Json(json!({ "api_id": Uuid::new_v4(), "meta": meta, "objects": objects })).into_response()
 }
 
 /// The record of one call; none of them is live.

@@ -18,6 +18,7 @@ pub mod events;
 pub mod fan_out;
 pub mod lints;
 pub mod media;
+pub mod never_twice;
 pub mod pgtap;
 pub mod plans;
 pub mod programs;

@@ -48,7 +48,12 @@ impl Cloud {
             .env("BIND_HOST", "127.0.0.1")
             .env("MINISTACK_HOST", "127.0.0.1")
             .env("GATEWAY_PORT", port.to_string())
+            .env("SERVICES", "sqs,secretsmanager,s3,cloudformation,lambda,scheduler,apigateway,iam,logs,monitoring,cloudwatch,sns,sts")
+            // It would listen on every address of the machine.
+            .env("IOT_MTLS_ENABLED", "0")
             .env("LAMBDA_EXECUTOR", "local")
+            // It tells functions to ask itself, and not AWS.
+            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"))
             .env("DOCKER_HOST", "unix:///nonexistent")
             .folder(&folder)
             .log(tool("DEPLOY_LOGS")?.join("ministack.log"))

@@ -87,6 +87,22 @@ async fn the_demo_s_table_adds_up_alone_in_company_and_without_postgrest_for_a_w
     Ok(())
 }
 
+/// Small enough for CI; `--calls 10000` is the same at its full size.
+#[tokio::test]
+async fn a_demo_full_of_faults_and_with_its_switch_off_for_a_while_balances_all_the_same() -> Result<()> {
+    let place = place().await?;
+    let args = ["--json", "--faults", "severe", "--kill-switch", "--calls", "60", "--live-calls", "20"];
+    let mut demo = place.demo(&args).await?;
+    let (code, text) = demo.end(2 * DEMO_WITHIN).await?;
+    assert_eq!(code, Some(0), "{text}{}", demo.quote());
+    let numbers = programs::last_json(&text)?;
+    let n = |key| number(&numbers, key);
+    assert_eq!((n("terminal"), n("open"), n("double_dials"), n("errors")), (60, 0, 0, 0), "{numbers}");
+    assert_eq!(n("usage_seconds"), n("carrier_bill_seconds"), "{numbers}");
+    assert_eq!(number(&numbers["injected"], "database_stops"), 1, "{numbers}");
+    Ok(())
+}
+
 /// Sends a request as the first organization's owner, or as `token` says; its status and body.
 async fn ask(up: &Value, method: &str, path: &str, token: &str, body: &str) -> Result<(u16, Value)> {
     let answer = local::parts::http_client()?

@@ -13,6 +13,7 @@ use shared::{
         CallbackEvent, DialOutcome, Outcome,
         api::{self, Account, Create},
         carrier::{self, Carrier, Credentials},
+        stream_token,
         token::CallbackToken,
     },
     trigger::{Invocation, Message},
@@ -205,9 +206,12 @@ async fn prepare(dispatch: &Dispatch, dial: &Dial) -> Result<Prepared> {
         })
         .collect::<Result<_>>()?;
     // As the document says that answers a call, at carriers that ask for one.
-    let answer = encode(CallbackEvent::Answer)?;
+    let until = dial.not_after + i64::from(dial.ring_timeout_seconds) + stream_token::GOOD_FOR_SECONDS;
+    let stream = stream_token::sign(&secrets.callback_keys, token.agent_id, dial.attempt_id, until);
     let agent = dispatch.config.agent_origin(&token.agent_id.to_string());
-    let stream_url = agent.map(|agent| format!("{}/stream/{}/{answer}", agent.trim_end_matches('/'), dial.attempt_id));
+    let stream_url = agent
+        .zip(stream)
+        .map(|(agent, stream)| format!("{}/stream/{}/{stream}", agent.trim_end_matches('/'), dial.attempt_id));
     Ok(Prepared { carrier, account, callbacks, stream_url })
 }
 

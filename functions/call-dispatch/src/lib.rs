@@ -7,6 +7,7 @@ mod calls;
 mod campaigns;
 mod dial;
 mod reconcile;
+mod records;
 mod release;
 
 use http::Method;
@@ -76,6 +77,7 @@ impl Function for Dispatch {
         match job {
             "release" => release::run(self, invocation, true).await,
             "reconcile" => reconcile::run(self, invocation).await,
+            "records" => records::run(self, invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }

@@ -30,6 +30,9 @@ const CLOCK_DIFFERENCE_SECONDS: i64 = 30;
 #[derive(Deserialize)]
 struct Claimed {
     attempts: Vec<Silent>,
+    /// Calls that go on though the socket of their agent is gone.
+    #[serde(default)]
+    agentless: Vec<Value>,
 }
 
 /// An attempt whose lease ran out.
@@ -50,6 +53,9 @@ struct Silent {
 pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> {
     let claimed: Claimed = dispatch.supabase.call("reconcile_calls", &json!({ "v": 1, "limit": LIMIT })).await?;
     metrics::count(Metric::AttemptsSilent, claimed.attempts.len());
+    for call in &claimed.agentless {
+        tracing::warn!(attempt_id = call["attempt_id"].as_str(), "a call goes on without its agent");
+    }
     let mut news = Vec::new();
     let mut stuck = 0;
     for silent in &claimed.attempts {

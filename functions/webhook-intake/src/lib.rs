@@ -12,6 +12,7 @@ mod pipeline;
 mod recordings;
 mod sound;
 pub mod sources;
+mod streams;
 
 use accounts::Accounts;
 use http::Method;
@@ -125,6 +126,7 @@ impl Function for Intake {
             (&Method::POST, ["sources"]) => manage::create(self, &request).await,
             (&Method::POST, ["sources", id, "secrets"]) => manage::rotate(self, id, &request).await,
             (&Method::POST, ["calls", id, "recording"]) => recordings::link(self, id, &request).await,
+            (_, ["streams", ..]) => streams::route(self, &request, &segments[1..]).await,
             (&Method::POST, [carrier, event, token]) => {
                 let callback = sources::carriers::Callback::of(carrier, event, token)?;
                 callbacks::receive(self, &callback, &request).await

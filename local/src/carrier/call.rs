@@ -206,6 +206,8 @@ pub(super) struct Book {
     dialled: HashMap<String, u32>,
     asked: HashMap<String, u32>,
     live: BTreeSet<usize>,
+    /// As many as there ever were at once.
+    most_live: usize,
     /// Indexes of ended calls by account, in the order of their ends.
     ended: HashMap<String, Vec<usize>>,
 }
@@ -228,6 +230,7 @@ impl Book {
     pub fn add(&mut self, call: Call) {
         self.by_uuid.insert(call.uuid, self.calls.len());
         self.live.insert(self.calls.len());
+        self.most_live = self.most_live.max(self.live.len());
         self.calls.push(call);
     }
 
@@ -255,6 +258,11 @@ impl Book {
     pub fn ended<'a>(&'a self, auth_id: &str) -> impl ExactSizeIterator<Item = &'a Call> {
         let ended = self.ended.get(auth_id).map_or(&[][..], Vec::as_slice);
         ended.iter().rev().map(|index| &self.calls[*index])
+    }
+
+    /// How many calls there were at once, at most.
+    pub fn most_live(&self) -> usize {
+        self.most_live
     }
 
     /// How many calls are not over.

@@ -246,6 +246,11 @@ impl Carrier {
         self.world.book().live_count()
     }
 
+    /// Calls that there were at once, at most.
+    pub fn most_live_calls(&self) -> usize {
+        self.world.book().most_live()
+    }
+
     /// Calls accepted since the start.
     pub fn creates(&self) -> usize {
         self.world.book().calls.len()

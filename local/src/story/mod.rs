@@ -242,6 +242,10 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
 
     let (numbers, mut checks) = report::judge(&evidence, |real| stack.clock.to_business(real), started.elapsed());
     if let (Some(severity), Some(injected)) = (options.faults, &evidence.injected) {
+        checks.extend(carrier.as_ref().map(|carrier| report::Check {
+            claim: "no more calls at once than allowed",
+            sides: (carrier.most_live_calls().max(live_calls as usize) as i64, i64::from(live_calls)),
+        }));
         checks.extend(injected.checks(severity, carrier.is_some(), stack.template.functions.len()));
     }
     let places = vec![

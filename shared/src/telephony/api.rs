@@ -129,6 +129,24 @@ impl Wanted<'_> {
     }
 }
 
+/// From when to when records are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    /// The first moment.
+    pub since: DateTime<Utc>,
+    /// The first moment that is no longer asked for.
+    pub until: DateTime<Utc>,
+}
+
+/// A page of call records.
+#[derive(Debug, Clone, Default)]
+pub struct Page {
+    /// The calls.
+    pub calls: Vec<CallReport>,
+    /// What the next page is asked for by; `None` after the last.
+    pub next: Option<String>,
+}
+
 /// Who asks.
 #[derive(Clone)]
 pub enum Authorization {
@@ -263,6 +281,17 @@ pub trait Api {
     /// The requests that find a call, in the order in which they are made until one does: by its id, or else in a list.
     fn look_up(&self, account: &Account, wanted: &Wanted<'_>) -> Result<Vec<ApiRequest>>;
 
+    /// The request for a page of the account's call records that lie in a span: the first, or where the page before said that it goes on.
+    /// `None` for a carrier whose records are not read.
+    fn records(&self, _account: &Account, _span: &Span, _next_page: Option<&str>) -> Result<Option<ApiRequest>> {
+        Ok(None)
+    }
+
+    /// A page of records, and where the next one is. `None` for what is no such page.
+    fn recorded(&self, _body: &Value) -> Option<Page> {
+        None
+    }
+
     /// The call in an answer to one of [`Api::look_up`]'s requests. `None` where it is not there.
     fn found(&self, wanted: &Wanted<'_>, body: &Value) -> Option<Lookup>;
 }
@@ -329,6 +358,27 @@ pub async fn look_up(
     Ok(Lookup::NotFound)
 }
 
+/// A page of an account's call records. `None` for a carrier whose records are not read.
+pub async fn records(
+    carrier: &dyn Carrier,
+    http: &reqwest::Client,
+    account: &Account,
+    span: &Span,
+    next_page: Option<&str>,
+) -> Result<Option<Page>> {
+    let Some(request) = carrier.records(account, span, next_page)? else {
+        return Ok(None);
+    };
+    let answer = request.send(http).await.map_err(away)?;
+    let status = answer.status();
+    if !status.is_success() {
+        return Err(Error::carrier_unavailable(status.to_string()));
+    }
+    let body: Value = answer.json().await.map_err(away)?;
+    let page = carrier.recorded(&body).ok_or_else(|| Error::carrier_unavailable("the answer is no page of records"))?;
+    Ok(Some(page))
+}
+
 /// Ends a call; one that is over already is no error.
 pub async fn hang_up(carrier: &dyn Carrier, http: &reqwest::Client, account: &Account, call_id: &str) -> Result<()> {
     let answer = carrier.hang_up(account, call_id)?.send(http).await.map_err(away)?;
@@ -349,6 +399,7 @@ mod tests {
     use super::*;
     use crate::telephony::carrier::{ALL, by_name};
     use chrono::TimeDelta;
+    use serde_json::json;
 
     #[test]
     fn only_a_carrier_s_own_hosts_are_asked_to_dial() {
@@ -389,6 +440,58 @@ mod tests {
         let url = account.url(&["v2", "calls", "v3:x/../y?z"]).unwrap();
         assert_eq!(url.as_str(), "https://api.telnyx.com/v2/calls/v3:x%2F..%2Fy%3Fz");
         assert_eq!(account.url(&["Call", ""]).unwrap().path(), "/Call/");
+    }
+
+    #[test]
+    fn a_page_of_records_says_where_the_next_one_is() {
+        let span =
+            Span { since: "2026-11-22T10:00:00Z".parse().unwrap(), until: "2026-11-24T14:00:00Z".parse().unwrap() };
+        let credentials = || Credentials::read(r#"{"auth_token":"t"}"#);
+        let asked = |name: &str, next: Option<&str>| {
+            let account = Account {
+                sid: "A".to_owned(),
+                credentials: credentials(),
+                api_base: Url::parse("https://carrier.example").unwrap(),
+            };
+            by_name(name).unwrap().records(&account, &span, next).unwrap().map(|request| request.url.to_string())
+        };
+        let read = |name: &str, body: Value| {
+            let page = by_name(name).unwrap().recorded(&body)?;
+            Some((page.calls.into_iter().filter_map(|call| call.provider_call_id).collect::<Vec<_>>(), page.next))
+        };
+        let (one, more) = (vec!["u".to_owned()], Some("20".to_owned()));
+        assert_eq!(
+            asked("plivo", None).unwrap(),
+            "https://carrier.example/v1/Account/A/Call/?end_time__gte=2026-11-22+10%3A00%3A00&end_time__lt=2026-11-24+14%3A00%3A00&limit=20&offset=0"
+        );
+        assert!(asked("plivo", Some("20")).unwrap().ends_with("&offset=20"));
+        let page = json!({"meta": {"offset": 0, "next": "/v1/…"}, "objects": [{"call_uuid": "u"}]});
+        assert_eq!(read("plivo", page), Some((one.clone(), more)));
+        let page = json!({"meta": {"offset": 20, "next": null}, "objects": []});
+        assert_eq!(read("plivo", page), Some((vec![], None)));
+
+        assert_eq!(
+            asked("twilio", None).unwrap(),
+            "https://carrier.example/2010-04-01/Accounts/A/Calls.json?StartTime%3E=2026-11-22&StartTime%3C=2026-11-24&PageSize=1000"
+        );
+        let next = "/2010-04-01/Accounts/OTHER/Calls.json?PageToken=x";
+        assert_eq!(
+            asked("twilio", Some(next)).unwrap(),
+            "https://carrier.example/2010-04-01/Accounts/A/Calls.json?PageToken=x"
+        );
+        let page = json!({"next_page_uri": next, "calls": [{"sid": "u", "status": "completed"}]});
+        assert_eq!(read("twilio", page), Some((one.clone(), Some(next.to_owned()))));
+
+        let page =
+            json!({"count": 2, "record_index": 0, "_embedded": {"calls": [{"uuid": "u", "status": "completed"}]}});
+        assert_eq!(read("vonage", page), Some((one.clone(), Some("1".to_owned()))));
+        let page =
+            json!({"count": 2, "record_index": 1, "_embedded": {"calls": [{"uuid": "u", "status": "completed"}]}});
+        assert_eq!(read("vonage", page), Some((one, None)));
+        assert_eq!(asked("telnyx", None), None);
+        for carrier in ALL {
+            assert!(carrier.recorded(&json!({"error": "no"})).is_none(), "{}", carrier.name());
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub mod api;
 pub mod carrier;
 mod fields;
 pub mod plivo;
+pub mod stream_token;
 pub mod telnyx;
 pub mod token;
 pub mod twilio;

@@ -3,7 +3,9 @@
 mod calls;
 mod campaigns;
 mod carriers;
+mod never_twice;
 mod nudges;
+mod records;
 mod troubles;
 
 use anyhow::{Context, Result};

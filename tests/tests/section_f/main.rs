@@ -23,7 +23,7 @@
 //! | 16 | `cancel` and `timeout` end a call                      | `calls::f16_…`; the carriers' words for them: `shared::telephony`      |
 //! | 17 | who opted out with a retry pending                     | `calls::f17_…`                                                         |
 //! | 18 | a paused campaign starves no other                     | `calls::f18_…`; three hundred rows of it: `13_core_release.test.sql`   |
-//! | 19 | the calling window: minute, overnight, DST, day        | `12_core_basics.test.sql`, `13_core_release.test.sql`                  |
+//! | 19 | the calling window: minute, overnight, DST, day        | `windows::f19_…`, `12_core_basics.test.sql`, `13_core_release.test.sql` |
 //! | 20 | calls at once overspend no balance                     | `billing::f20_…`, `holds::f20_…`; order of payment: `29_ledger_holds.test.sql` |
 //! | 21 | a month that is anchored on the 31st                   | `20_billing_arithmetic.test.sql`, `23_billing_periods.test.sql`        |
 //! | 22 | the invoice job again, years, and the boundary         | `billing::f22_…`; years: `23_billing_periods.test.sql`                 |
@@ -37,4 +37,6 @@ mod campaigns;
 mod gates;
 mod holds;
 mod stores;
+mod turns;
+mod windows;
 mod world;

@@ -50,6 +50,7 @@ impl Source for Agent {
             message.at = message.at.as_deref().and_then(rfc3339);
         }
         report.duration_seconds = report.duration_seconds.filter(|seconds| (0..=1_000_000).contains(seconds));
+        report.first_audio_ms = report.first_audio_ms.filter(|milliseconds| (0..=3_600_000).contains(milliseconds));
         report.sentiment = report.sentiment.filter(|score| (-1.0..=1.0).contains(score));
         report.tools = report.tools.into_iter().map(|tool| understood(tool, &source.settings)).collect();
         let id = request.header("webhook-id").unwrap_or_default();

@@ -49,6 +49,8 @@ pub struct AgentReport {
     pub ended_at: Option<String>,
     /// Seconds of conversation.
     pub duration_seconds: Option<i64>,
+    /// Milliseconds from the opening of the stream, which is the answer, to the agent's first audio.
+    pub first_audio_ms: Option<i64>,
     /// All that was said, as text.
     pub transcript: Option<String>,
     /// All that was said, turn by turn.

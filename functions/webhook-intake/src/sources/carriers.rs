@@ -10,6 +10,7 @@ use shared::{
     telephony::{
         CallStatus, CallbackEvent,
         carrier::{self, Answer, Carrier, Connect, Credentials, Document, Signed},
+        stream_token,
         token::CallbackToken,
     },
 };
@@ -98,7 +99,7 @@ impl Callback {
         if told.is_some_and(|callback| callback.report.status == Some(CallStatus::Ended)) {
             return self.carrier.answer(&Answer::Nothing);
         }
-        self.connect(token, &self.token, secrets, config, now)
+        self.connect(token, secrets, config, now)
     }
 
     /// The document for a call to us that was taken down as this attempt.
@@ -110,10 +111,10 @@ impl Callback {
             not_after: now + INBOUND_SECONDS,
             agent_id: opened.agent_id.unwrap_or_default(),
         };
-        match token.encode(&secrets.callback_keys, self.carrier.name(), CallbackEvent::Answer) {
-            Some(text) => self.connect(&token, &text, secrets, config, now),
-            None => self.sorry(),
+        if secrets.callback_keys.is_empty() {
+            return self.sorry();
         }
+        self.connect(&token, secrets, config, now)
     }
 
     /// The document for a call to us that cannot be taken.
@@ -126,9 +127,12 @@ impl Callback {
         self.carrier.answer(&Answer::Nothing)
     }
 
-    fn connect(&self, token: &CallbackToken, text: &str, secrets: &Secrets, config: &Config, now: i64) -> Document {
+    fn connect(&self, token: &CallbackToken, secrets: &Secrets, config: &Config, now: i64) -> Document {
         let agent_id = token.agent_id.to_string();
-        let Some(agent) = config.agent_origin(&agent_id).filter(|_| now <= token.not_after) else {
+        let until = now + stream_token::GOOD_FOR_SECONDS;
+        let stream = stream_token::sign(&secrets.callback_keys, token.agent_id, token.attempt_id, until);
+        let origin = config.agent_origin(&agent_id).filter(|_| now <= token.not_after);
+        let Some((agent, stream)) = origin.zip(stream) else {
             return self.carrier.answer(&Answer::Hangup);
         };
         let callback = |event: CallbackEvent| {
@@ -136,7 +140,7 @@ impl Callback {
             let (origin, carrier) = (&config.public_origin, self.carrier.name());
             Some(format!("{origin}/functions/v1/webhook-intake/{carrier}/{}/{token}", event.as_str()))
         };
-        let url = format!("{}/stream/{}/{text}", agent.trim_end_matches('/'), token.attempt_id);
+        let url = format!("{}/stream/{}/{stream}", agent.trim_end_matches('/'), token.attempt_id);
         let stream_callback = callback(CallbackEvent::Stream);
         let recording_callback = token.record.then(|| callback(CallbackEvent::Recording)).flatten();
         self.carrier.answer(&Answer::Connect(Connect {
@@ -238,6 +242,10 @@ mod tests {
                 "{document}"
             );
             assert!(document.contains(&format!("/webhook-intake/{carrier}/stream/")), "{document}");
+            let (_, rest) = document.split_once("/stream/00000000-0000-0000-0000-000000000001/").unwrap();
+            let stream = rest.split(['<', '"']).next().unwrap();
+            let until = stream_token::read(&secrets().callback_keys, Uuid::from_u128(1), stream);
+            assert_eq!(until, Some(100 + stream_token::GOOD_FOR_SECONDS), "{document}");
         }
     }
 

@@ -75,6 +75,7 @@ mod tests {
             ("retention", "webhook-intake"),
             ("release", "call-dispatch"),
             ("reconcile", "call-dispatch"),
+            ("records", "call-dispatch"),
             ("reconcile_usage", "usage-metering"),
             ("renew_credit", "usage-metering"),
             ("close_periods", "invoice-generation"),

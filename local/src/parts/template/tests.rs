@@ -62,7 +62,8 @@ fn our_functions_have_their_routes_schedules_and_variables() {
     assert_eq!(template.resolve(&dispatch.environment["SUPABASE_URL"]), None);
     let jobs: Vec<_> = dispatch.schedules.iter().map(|schedule| (schedule.input.clone(), schedule.rate)).collect();
     let minute = Duration::from_secs(60);
-    assert_eq!(jobs, [(json!({ "job": "release" }), minute), (json!({ "job": "reconcile" }), minute)]);
+    let expected = [("release", minute), ("reconcile", minute), ("records", 10 * minute)];
+    assert_eq!(jobs, expected.map(|(job, every)| (json!({ "job": job }), every)));
     let invoices = template.function("invoice-generation").unwrap();
     assert_eq!(invoices.schedules[0].rate, Duration::from_secs(3_600));
 }

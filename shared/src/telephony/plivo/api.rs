@@ -4,7 +4,7 @@ use crate::{
     Result,
     telephony::{
         CallReport, CallStatus, CallbackEvent, DialOutcome, Lookup, Outcome,
-        api::{Account, Api, ApiRequest, Authorization, Create, Payload, Reply, Wanted},
+        api::{Account, Api, ApiRequest, Authorization, Create, Page, Payload, Reply, Span, Wanted},
         e164, micros,
         plivo::{Plivo, callback},
     },
@@ -97,6 +97,24 @@ impl Api for Plivo {
         Ok(vec![get(live)?, get(record)?])
     }
 
+    fn records(&self, account: &Account, span: &Span, next_page: Option<&str>) -> Result<Option<ApiRequest>> {
+        let time = |at: chrono::DateTime<chrono::Utc>| at.format("%Y-%m-%d %H:%M:%S").to_string();
+        let mut list = url(account, &[])?;
+        list.query_pairs_mut()
+            .append_pair("end_time__gte", &time(span.since))
+            .append_pair("end_time__lt", &time(span.until))
+            .append_pair("limit", &PAGE.to_string())
+            .append_pair("offset", next_page.unwrap_or("0"));
+        Ok(Some(ApiRequest::get(list, authorization(account)?)))
+    }
+
+    fn recorded(&self, body: &Value) -> Option<Page> {
+        let calls =
+            body["objects"].as_array()?.iter().filter_map(|call| Some(Record::deserialize(call).ok()?.report()));
+        let next = body["meta"]["next"].as_str().and(body["meta"]["offset"].as_u64()).map(|at| (at + PAGE).to_string());
+        Some(Page { calls: calls.collect(), next })
+    }
+
     fn found(&self, wanted: &Wanted<'_>, body: &Value) -> Option<Lookup> {
         if let (Some(call_id), Some(status)) = (wanted.provider_call_id, body["call_status"].as_str()) {
             let status = if status == "in-progress" { CallStatus::InProgress } else { CallStatus::Ringing };
@@ -113,6 +131,9 @@ impl Api for Plivo {
         wanted.is(&report).then_some(if ended { Lookup::Ended(report) } else { Lookup::Live(report) })
     }
 }
+
+/// As many records as a page may have.
+const PAGE: u64 = 20;
 
 /// A call detail record. Its times carry the account's offset; a time without one is not used.
 #[derive(Deserialize)]

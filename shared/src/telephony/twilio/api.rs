@@ -5,7 +5,7 @@ use crate::{
     Result,
     telephony::{
         CallReport, CallStatus, CallbackEvent, DialOutcome, Lookup, Outcome,
-        api::{Account, Api, ApiRequest, Authorization, Create, Payload, Reply, Wanted},
+        api::{Account, Api, ApiRequest, Authorization, Create, Page, Payload, Reply, Span, Wanted},
         e164,
         fields::{json_count, owned, rfc2822, text},
         micros,
@@ -121,6 +121,27 @@ impl Api for Twilio {
             }
         };
         Ok(vec![ApiRequest::get(asked, authorization(account)?)])
+    }
+
+    /// By days, the last one included.
+    fn records(&self, account: &Account, span: &Span, next_page: Option<&str>) -> Result<Option<ApiRequest>> {
+        let mut list = url(account, &["Calls.json"])?;
+        match next_page.and_then(|page| page.split_once('?')) {
+            // It names the path too, which is ours to say.
+            Some((_, query)) => list.set_query(Some(query)),
+            None => {
+                list.query_pairs_mut()
+                    .append_pair("StartTime>", &span.since.format("%Y-%m-%d").to_string())
+                    .append_pair("StartTime<", &span.until.format("%Y-%m-%d").to_string())
+                    .append_pair("PageSize", "1000");
+            }
+        }
+        Ok(Some(ApiRequest::get(list, authorization(account)?)))
+    }
+
+    fn recorded(&self, body: &Value) -> Option<Page> {
+        let calls = body["calls"].as_array()?.iter().filter_map(report).collect();
+        Some(Page { calls, next: owned(body, "/next_page_uri") })
     }
 
     fn found(&self, wanted: &Wanted<'_>, body: &Value) -> Option<Lookup> {

@@ -5,13 +5,13 @@ use crate::{
     Result,
     telephony::{
         CallReport, CallStatus, CallbackEvent, DialOutcome, Lookup, Outcome,
-        api::{Account, Api, ApiRequest, Authorization, Create, Payload, Reply, Wanted},
+        api::{Account, Api, ApiRequest, Authorization, Create, Page, Payload, Reply, Span, Wanted},
         e164,
         fields::{json_count, owned, rfc3339, text},
         micros,
     },
 };
-use chrono::SecondsFormat;
+use chrono::{DateTime, SecondsFormat, Utc};
 use http::Method;
 use serde_json::{Value, json};
 
@@ -94,6 +94,25 @@ impl Api for Vonage {
             }
         };
         Ok(vec![ApiRequest::get(asked, authorization(account)?)])
+    }
+
+    fn records(&self, account: &Account, span: &Span, next_page: Option<&str>) -> Result<Option<ApiRequest>> {
+        let time = |at: DateTime<Utc>| at.to_rfc3339_opts(SecondsFormat::Secs, true);
+        let mut list = account.url(&["v1", "calls"])?;
+        list.query_pairs_mut()
+            .append_pair("date_start", &time(span.since))
+            .append_pair("date_end", &time(span.until))
+            .append_pair("order", "asc")
+            .append_pair("page_size", PAGE)
+            .append_pair("record_index", next_page.unwrap_or("0"));
+        Ok(Some(ApiRequest::get(list, authorization(account)?)))
+    }
+
+    fn recorded(&self, body: &Value) -> Option<Page> {
+        let listed = body.pointer("/_embedded/calls")?.as_array()?;
+        let next = body["record_index"].as_u64().unwrap_or(0) + listed.len() as u64;
+        let more = !listed.is_empty() && next < body["count"].as_u64()?;
+        Some(Page { calls: listed.iter().filter_map(report).collect(), next: more.then(|| next.to_string()) })
     }
 
     fn found(&self, wanted: &Wanted<'_>, body: &Value) -> Option<Lookup> {
