@@ -23,8 +23,9 @@ use uuid::Uuid;
 const ALL_UP_TO: usize = 1_000;
 /// What it is told of a load test.
 const OUTLINE: [&str; 3] = ["campaign.*", "invoice.*", "subscription.*"];
-/// How long what is still to be told may take.
-const SETTLING: Duration = Duration::from_secs(120);
+/// How long what is still to be told may take: longer than the lease of a delivery, which is all that is left of one whose handler was
+/// killed between claiming it and handing it to the queue.
+const SETTLING: Duration = Duration::from_secs(240);
 /// How often it is looked whether all is told.
 const GLANCE: Duration = Duration::from_millis(400);
 
