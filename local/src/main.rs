@@ -29,6 +29,8 @@ enum Arguments {
     Events(operate::events::Events),
     /// Tell the database where a stack's functions are, and with what key it nudges them.
     Connect(operate::connect::Connect),
+    /// Find what is wrong with an installation, why, and what puts it right. Ends with 1 where something is.
+    Doctor(operate::doctor::Doctor),
     /// Look at queues, and send through again what a function gave up on.
     #[command(subcommand)]
     Queues(operate::queues::Queues),
@@ -61,6 +63,11 @@ async fn main() -> Result<()> {
         Arguments::Connect(command) => {
             print!("{}", operate::connect::run(&command).await?);
             Ok(())
+        }
+        Arguments::Doctor(command) => {
+            let (page, healthy) = operate::doctor::run(&command).await?;
+            print!("{page}");
+            if healthy { Ok(()) } else { std::process::exit(1) }
         }
         Arguments::Queues(command) => {
             print!("{}", operate::queues::run(&command).await?);

@@ -1,7 +1,8 @@
-//! What an operator does by hand: looks at events and at queues, and sends through again what got stuck.
+//! What an operator does by hand: finds what is wrong, looks at events and at queues, and sends through again what got stuck.
 
 pub mod aws;
 pub mod connect;
+pub mod doctor;
 pub mod events;
 pub mod queues;
 

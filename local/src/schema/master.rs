@@ -12,7 +12,7 @@ pub fn render(files: &[SchemaFile]) -> String {
         files.iter().flat_map(|file| tables_of(&file.sql)).filter(|name| name.starts_with("public.")).collect();
     let names = tables.iter().map(|name| format!("'{}'", name.trim_start_matches("public."))).collect::<Vec<_>>();
     let names = wrapped(&names);
-    let schema: String = files.iter().map(|file| format!("-- {}\n\n{}\n", file.name, file.sql.trim_end())).collect();
+    let schema = whole(files);
     let version = fingerprint(&schema);
     assert!(!schema.contains(TAG), "a schema file uses the tag of the generated file");
     format!(
@@ -52,6 +52,15 @@ end
 {TAG};
 "
     )
+}
+
+/// The version that a database says it has where the file was pasted into it: `Trunkline` and this, as the comment on the schema `private`.
+pub fn version(files: &[SchemaFile]) -> String {
+    fingerprint(&whole(files))
+}
+
+fn whole(files: &[SchemaFile]) -> String {
+    files.iter().map(|file| format!("-- {}\n\n{}\n", file.name, file.sql.trim_end())).collect()
 }
 
 /// Names in lines of a readable length.

@@ -39,6 +39,18 @@ pub fn files() -> Result<Vec<SchemaFile>> {
         .collect()
 }
 
+/// The versions of the migrations, in their order: what stands before the first underscore of a file's name.
+pub fn migrations() -> Result<Vec<String>> {
+    let folder = folder::workspace()?.join("supabase/migrations");
+    let mut versions: Vec<String> = fs::read_dir(&folder)
+        .with_context(|| format!("cannot read {}", folder.display()))?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".sql")?.split('_').next().map(str::to_owned))
+        .collect();
+    versions.sort();
+    Ok(versions)
+}
+
 /// The tables that a file makes, like `public.leads`, in its order.
 pub fn tables_of(sql: &str) -> Vec<String> {
     sql.lines()

@@ -234,3 +234,20 @@ fn every_stage_has_its_parameters_and_tags() {
     }
     assert!(samconfig.contains("[prod.deploy.parameters]\nconfirm_changeset = true"), "production asks first");
 }
+
+#[test]
+fn every_variable_and_parameter_has_its_line_in_the_page_of_the_environment() {
+    let document = document();
+    let page = file("docs/environment.md");
+    let variables_of = |yaml: &Yaml| -> Vec<String> {
+        at(yaml, &["Environment", "Variables"]).as_mapping().into_iter().flat_map(|map| map.keys().map(text)).collect()
+    };
+    let mut names = variables_of(&document["Globals"]["Function"]);
+    for function in resources(&document, "AWS::Serverless::Function").values() {
+        names.extend(variables_of(function));
+    }
+    names.extend(document["Parameters"].as_mapping().unwrap().keys().map(text));
+    assert!(names.len() > 20, "{names:?}");
+    names.retain(|name| !page.contains(&format!("`{name}`")));
+    assert!(names.is_empty(), "docs/environment.md does not name {names:?}");
+}
