@@ -27,6 +27,15 @@ enum Arguments {
     /// Look at what came in from outside, and have it applied again.
     #[command(subcommand)]
     Events(operate::events::Events),
+    /// See what stops dialling, and stop it or let it go on: everybody's, an account's, an organization's, a campaign's.
+    #[command(subcommand)]
+    Dialling(operate::dialling::Dialling),
+    /// Look at calls that have no end.
+    #[command(subcommand)]
+    Attempts(operate::attempts::Attempts),
+    /// See whose usage does not add up, and let somebody be billed again.
+    #[command(subcommand)]
+    Billing(operate::billing::Billing),
     /// Tell the database where a stack's functions are, and with what key it nudges them.
     Connect(operate::connect::Connect),
     /// Find what is wrong with an installation, why, and what puts it right. Ends with 1 where something is.
@@ -58,6 +67,18 @@ async fn main() -> Result<()> {
         Arguments::Generate => generate().await,
         Arguments::Events(command) => {
             print!("{}", operate::events::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Dialling(command) => {
+            print!("{}", operate::dialling::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Attempts(command) => {
+            print!("{}", operate::attempts::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Billing(command) => {
+            print!("{}", operate::billing::run(&command).await?);
             Ok(())
         }
         Arguments::Connect(command) => {

@@ -1,7 +1,11 @@
 //! What an operator does by hand: finds what is wrong, looks at events and at queues, and sends through again what got stuck.
 
+pub mod attempts;
 pub mod aws;
+pub mod billing;
 pub mod connect;
+pub mod database;
+pub mod dialling;
 pub mod doctor;
 pub mod events;
 pub mod queues;

@@ -1,11 +1,12 @@
 //! `events`: what came in from outside, and what became of it. The database's functions decide; here they are asked and shown.
 
-use super::table;
-use crate::parts::postgres;
+use super::{
+    database::{Place, said},
+    table,
+};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
-use tokio_postgres::Client;
 use uuid::Uuid;
 
 /// What to do with events.
@@ -57,14 +58,6 @@ pub enum Events {
         #[command(flatten)]
         place: Place,
     },
-}
-
-/// Where the events are.
-#[derive(Debug, Args)]
-pub struct Place {
-    /// The database, as its owner; what `cargo up` prints.
-    #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true)]
-    database_url: String,
 }
 
 /// Which events are meant.
@@ -147,19 +140,10 @@ pub async fn run(command: &Events) -> Result<String> {
 }
 
 async fn ask(place: &Place, function: &str, request: Map<String, Value>) -> Result<Value> {
-    let client: Client = postgres::connect(&place.database_url).await?;
+    let client = place.connect().await?;
     let request = Value::Object(Map::from_iter([("v".to_owned(), json!(1))]).into_iter().chain(request).collect());
     let row = client.query_one(&format!("select public.{function}($1)"), &[&request]).await.map_err(said)?;
     row.try_get(0).with_context(|| format!("{function} has another shape"))
-}
-
-/// The message of an error that the database raised for a client, or the error itself.
-fn said(error: tokio_postgres::Error) -> anyhow::Error {
-    let told = error.as_db_error().and_then(|error| serde_json::from_str::<Value>(error.message()).ok());
-    match told.as_ref().and_then(|told| told["message"].as_str()) {
-        Some(message) => anyhow::anyhow!("{message}"),
-        None => error.into(),
-    }
 }
 
 fn text(value: &Value) -> String {

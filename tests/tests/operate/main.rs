@@ -1,0 +1,4 @@
+//! What an operator does by hand, against a database.
+
+mod commands;
+mod doctor;
