@@ -140,9 +140,9 @@ const OPERATIONS: &[Operation] = &[
         needs: &["calls", "pulse_s"],
         may_have: &[],
         query: "select jsonb_build_object(
-              'per_call_ceil', sum(private.started_units(call::numeric, (given ->> 'pulse_s')::numeric)),
-              'sum_then_ceil', private.started_units(sum(call::numeric), (given ->> 'pulse_s')::numeric),
-              'seconds', sum(call::numeric))
+              'per_call_ceil', coalesce(sum(private.started_units(call::numeric, (given ->> 'pulse_s')::numeric)), 0),
+              'sum_then_ceil', private.started_units(coalesce(sum(call::numeric), 0), (given ->> 'pulse_s')::numeric),
+              'seconds', coalesce(sum(call::numeric), 0))
             from jsonb_array_elements_text(given -> 'calls') as call",
     },
 ];
