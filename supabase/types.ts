@@ -1862,6 +1862,9 @@ isOneToOne: false
 "begin_dials":
 { Args: { "": Json }; Returns: Json
                            },
+"book_calls":
+{ Args: { "": Json }; Returns: Json
+                           },
 "cancel_campaign":
 { Args: { "campaign_id": string }; Returns: Json
                            },
@@ -1884,6 +1887,9 @@ isOneToOne: false
 { Args: { "": Json }; Returns: Json
                            },
 "claim_recordings":
+{ Args: { "": Json }; Returns: Json
+                           },
+"claim_restore_page":
 { Args: { "": Json }; Returns: Json
                            },
 "close_periods":

@@ -40,6 +40,8 @@ enum Arguments {
     Connect(operate::connect::Connect),
     /// Find what is wrong with an installation, why, and what puts it right. Ends with 1 where something is.
     Doctor(operate::doctor::Doctor),
+    /// After a backup was restored: stop dialling until calls and numbers since then are known.
+    Restored(operate::restored::Restored),
     /// Look at queues, and send through again what a function gave up on.
     #[command(subcommand)]
     Queues(operate::queues::Queues),
@@ -89,6 +91,10 @@ async fn main() -> Result<()> {
             let (page, healthy) = operate::doctor::run(&command).await?;
             print!("{page}");
             if healthy { Ok(()) } else { std::process::exit(1) }
+        }
+        Arguments::Restored(command) => {
+            print!("{}", operate::restored::run(&command).await?);
+            Ok(())
         }
         Arguments::Queues(command) => {
             print!("{}", operate::queues::run(&command).await?);

@@ -9,6 +9,7 @@ pub mod dialling;
 pub mod doctor;
 pub mod events;
 pub mod queues;
+pub mod restored;
 
 /// Rows under headings, each column as wide as what is in it. The last column is left as it is.
 pub fn table(headings: &[&str], rows: &[Vec<String>]) -> String {

@@ -1088,6 +1088,8 @@ from (
     ('private.campaign_days', '*', 'none', null, 'kept', 'Counts.'),
     ('private.carrier_checks', '*', 'none', null, 'kept', 'Where the carrier goes on.'),
     ('private.carrier_records', '*', 'none', null, 'kept', 'Ids and amounts, for as long as they are compared.'),
+    ('private.restores', '*', 'none', null, 'kept', 'Times, and the operator''s words.'),
+    ('private.restore_accounts', '*', 'none', null, 'kept', 'Where the carrier goes on.'),
     ('private.carrier_differences', '*', 'none', null, 'kept', 'Ids, amounts, and words of a list.'),
     ('private.consent_rules', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.platform_dialling', '*', 'none', null, 'kept', 'Reference data.'),

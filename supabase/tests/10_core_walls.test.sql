@@ -146,7 +146,7 @@ select set_eq(
   $$select name from pg_temp.routines where schema = 'public' and has_function_privilege('service_role', oid, 'execute')$$,
   array[
     'claim_deliveries(jsonb)', 'begin_deliveries(jsonb)', 'record_deliveries(jsonb)',
-    'apply_event(jsonb)', 'open_inbound_call(jsonb)', 'open_source(jsonb)', 'sweep_events(jsonb)', 'ingest_leads(jsonb)', 'claim_carrier_check(jsonb)', 'store_carrier_records(jsonb)', 'release_calls(jsonb)', 'begin_dials(jsonb)', 'record_dials(jsonb)',
+    'apply_event(jsonb)', 'open_inbound_call(jsonb)', 'open_source(jsonb)', 'sweep_events(jsonb)', 'ingest_leads(jsonb)', 'claim_carrier_check(jsonb)', 'store_carrier_records(jsonb)', 'claim_restore_page(jsonb)', 'book_calls(jsonb)', 'release_calls(jsonb)', 'begin_dials(jsonb)', 'record_dials(jsonb)',
     'reconcile_calls(jsonb)', 'open_hangup(jsonb)', 'reconcile_usage(jsonb)', 'record_usage(jsonb)', 'close_periods(jsonb)', 'open_payment(jsonb)', 'record_payment(jsonb)',
     'record_refund(jsonb)', 'save_payment_method(jsonb)', 'remove_payment_method(jsonb)', 'issue_credit_note(jsonb)', 'expire_credit(jsonb)', 'renew_credit(jsonb)',
     'open_websocket(jsonb)', 'ping_websockets(jsonb)', 'close_websocket(jsonb)', 'reap_websockets(jsonb)', 'reap_impersonations(jsonb)',

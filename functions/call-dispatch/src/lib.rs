@@ -9,6 +9,7 @@ mod dial;
 mod reconcile;
 mod records;
 mod release;
+mod restored;
 
 use http::Method;
 use serde_json::Value;
@@ -77,7 +78,10 @@ impl Function for Dispatch {
         match job {
             "release" => release::run(self, invocation, true).await,
             "reconcile" => reconcile::run(self, invocation).await,
-            "records" => records::run(self, invocation).await,
+            "records" => {
+                restored::run(self, invocation).await?;
+                records::run(self, invocation).await
+            }
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }
