@@ -1,9 +1,13 @@
 //! The binaries, as a person runs them: the demo's table, and what is left when they end, however they end.
 
 use anyhow::{Context, Result};
-use local::parts::folder::RunFolder;
+use local::parts::{
+    folder::{self, RunFolder},
+    install,
+    progress::Progress,
+};
 use serde_json::{Value, json};
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, fs, path::PathBuf, time::Duration};
 use tests::{
     programs::{self, Program, all_gone, family, names},
     supervisor_binary,
@@ -154,8 +158,34 @@ async fn the_running_functions_refuse_with_a_status_and_say_what_is_wrong() -> R
     }
     let read = format!("{campaigns}/{}", campaign["id"].as_str().unwrap_or_default());
     assert_eq!(ask(&up, "GET", &read, own, "").await?.1["status"], "draft", "none of them changed it");
+    answers_as_the_document_says(&up).await?;
     running.signal(libc::SIGINT);
     assert_eq!(running.end(Duration::from_secs(20)).await?.0, Some(0));
+    Ok(())
+}
+
+/// Asks every operation of `openapi.yaml`, with a client that knows the document alone.
+async fn answers_as_the_document_says(up: &Value) -> Result<()> {
+    let workspace = folder::workspace()?;
+    let document: Value = serde_yaml_ng::from_str(&fs::read_to_string(workspace.join("openapi.yaml"))?)?;
+    let run = RunFolder::create()?;
+    let modules = install::webhook_verifiers(&Progress::hidden()).await?;
+    std::os::unix::fs::symlink(modules, run.path().join("node_modules"))?;
+    let program = run.path().join("openapi.mjs");
+    fs::copy(workspace.join("tests/clients/openapi.mjs"), &program)?;
+    let (own, given) = (&up["organizations"][0], run.path().join("given.json"));
+    let told = json!({
+        "document": document, "origin": up["origin"], "apikey": up["publishable_key"], "user": own["user_jwt"],
+        "organization": own["api_key"],
+    });
+    fs::write(&given, told.to_string())?;
+    let output =
+        tokio::process::Command::new("node").arg(&program).env("OPENAPI", &given).kill_on_drop(true).output().await?;
+    anyhow::ensure!(output.status.success(), "the client failed: {}", String::from_utf8_lossy(&output.stderr));
+    let said = programs::last_json(&String::from_utf8_lossy(&output.stdout))?;
+    assert_eq!(said["wrong"], json!([]), "{said:#}");
+    assert!(said["operations"].as_u64().is_some_and(|count| count >= 39), "{said}");
+    assert!(said["done"].as_object().is_some_and(|done| done.len() >= 25), "{said:#}");
     Ok(())
 }
 
