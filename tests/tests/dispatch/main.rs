@@ -1,5 +1,6 @@
 //! From a due lead to a call at the carrier: released, queued, dialled once.
 
+mod agent;
 mod calls;
 mod campaigns;
 mod carriers;
