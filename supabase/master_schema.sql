@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '99df47c00c06';
+  version   constant text := '1cfc3c4bc201';
   installed text;
   clash     text;
 begin
@@ -5233,7 +5233,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, monthly_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -6254,6 +6254,13 @@ comment on column private.platform_dialling.retry_jitter is
 insert into private.platform_dialling (single)
 values
   (true);
+alter table private.platform_dialling
+  add column monthly_dials smallint not null default 15,
+  add column lifetime_dials smallint not null default 60;
+alter table private.platform_dialling
+  add constraint platform_dialling_dials_range check (monthly_dials between 1 and 60 and lifetime_dials between monthly_dials and 1000);
+comment on column private.platform_dialling.monthly_dials is 'Dials of one number by one organization in any 30 days at most, over all its campaigns.';
+comment on column private.platform_dialling.lifetime_dials is 'Dials of one number by one organization at most, ever; beyond, the lead is over.';
 
 alter table public.campaigns add column dialling_enabled boolean not null default true;
 comment on column public.campaigns.dialling_enabled is 'The operator''s switch: off, nothing of this campaign is begun, whatever its users do.';
@@ -6629,6 +6636,11 @@ alter table private.dial_evidence
   add column registration_id text;
 comment on column private.dial_evidence.caller_series is 'The prefix of private.caller_series that allowed the number it was made from; null where any will do.';
 comment on column private.dial_evidence.registration_id is 'The registration that the number was used under at the time.';
+alter table private.dial_evidence
+  add column dials_in_30_days smallint,
+  add column dials_ever integer;
+comment on column private.dial_evidence.dials_in_30_days is 'How often the organization had called the number in the 30 days before: monthly_dials was judged by this.';
+comment on column private.dial_evidence.dials_ever is 'How often the organization had called the number at all: lifetime_dials was judged by this.';
 
 -- Ceilings on what calls cost, and calls that nobody speaks on -----------------------------------------------------------------------
 
@@ -6842,7 +6854,7 @@ create table public.meters (
   constraint meters_name_present check (btrim(name) <> ''),
   constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$'),
   constraint meters_aggregation_known check (aggregation in ('sum', 'count', 'max', 'unique', 'latest')),
-  constraint meters_source_known check (source in ('events', 'calls', 'rows')),
+  constraint meters_source_known check (source in ('events', 'calls', 'rows', 'rates')),
   constraint meters_source_is_reserved check (source = 'events' or is_reserved),
   constraint meters_rounding_known check (rounding in ('none', 'event', 'period')),
   constraint meters_rounding_of_sums check (rounding = 'none' or aggregation = 'sum'),
@@ -6883,7 +6895,8 @@ comment on column public.meters.aggregation is
   'What a day and a period make of its events: sum of their quantities, count of them, the largest quantity, how many different values, or '
   'the latest quantity.';
 comment on column public.meters.source is
-  'Who counts: events of an organization''s own systems, the database for each call that ends, or the rows that are there now.';
+  'Who counts: events of an organization''s own systems, the database for each call that ends, what such a call comes to by rate deck, or the '
+  'rows that are there now.';
 comment on column public.meters.rounding is
   'none counts by the unit, event counts each event (each call) up to started pulses, period bills the period''s sum up to started pulses.';
 comment on column public.meters.pulse is 'How many units a pulse has: 60 makes started minutes of seconds.';
@@ -7175,7 +7188,7 @@ create policy "Members who may see billing see the subscriptions" on public.subs
   for select to authenticated using (organization_id = (select private.org_with('billing.view')));
 
 create trigger update_modified_column before update on public.subscriptions
-  for each row execute function private.update_modified_column();
+  for each row when (new.updated_at is not distinct from old.updated_at) execute function private.update_modified_column();
 
 create function private.follow_tier() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -7945,6 +7958,32 @@ comment on column private.call_holds.is_beyond is 'The call itself was beyond th
 comment on column private.call_holds.currency is 'The wallet that the credit is held in; null without credit.';
 comment on column private.call_holds.credit_minor is 'What is held of it.';
 
+create table private.usage_holds (
+  organization_id uuid not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
+  meter_key       text not null,
+  quantity        bigint not null,
+  counted         bigint not null,
+  held_at         timestamptz not null,
+  expires_at      timestamptz not null,
+  constraint usage_holds_pkey primary key (organization_id, source, key),
+  constraint usage_holds_quantity_positive check (quantity > 0 and counted >= quantity),
+  constraint usage_holds_end_after_their_start check (expires_at > held_at)
+);
+
+create index idx_usage_holds_due on private.usage_holds (expires_at);
+create index idx_usage_holds_meter on private.usage_holds (organization_id, meter_key, expires_at);
+select private.close_table('private.usage_holds');
+
+comment on table private.usage_holds is
+  'Units that an organization''s own system holds for what it is about to do. Gone when the event of the same source and id is counted, when '
+  'they are given back, or when their time is over. The counters'' `reserved` are the sums of these rows, and of the calls'' for their meters.';
+comment on column private.usage_holds.key is 'The id of the event that will tell what was used.';
+comment on column private.usage_holds.quantity is 'What was asked for.';
+comment on column private.usage_holds.counted is 'What is held: the same, up to started pulses where the meter counts each event so.';
+comment on column private.usage_holds.expires_at is 'From when on they are no longer held, in business time.';
+
 create table public.call_charges (
   call_log_id       uuid not null,
   organization_id   uuid not null,
@@ -8039,6 +8078,13 @@ comment on column private.call_corrections.charged_minor is 'What was taken from
 -- An invoice is a draft while it is put together, and a fiscal document from the moment it is open: then it has a number, its lines
 -- add up to its subtotal and its taxes to its tax, and nothing but its payment changes. The database enforces each of these; no
 -- client writes here at all.
+
+-- Who is billed -------------------------------------------------------------------------------------------------------------------
+
+alter table public.organizations add column tax_id text;
+alter table public.organizations add constraint organizations_tax_id_format check (tax_id ~ '^[A-Z0-9][A-Z0-9 .-]{1,29}$');
+grant update (tax_id) on public.organizations to authenticated;
+comment on column public.organizations.tax_id is 'The number of a business abroad, as its VAT number; India''s is gstin. Printed on invoices.';
 
 -- Who sends the invoices ----------------------------------------------------------------------------------------------------------
 
@@ -8139,9 +8185,18 @@ create table public.tax_rates (
   valid_to     date,
   position     integer not null default 10,
   created_at   timestamptz not null default private.clock_now(),
-  constraint tax_rates_version_key unique (country_code, scope, name, valid_from),
+  buyer        text not null default 'any',
+  supplier_country_code text,
+  treatment    text not null default 'standard',
+  note         text,
+  constraint tax_rates_version_key unique nulls not distinct (country_code, scope, buyer, supplier_country_code, name, valid_from),
   constraint tax_rates_country_code_format check (country_code ~ '^[A-Z]{2}$'),
-  constraint tax_rates_scope_known check (scope in ('any', 'intra_state', 'inter_state')),
+  constraint tax_rates_scope_known check (scope in ('any', 'intra_state', 'inter_state', 'domestic', 'cross_border')),
+  constraint tax_rates_buyer_known check (buyer in ('any', 'business', 'consumer')),
+  constraint tax_rates_supplier_format check (supplier_country_code ~ '^[A-Z]{2}$'),
+  constraint tax_rates_treatment_known check (treatment in ('standard', 'zero_rated', 'reverse_charge', 'exempt')),
+  constraint tax_rates_treatment_charges check (treatment = 'standard' or rate_bp = 0 and btrim(note) <> ''),
+  constraint tax_rates_note_length check (length(note) <= 300),
   constraint tax_rates_name_present check (btrim(name) <> ''),
   constraint tax_rates_rate_range check (rate_bp between 0 and 10000),
   constraint tax_rates_validity_ordered check (valid_from < valid_to)
@@ -8154,9 +8209,17 @@ alter table public.tax_rates force row level security;
 create policy "Anyone signed in may read the tax rates" on public.tax_rates
   for select to authenticated using (true);
 
-comment on table public.tax_rates is 'Tax by the customer''s country: one row a component. A country without rows is not taxed.';
+comment on table public.tax_rates is
+  'Tax by the customer''s country: one row a component. ZZ holds for every country that has no row of its own that fits; where that has none '
+  'either, nothing is taxed and nothing is said.';
 comment on column public.tax_rates.scope is
-  'any; or in a country that taxes by state, intra_state (customer in the issuer''s state) and inter_state.';
+  'any; in a country that taxes by state, intra_state (customer in the issuer''s state) and inter_state; domestic (customer in the issuer''s '
+  'country) and cross_border.';
+comment on column public.tax_rates.buyer is 'business: a customer that gave a tax number (tax_id, or gstin in India); consumer: one that did not; or any.';
+comment on column public.tax_rates.supplier_country_code is 'Holds for an issuer in this country alone; null for any.';
+comment on column public.tax_rates.treatment is
+  'standard: the rate is charged. zero_rated (an export), reverse_charge (the customer owes it), exempt: nothing is, and the note says why.';
+comment on column public.tax_rates.note is 'Printed on the invoice: what the law wants said where nothing is charged.';
 comment on column public.tax_rates.rate_bp is 'Hundredths of a percent: 900 is 9 %.';
 comment on column public.tax_rates.valid_to is 'The first day on which it no longer holds; null as long as it holds.';
 
@@ -8205,6 +8268,8 @@ create table public.invoices (
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
   past_due_at       timestamptz,
+  discount_minor    bigint not null default 0,
+  discounts         jsonb not null default '[]',
   constraint invoices_tenant_key unique (organization_id, id),
   constraint invoices_number_key unique (invoice_number),
   constraint invoices_period_key unique (subscription_id, kind, period_start),
@@ -8219,7 +8284,7 @@ create table public.invoices (
   constraint invoices_currency_format check (currency ~ '^[A-Z]{3}$'),
   constraint invoices_period_ordered check (period_start < period_end),
   constraint invoices_days_ordered check (first_day <= last_day),
-  constraint invoices_total_adds_up check (total_minor = subtotal_minor + tax_minor),
+  constraint invoices_total_adds_up check (total_minor = subtotal_minor - discount_minor + tax_minor),
   constraint invoices_total_not_negative check (total_minor >= 0),
   constraint invoices_paid_range check (amount_paid_minor between 0 and total_minor),
   constraint invoices_credited_range check (credited_minor between 0 and total_minor),
@@ -8227,6 +8292,7 @@ create table public.invoices (
     status <> 'paid' or (amount_paid_minor + credited_minor >= total_minor and paid_at is not null)
   ),
   constraint invoices_void_unpaid check (status <> 'void' or (amount_paid_minor = 0 and credited_minor = 0)),
+  constraint invoices_discounts_array check (jsonb_typeof(discounts) = 'array'),
   constraint invoices_issuer_object check (jsonb_typeof(issuer) = 'object'),
   constraint invoices_customer_object check (jsonb_typeof(customer) = 'object')
 ) with (fillfactor = 80);
@@ -8252,7 +8318,10 @@ comment on column public.invoices.invoice_number is
 comment on column public.invoices.timezone is 'The zone in which the period''s days are read.';
 comment on column public.invoices.first_day is 'The first day that is billed, by that zone.';
 comment on column public.invoices.last_day is 'The last day that is billed.';
-comment on column public.invoices.subtotal_minor is 'Sum of the lines, in the currency''s minor unit.';
+comment on column public.invoices.subtotal_minor is 'Sum of the lines before discounts, in the currency''s minor unit.';
+comment on column public.invoices.discount_minor is 'Sum of the lines'' discounts: taken off before tax.';
+comment on column public.invoices.discounts is
+  'Which discounts they are: [{"name","percent_bp","amount_minor","discount_id"}]. Their amounts make discount_minor.';
 comment on column public.invoices.tax_minor is 'Sum of the taxes, each rounded alone.';
 comment on column public.invoices.amount_paid_minor is 'Sum of the payments that were counted on it (payments.applied_minor).';
 comment on column public.invoices.credited_minor is 'Sum of the credit notes issued against it. What is due is the total less both.';
@@ -8276,6 +8345,7 @@ create table public.invoice_lines (
   amount_minor     bigint not null,
   first_day        date,
   last_day         date,
+  discount_minor   bigint not null default 0,
   constraint invoice_lines_tenant_key unique (organization_id, id),
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
@@ -8285,7 +8355,10 @@ create table public.invoice_lines (
   ),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
   constraint invoice_lines_price_units_positive check (price_units > 0),
-  constraint invoice_lines_days_ordered check (first_day <= last_day)
+  constraint invoice_lines_days_ordered check (first_day <= last_day),
+  constraint invoice_lines_discount_within check (
+    case when amount_minor < 0 then discount_minor between amount_minor and 0 else discount_minor between 0 and amount_minor end
+  )
 );
 
 create index idx_invoice_lines_meter on public.invoice_lines (meter_key) where meter_key is not null;
@@ -8304,6 +8377,8 @@ comment on column public.invoice_lines.kind is 'base: the plan; included: used w
   'that was taken; item: something of its own; adjustment: what a period that was billed '
   'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
+comment on column public.invoice_lines.discount_minor is
+  'What of the amount is taken off, before tax: its part of the invoice''s discounts, and of a credit the discount of the line that it gives back.';
 comment on column public.invoice_lines.first_day is 'The first day that it is for, where that is not the invoice''s.';
 comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of packages, by started ones; of a part of a period, its part; of an adjustment the difference of two such amounts, so that a period costs '
   'the same however late its usage comes.';
@@ -8317,11 +8392,15 @@ create table public.invoice_taxes (
   rate_bp         integer not null,
   taxable_minor   bigint not null,
   amount_minor    bigint not null,
+  treatment       text not null default 'standard',
+  note            text,
   constraint invoice_taxes_tenant_key unique (organization_id, id),
   constraint invoice_taxes_name_key unique (organization_id, invoice_id, name),
   constraint invoice_taxes_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_taxes_rate_range check (rate_bp between 0 and 10000)
+  constraint invoice_taxes_rate_range check (rate_bp between 0 and 10000),
+  constraint invoice_taxes_treatment_known check (treatment in ('standard', 'zero_rated', 'reverse_charge', 'exempt')),
+  constraint invoice_taxes_treatment_charges check (treatment = 'standard' or amount_minor = 0)
 );
 
 revoke all on public.invoice_taxes from anon, authenticated, service_role;
@@ -8333,7 +8412,8 @@ create policy "Members who may see billing see the invoices' taxes" on public.in
 
 comment on table public.invoice_taxes is
   'The taxes of an invoice, one row a component, each rounded once and alone: CGST and SGST may differ from IGST by one paisa.';
-comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal.';
+comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal less discounts.';
+comment on column public.invoice_taxes.treatment is 'As in tax_rates; where it is not standard, nothing is charged and the note is printed.';
 
 create table private.usage_adjustments (
   event_id        uuid not null,
@@ -8385,6 +8465,9 @@ create table private.invoice_items (
   number           bigint generated always as identity,
   created_at       timestamptz not null,
   settled_at       timestamptz,
+  taken_minor      bigint not null default 0,
+  discount_minor   bigint,
+  discount_taken_minor bigint not null default 0,
   constraint invoice_items_subscription_fkey foreign key (organization_id, subscription_id)
     references public.subscriptions (organization_id, id) on delete restrict,
   constraint invoice_items_key unique (organization_id, idempotency_key),
@@ -8393,7 +8476,11 @@ create table private.invoice_items (
   constraint invoice_items_description_present check (btrim(description) <> ''),
   constraint invoice_items_price_units_positive check (price_units > 0),
   constraint invoice_items_days_ordered check (first_day <= last_day),
-  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end)
+  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end),
+  constraint invoice_items_taken_within check (
+    case when amount_minor < 0 then taken_minor between amount_minor and 0 else taken_minor between 0 and amount_minor end
+  ),
+  constraint invoice_items_discount_within check (discount_minor between amount_minor and 0 and discount_taken_minor between discount_minor and 0)
 );
 
 create index idx_invoice_items_open on private.invoice_items (organization_id, subscription_id) where settled_at is null;
@@ -8402,10 +8489,85 @@ select private.close_table('private.invoice_items');
 
 comment on table private.invoice_items is
   'What waits for the next invoice of a subscription and becomes a line of it, with the same id: the two sides of a plan that changed within '
-  'its period, and what an operator adds once. What an invoice would have to give back more than it charges waits for the next one.';
+  'its period, and what an operator adds once. Of a credit an invoice takes no more than it charges; the rest waits for the next one.';
 comment on column private.invoice_items.number is 'Their order on the invoice.';
 comment on column private.invoice_items.idempotency_key is 'Whoever adds the same again under this key adds nothing.';
-comment on column private.invoice_items.settled_at is 'When an invoice took it; null while it waits.';
+comment on column private.invoice_items.settled_at is 'When an invoice took it, or the last of it; null while it waits.';
+comment on column private.invoice_items.taken_minor is 'What invoices have taken of it so far.';
+comment on column private.invoice_items.discount_minor is
+  'Of a credit for what an earlier invoice charged: the discount that was taken off there, given back with it. Null takes part in the '
+  'discounts of the invoice that it comes on.';
+comment on column private.invoice_items.discount_taken_minor is 'What invoices have taken of that so far.';
+
+create table private.coupons (
+  code            text primary key,
+  name            text not null,
+  percent_bp      integer,
+  amount_minor    bigint,
+  currency        text,
+  invoices        integer,
+  max_redemptions integer,
+  redeemed        integer not null default 0,
+  valid_from      timestamptz not null,
+  valid_to        timestamptz,
+  created_at      timestamptz not null,
+  constraint coupons_code_format check (code ~ '^[A-Z0-9][A-Z0-9_-]{0,39}$'),
+  constraint coupons_name_present check (btrim(name) <> '' and length(name) <= 100),
+  constraint coupons_percent_or_amount check ((percent_bp is null) <> (amount_minor is null)),
+  constraint coupons_percent_range check (percent_bp between 1 and 10000),
+  constraint coupons_amount_positive check (amount_minor > 0),
+  constraint coupons_amount_has_currency check ((amount_minor is null) = (currency is null)),
+  constraint coupons_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint coupons_invoices_positive check (invoices > 0),
+  constraint coupons_redeemed_range check (redeemed between 0 and coalesce(max_redemptions, redeemed)),
+  constraint coupons_validity_ordered check (valid_from < valid_to)
+);
+select private.close_table('private.coupons');
+
+comment on table private.coupons is
+  'What a code takes off: a percentage, or an amount of one currency. Its row counts redemptions, and is what two of them wait for.';
+comment on column private.coupons.percent_bp is 'Hundredths of a percent.';
+comment on column private.coupons.invoices is 'Of how many invoices: 1 is once; null is for ever.';
+comment on column private.coupons.max_redemptions is 'How many organizations may redeem it; null is any number.';
+
+create table private.discounts (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  subscription_id uuid not null,
+  coupon_code     text references private.coupons (code) on delete restrict,
+  name            text not null,
+  percent_bp      integer,
+  amount_minor    bigint,
+  currency        text,
+  invoices        integer,
+  applied         integer not null default 0,
+  idempotency_key text,
+  number          bigint generated always as identity,
+  created_at      timestamptz not null,
+  ended_at        timestamptz,
+  constraint discounts_subscription_fkey foreign key (organization_id, subscription_id)
+    references public.subscriptions (organization_id, id) on delete restrict,
+  constraint discounts_coupon_key unique (organization_id, coupon_code),
+  constraint discounts_key unique (organization_id, idempotency_key),
+  constraint discounts_name_present check (btrim(name) <> '' and length(name) <= 100),
+  constraint discounts_percent_or_amount check ((percent_bp is null) <> (amount_minor is null)),
+  constraint discounts_percent_range check (percent_bp between 1 and 10000),
+  constraint discounts_amount_positive check (amount_minor > 0),
+  constraint discounts_amount_has_currency check ((amount_minor is null) = (currency is null)),
+  constraint discounts_invoices_positive check (invoices > 0),
+  constraint discounts_applied_range check (applied between 0 and coalesce(invoices, applied))
+);
+create index idx_discounts_live on private.discounts (subscription_id, number) where ended_at is null;
+create index idx_discounts_subscription on private.discounts (organization_id, subscription_id);
+create index idx_discounts_coupon on private.discounts (coupon_code) where coupon_code is not null;
+select private.close_table('private.discounts');
+
+comment on table private.discounts is
+  'What is taken off a subscription''s invoices, in this order, before tax: from a coupon, or given by the operator. An amount on one invoice '
+  'is one with `invoices` 1.';
+comment on column private.discounts.invoices is 'Of how many invoices; null is for ever.';
+comment on column private.discounts.applied is 'Of how many it was taken off. Invoices of a change within a period take percentages and do not count.';
+comment on column private.discounts.ended_at is 'Since when nothing more is taken off.';
 
 create table private.billing_requests (
   organization_id uuid not null references public.organizations (id) on delete cascade,
@@ -8477,14 +8639,16 @@ comment on column private.payment_retries.told_at is 'When `invoice.payment_due`
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
 create function private.invoice_number(month text, number integer) returns text
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select case
+begin
+  return case
     when number between 1 and 99999 then 'INV-' || month || '-' || lpad(number::text, 5, '0')
     -- A sixth digit would break the 16 characters of Rule 46, so the month goes on in further series: INA, INB, to INU.
     when number between 100000 and 2199999 then
       'IN' || chr(64 + number / 100000) || '-' || month || '-' || lpad((number % 100000)::text, 5, '0')
-  end
+  end;
+end
 $$;
 comment on function private.invoice_number(text, integer) is
   'The text of a month''s n-th number: INV-202601-00001 to INV-202601-99999, then INA-202601-00000 and on; null when the month is full.';
@@ -8575,41 +8739,94 @@ end
 $$;
 comment on function private.guard_invoice_parts() is 'Trigger: lines and taxes change only while their invoice is a draft.';
 
+create function private.named_discounts(discounts jsonb) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return coalesce((select sum((given.item ->> 'amount_minor')::bigint) from jsonb_array_elements(discounts) as given (item)), 0)::bigint;
+end
+$$;
+comment on function private.named_discounts(jsonb) is 'What the discounts that an invoice names come to.';
+
 create function private.check_invoice_sums() returns trigger
 language plpgsql set search_path = ''
 as $$
 declare
   lines bigint;
+  discounts bigint;
   taxes bigint;
 begin
-  select coalesce(sum(line.amount_minor), 0)::bigint
-  into lines
+  select coalesce(sum(line.amount_minor), 0)::bigint, coalesce(sum(line.discount_minor), 0)::bigint
+  into lines, discounts
   from public.invoice_lines as line
   where line.organization_id = new.organization_id and line.invoice_id = new.id;
   select coalesce(sum(tax.amount_minor), 0)::bigint
   into taxes
   from public.invoice_taxes as tax
   where tax.organization_id = new.organization_id and tax.invoice_id = new.id;
-  if lines <> new.subtotal_minor or taxes <> new.tax_minor then
-    raise exception 'invoice %: lines of % and taxes of % do not make a subtotal of % and a tax of %',
-      new.invoice_number, lines, taxes, new.subtotal_minor, new.tax_minor using errcode = '23514';
+  if lines <> new.subtotal_minor or taxes <> new.tax_minor or discounts <> new.discount_minor
+    or new.discount_minor <> private.named_discounts(new.discounts) then
+    raise exception 'invoice %: lines of %, discounts of % and taxes of % do not make a subtotal of %, a discount of % and a tax of %',
+      new.invoice_number, lines, discounts, taxes, new.subtotal_minor, new.discount_minor, new.tax_minor using errcode = '23514';
   end if;
   return null;
 end
 $$;
 comment on function private.check_invoice_sums() is
-  'Trigger, at the end of the transaction: an open invoice''s lines make its subtotal, and its taxes its tax.';
+  'Trigger, at the end of the transaction: an open invoice''s lines make its subtotal and its discount, and its taxes its tax.';
 
-create trigger guard_invoice before update or delete on public.invoices
+create function private.check_changed_sums() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  wrong record;
+begin
+  -- An invoice is a draft when it is made and its lines change only while it is one, so that it adds up when the statement that opens it
+  -- ends, or never.
+  select changed.invoice_number, line.amount, line.discount, tax.amount as tax, changed.subtotal_minor, changed.discount_minor, changed.tax_minor
+  into wrong
+  from changed
+  cross join lateral (
+    select coalesce(sum(own.amount_minor), 0) as amount, coalesce(sum(own.discount_minor), 0) as discount
+    from public.invoice_lines as own
+    where own.organization_id = changed.organization_id and own.invoice_id = changed.id
+  ) as line
+  cross join lateral (
+    select coalesce(sum(own.amount_minor), 0) as amount
+    from public.invoice_taxes as own
+    where own.organization_id = changed.organization_id and own.invoice_id = changed.id
+  ) as tax
+  where changed.status <> 'draft'
+    and (
+      (line.amount, line.discount, tax.amount) <> (changed.subtotal_minor, changed.discount_minor, changed.tax_minor)
+      or changed.discounts <> '[]' and changed.discount_minor <> private.named_discounts(changed.discounts)
+      or changed.discounts = '[]' and changed.discount_minor <> 0
+    )
+  limit 1;
+  if found then
+    raise exception 'invoice %: lines of %, discounts of % and taxes of % do not make a subtotal of %, a discount of % and a tax of %',
+      wrong.invoice_number, wrong.amount, wrong.discount, wrong.tax, wrong.subtotal_minor, wrong.discount_minor, wrong.tax_minor
+      using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.check_changed_sums() is 'Trigger, of a whole statement: as check_invoice_sums, for all that it opened or changed.';
+
+-- What the run does to its own drafts, thousands at a time, is judged by the statement; whatever else happens, row by row.
+create trigger guard_invoice before update on public.invoices
+  for each row when (old.status <> 'draft' or new.status not in ('draft', 'open')) execute function private.guard_invoice();
+create trigger guard_deleted_invoice before delete on public.invoices
   for each row execute function private.guard_invoice();
 create trigger set_invoice_number_trigger before insert or update of status on public.invoices
-  for each row execute function private.set_invoice_number();
+  for each row when (new.status <> 'draft' and new.invoice_number is null) execute function private.set_invoice_number();
 create trigger update_modified_column before update on public.invoices
-  for each row execute function private.update_modified_column();
-create constraint trigger invoices_add_up after insert or update on public.invoices
+  for each row when (old.status <> 'draft') execute function private.update_modified_column();
+create trigger changed_invoices_add_up after update on public.invoices
+  referencing new table as changed for each statement execute function private.check_changed_sums();
+create constraint trigger invoices_add_up after insert on public.invoices
   deferrable initially deferred
   for each row when (new.status <> 'draft') execute function private.check_invoice_sums();
-
 create trigger invoice_lines_inserted after insert on public.invoice_lines
   referencing new table as changed for each statement execute function private.guard_invoice_parts();
 create trigger invoice_lines_updated after update on public.invoice_lines
@@ -8629,7 +8846,8 @@ create trigger invoice_taxes_deleted after delete on public.invoice_taxes
 
 revoke all on function
   private.invoice_number(text, integer), private.take_invoice_numbers(text, integer), private.set_invoice_number(),
-  private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums()
+  private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums(), private.named_discounts(jsonb),
+  private.check_changed_sums()
 from public;
 
 
@@ -9101,7 +9319,7 @@ begin
       and line.credit_note_id = new.id
       and (
         billed.invoice_id <> new.invoice_id
-        or billed.amount_minor < (
+        or billed.amount_minor - billed.discount_minor < (
           select sum(other.amount_minor)
           from public.credit_note_lines as other
           join public.credit_notes as note on note.organization_id = other.organization_id and note.id = other.credit_note_id
@@ -10506,7 +10724,16 @@ begin
       'provider', source.provider,
       'organization_id', source.organization_id,
       'store_id', source.store_id,
-      'settings', source.settings,
+      'settings', source.settings || case
+        when source.organization_id is not null and source.settings ? 'transfer_destination' then jsonb_build_object(
+          'transfer_refused', private.transfer_refusal(
+            source.organization_id,
+            coalesce(private.destination_of_transfer(source.settings -> 'transfer_destination'), private.destination_of_transfer(jsonb_build_object('to', source.settings ->> 'transfer_destination'))),
+            at
+          )
+        )
+        else '{}'
+      end,
       'secrets_sealed', case
         when source.previous_until <= now() then to_jsonb(source.secrets_sealed[1:1])
         else to_jsonb(source.secrets_sealed)
@@ -10861,10 +11088,20 @@ begin
     return;
   end if;
 
+  if attempt.call_sid is null and exists (
+    select from public.call_logs as other where other.call_sid = call_id and other.id <> attempt.id
+  ) then
+    -- That call is another attempt's, and stays it.
+    result := 'orphan';
+    error := 'call_id_reused';
+    perform private.raise_alarm(attempt, 'call_id_reused', jsonb_build_object('provider_call_id', call_id), at);
+    return;
+  end if;
+
   -- What is known is kept, what is new is added, and the status only moves forward.
   updated := private.merge_call(attempt, call, at);
-  if apply_call_event.source = 'reconcile' and status = 'ended' and call ->> 'bill_duration_seconds' is not null then
-    -- Of the seconds that are billed the carrier's own record has the last word, also after an event told others.
+  if (apply_call_event.source = 'reconcile' and status = 'ended' or (call ->> 'settles')::boolean) and call ->> 'bill_duration_seconds' is not null then
+    -- Of the seconds that are billed the carrier's own record or bill has the last word, also after an event told others.
     updated.bill_duration_seconds := (call ->> 'bill_duration_seconds')::integer;
   end if;
   has_ended := status = 'ended' and attempt.status <> 'ended';
@@ -10917,8 +11154,16 @@ begin
     ));
     perform private.end_attempt(updated, outcome, at);
     result := 'applied';
+    if (call ->> 'bill_talk')::boolean and apply_call_event.source <> 'reconcile' and outcome in ('answered', 'machine', 'our_fault')
+      and coalesce(updated.bill_duration_seconds, 0) = 0
+    then
+      perform private.await_seconds(updated);
+    end if;
   elsif attempt.status = 'ended' then
     result := case when private.amend_attempt(attempt, updated, outcome, at) then 'applied' else 'ignored' end::public.event_status;
+    if (call ->> 'settles')::boolean or updated.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+      delete from private.unsettled_calls as own where own.organization_id = attempt.organization_id and own.attempt_id = attempt.id;
+    end if;
   else
     if status > attempt.status then
       updated.status := status;
@@ -11382,6 +11627,32 @@ end
 $$;
 comment on function private.recent_dials(text, timestamptz) is
   'When a number was last dialled, and the time before, by whichever organization: 60 minutes lie between two dials, and two are all in 24 hours.';
+
+create function private.dial_cap(organization uuid, callee text, at timestamptz, out verdict text, out due timestamptz)
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  platform private.platform_dialling;
+  dials    timestamptz[];
+begin
+  select known.* into platform from private.platform_dialling as known;
+  -- Newest first, and no more than it takes to tell: nearly always a handful.
+  dials := array(
+    select log.submitted_at
+    from public.call_logs as log
+    where log.callee_number = callee and log.dialled and log.direction = 'outbound' and log.organization_id = organization
+    order by log.submitted_at desc
+    limit platform.lifetime_dials
+  );
+  if cardinality(dials) >= platform.lifetime_dials then
+    verdict := 'lifetime_cap';
+  elsif dials[platform.monthly_dials] > at - interval '30 days' then
+    verdict := 'monthly_cap';
+    due := dials[platform.monthly_dials] + interval '30 days';
+  end if;
+end
+$$;
+comment on function private.dial_cap(uuid, text, timestamptz) is
+  'Whether an organization has called a number as often as it may in 30 days, and when it may again, or ever, whichever campaigns the calls were of.';
 
 create function private.whole_minute(moment timestamptz) returns timestamptz
 language plpgsql stable set search_path = '' as $$
@@ -12046,9 +12317,18 @@ begin
     -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
     select
       campaign.*, waiting.caller_id, waiting.dial_countries, waiting.max_price_micros,
-      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
+      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most, selling.is_by_deck,
+      case when selling.is_by_deck then private.selling_version(campaign.organization_id, at) end as version_id
     from waiting
     join public.campaigns as campaign on campaign.id = waiting.id
+    cross join lateral (
+      select exists (
+        select
+        from public.subscriptions as subscription
+        join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = 'rated_calls'
+        where subscription.organization_id = campaign.organization_id and subscription.status not in ('cancelled', 'inactive')
+      ) as is_by_deck
+    ) as selling
   ),
   picked as materialized (
     select queue.id
@@ -12096,7 +12376,7 @@ begin
   locked as materialized (
     select
       queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.dial_class, queue.priority, queue.next_retry_at,
-      queue.dispatch_count,
+      queue.dispatch_count, queue.wait_reason,
       lead.project_id, lead.phone, lead.timezone, lead.recording_consent, lead.do_not_call, lead.abuse_flag, lead.archived_at
     from public.call_queue as queue
     join public.leads as lead on lead.organization_id = queue.organization_id and lead.id = queue.lead_id
@@ -12118,7 +12398,8 @@ begin
       locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable,
       ready.purpose,
       case when ready.max_price_micros is not null then coalesce(private.destination_price(locked.phone) > ready.max_price_micros, true) else false end
-        as is_dear
+        as is_dear,
+      case when ready.is_by_deck then (private.find_rate(ready.version_id, locked.phone)).price_micros is null else false end as is_unpriced
     from locked
     join ready on ready.id = locked.campaign_id
     cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
@@ -12134,6 +12415,7 @@ begin
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      capped.verdict as cap, capped.due as cap_due,
       private.lacks_consent(zoned.organization_id, zoned.phone, zoned.country, zoned.purpose, at) as lacks_consent,
       (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
@@ -12152,6 +12434,7 @@ begin
         where live.callee_number = zoned.phone and live.direction = 'outbound' and live.status <> 'ended'
       ) as in_call
     from zoned
+    cross join lateral private.dial_cap(zoned.organization_id, zoned.phone, at) as capped
     left join stretches
       on stretches.campaign_id = zoned.campaign_id and stretches.zones = zoned.zones
       and stretches.country = zoned.country and stretches.region is not distinct from zoned.region
@@ -12166,12 +12449,14 @@ begin
         when seen.phone is null then 'no_phone'
         when not seen.is_callable then 'destination_blocked'
         when seen.is_dear then 'price_ceiling'
+        when seen.is_unpriced then 'no_rate'
         when seen.register is not null then seen.register
         when seen.lacks_consent then 'no_consent'
         when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
         when seen.in_call then 'number_in_call'
+        when seen.cap is not null then seen.cap
         when seen.dials[2] + interval '24 hours' > at then 'daily_cap'
         when seen.dials[1] + interval '60 minutes' > at then 'min_gap'
       end as verdict
@@ -12196,9 +12481,11 @@ begin
       numbered.record_call, numbered.ring_timeout_seconds, numbered.max_call_seconds,
       numbered.closes_at, numbered.final_verdict,
       case numbered.final_verdict
-        when 'bad_timezone' then at + interval '1 day'
+        -- A day to put it right. Once the campaign is over, or nobody else is left in it, that was the end.
+        when 'bad_timezone' then case when not numbered.is_last then at + interval '1 day' end
         when 'register_stale' then private.whole_minute(at + interval '1 hour')
-        when 'campaign_over' then at + interval '1 day'
+        when 'campaign_over' then case when not numbered.is_past then at + interval '1 day' end
+        when 'monthly_cap' then private.whole_minute(numbered.cap_due)
         when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
         when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
@@ -12216,7 +12503,18 @@ begin
       single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id) as project_id,
       single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
       ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
-      single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
+      single.opens_at, single.closes_at, single.dials, single.cap_due, single.dial_class, single.priority, single.next_retry_at,
+      -- A day later it is past everywhere.
+      coalesce((at at time zone 'UTC')::date > ready.end_date + 1, false) as is_past,
+      case when single.final_verdict = 'bad_timezone' then
+        coalesce((at at time zone 'UTC')::date > ready.end_date + 1, false)
+        or single.wait_reason = 'bad_timezone' and not exists (
+          select
+          from public.call_queue as other
+          where other.campaign_id = single.campaign_id and other.status in ('queued', 'processing')
+            and other.wait_reason is distinct from 'bad_timezone'
+        )
+      end as is_last,
       case
         when single.final_verdict is null and number.phone_number is null then case
           when exists (
@@ -12579,7 +12877,7 @@ language plpgsql volatile security definer set search_path = '' as $$
 begin
   insert into private.dial_evidence (
     attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before,
-    caller_series, registration_id
+    caller_series, registration_id, dials_in_30_days, dials_ever
   )
   select
     log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
@@ -12593,13 +12891,19 @@ begin
       order by length(series.prefix) desc
       limit 1
     ),
-    number.registration_id
+    number.registration_id, before.in_30_days, before.ever
   from public.call_logs as log
   join public.caller_numbers as number on number.phone_number = log.caller_number
   join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
   join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
   cross join lateral private.destination(log.callee_number, null) as callee
   cross join lateral private.check_dnc(log.callee_number, at) as register
+  cross join lateral (
+    select count(*) filter (where earlier.submitted_at > at - interval '30 days') as in_30_days, count(*) as ever
+    from public.call_logs as earlier
+    where earlier.callee_number = log.callee_number and earlier.dialled and earlier.direction = 'outbound'
+      and earlier.organization_id = log.organization_id
+  ) as before
   left join lateral (
     select known.id
     from public.consents as known
@@ -12627,6 +12931,7 @@ begin
           'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
           'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
           'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'dials_in_30_days', seen.dials_in_30_days, 'dials_ever', seen.dials_ever,
           'caller_series', seen.caller_series, 'registration_id', seen.registration_id,
           'consent', case
             when consent.id is not null then jsonb_build_object(
@@ -13164,25 +13469,35 @@ begin
       'from', claimed.caller_number,
       'to', claimed.callee_number,
       'status', claimed.status,
-      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer
+      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer,
+      -- Asked for by its numbers, the carrier may tell of another call to them.
+      'others', case when claimed.call_sid is null then array(
+        select other.call_sid
+        from public.call_logs as other
+        where other.callee_number = claimed.callee_number and other.dialled and other.direction = 'outbound'
+          and other.call_sid is not null and other.id <> claimed.id
+        order by other.submitted_at desc
+        limit 20
+      ) else '{}' end
     )
   )
   into stale
-  from claimed
+  from (select claimed.* from claimed union all select unsettled.* from private.take_unsettled(most) as unsettled) as claimed
   join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
   return jsonb_build_object('attempts', coalesce(stale, '[]'), 'agentless', private.reap_websockets('{"v": 1}', at) -> 'calls');
 end
 $$;
 comment on function private.reconcile_calls(jsonb, timestamptz) is
   'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
-  'Also ends those that were never begun and may not be any more, and forgets the sockets that nobody has heard of.';
+  'Also ends those that were never begun and may not be any more, forgets the sockets that nobody has heard of, and has the carrier asked for the '
+  'seconds of ended calls that nobody has told.';
 
 create function public.reconcile_calls(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.reconcile_calls($1, private.clock_now())
 $$;
 comment on function public.reconcile_calls(jsonb) is
-  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}],"agentless":[{"organization_id",'
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds","others"}],"agentless":[{"organization_id",'
   '"attempt_id"}]}; the age is real, since it was begun.';
 
 
@@ -13198,8 +13513,7 @@ begin
   insert into private.carrier_checks (carrier_account_id, day)
   select account.id, yesterday
   from public.carrier_accounts as account
-  -- Telnyx keeps its records where no adapter reads them yet.
-  where account.is_active and account.created_at < at and account.provider <> 'telnyx'
+  where account.is_active and account.created_at < at
   on conflict do nothing;
   with due as (
     select waiting.carrier_account_id, waiting.day
@@ -13406,7 +13720,7 @@ begin
     'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
     'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
     'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete, 'purpose', campaign.purpose,
-    'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
+    'retry_rules', campaign.retry_rules, 'lead_filter', campaign.lead_filter, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
     'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at, 'pause_reason', campaign.pause_reason,
@@ -13432,6 +13746,15 @@ begin
         group by 1
       ) as reasoned
     ),
+    'skipped', (
+      select coalesce(jsonb_object_agg(reasoned.reason, reasoned.number), '{}')
+      from (
+        select coalesce(member.skip_reason, member.status::text) as reason, count(*) as number
+        from public.campaign_leads as member
+        where member.campaign_id = campaign.id and member.status in ('skipped', 'opted_out')
+        group by 1
+      ) as reasoned
+    ),
     'next_due_at', (
       select greatest(min(queue.next_retry_at), hold)
       from public.call_queue as queue
@@ -13441,7 +13764,7 @@ begin
 end
 $$;
 comment on function private.campaign_json(uuid, timestamptz) is
-  'A campaign as its users see it: what it is, how many leads are in which state, and what the others wait for.';
+  'A campaign as its users see it: what it is, how many leads are in which state, what the others wait for, and why some are never called.';
 
 create function private.claim_campaign(campaign_id uuid, permission text) returns public.campaigns
 language plpgsql volatile security definer set search_path = '' as $$
@@ -13484,7 +13807,7 @@ language sql stable security invoker set search_path = '' as $$
   select private.get_campaign(campaign_id, private.clock_now())
 $$;
 comment on function public.get_campaign(uuid) is
-  'A campaign: {"id","name","status",…,"counts":{state:n},"waiting":{reason:n},"next_due_at"}. Needs campaign.view.';
+  'A campaign: {"id","name","status",…,"counts":{state:n},"waiting":{reason:n},"skipped":{reason:n},"next_due_at"}. Needs campaign.view.';
 
 create function private.create_campaign(name text, project_id uuid, settings jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -13560,16 +13883,17 @@ begin
   if campaign.credit_cap <= 0 then
     perform private.raise_error(422, 'invalid_setting', 'credit_cap is above 0', 'credit_cap');
   end if;
+  campaign.lead_filter := private.check_lead_filter(settings -> 'leads');
 
   insert into public.campaigns (
     organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
-    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, created_by, created_at, updated_at
+    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, lead_filter, created_by, created_at, updated_at
   )
   values (
     organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
     campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
     campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, campaign.purpose, campaign.retry_rules,
-    campaign.credit_cap, me, at, at
+    campaign.credit_cap, campaign.lead_filter, me, at, at
   )
   returning * into campaign;
   enrolled := private.enrol_leads(campaign, me, at);
@@ -13580,11 +13904,13 @@ begin
 end
 $$;
 comment on function private.create_campaign(text, uuid, jsonb, timestamptz) is
-  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none.';
+  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none, as far as its filter takes them.';
 
 create function private.enrol_leads(campaign public.campaigns, enrolled_by uuid, at timestamptz) returns integer
 language plpgsql volatile security definer set search_path = '' as $$
 declare
+  filter   constant jsonb := campaign.lead_filter;
+  ids      constant uuid[] := array(select element.id::uuid from jsonb_array_elements_text(filter -> 'lead_ids') as element (id));
   enrolled integer;
 begin
   insert into public.campaign_leads (organization_id, campaign_id, lead_id, enrolled_by, enrolled_at, created_at, updated_at)
@@ -13593,6 +13919,13 @@ begin
   where lead.organization_id = campaign.organization_id
     and (campaign.project_id is null or lead.project_id = campaign.project_id)
     and lead.archived_at is null
+    and (not filter ? 'lead_ids' or lead.id = any (ids))
+    and (not filter ? 'stage_ids' or lower(filter ->> 'stage_ids')::jsonb ? lead.stage_id::text)
+    and (not filter ? 'assigned_to' or lower(filter ->> 'assigned_to')::jsonb ? lead.assigned_to::text)
+    and (not filter ? 'statuses' or filter -> 'statuses' ? lead.status)
+    and (not filter ? 'sources' or filter -> 'sources' ? lead.source)
+    and (not filter ? 'min_score' or lead.score >= (filter ->> 'min_score')::numeric)
+    and (not coalesce((filter ->> 'never_called')::boolean, false) or lead.call_status is null)
   on conflict (organization_id, campaign_id, lead_id) do nothing;
   get diagnostics enrolled = row_count;
   update public.campaigns as mine
@@ -13601,7 +13934,7 @@ begin
   return enrolled;
 end
 $$;
-comment on function private.enrol_leads(public.campaigns, uuid, timestamptz) is 'Enrols every lead of a campaign''s project that is not archived; returns how many are new.';
+comment on function private.enrol_leads(public.campaigns, uuid, timestamptz) is 'Enrols every lead of a campaign''s project that its filter takes and that is not archived; returns how many are new.';
 
 create function public.create_campaign(name text, project_id uuid default null, settings jsonb default '{}') returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -13609,7 +13942,8 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.create_campaign(text, uuid, jsonb) is
   'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
-  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap. Needs campaign.edit; returns the campaign as get_campaign() does.';
+  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap, leads ({"lead_ids","stage_ids","assigned_to","statuses","sources",'
+  '"min_score","never_called"}: which of the project''s). Needs campaign.edit; returns the campaign as get_campaign() does.';
 
 create function private.check_startable(campaign public.campaigns, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
@@ -13952,7 +14286,7 @@ begin
   from public.campaign_leads as member
   where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'failed'
     and member.organization_id = organization and member.campaign_id = campaign.id and member.lead_id = queue.lead_id
-    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed', 'campaign_over', 'bad_timezone');
   update public.campaign_leads as member
   set
     skip_reason = null,
@@ -13966,7 +14300,7 @@ begin
       else 'enrolled'
     end::public.campaign_lead_status
   where member.organization_id = organization and member.campaign_id = campaign.id
-    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed', 'campaign_over', 'bad_timezone');
   get diagnostics reopened = row_count;
   update public.campaigns as mine
   set
@@ -14835,7 +15169,15 @@ declare
   days date[];
   starts date[];
   ends date[];
-  summed bigint[] := quantities;
+  part_meters text[];
+  part_said_days date[];
+  part_days date[];
+  part_starts date[];
+  part_ends date[];
+  part_quantities bigint[];
+  part_events bigint[];
+  is_moved boolean;
+  is_read boolean;
   changed_meters text[];
   changed_days date[];
   changed_starts date[];
@@ -14859,25 +15201,31 @@ begin
     -- Clocks of other systems run ahead: what is said to come from the future counts now. A correction counts on the day of what it
     -- corrects.
     with event as (
-      select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
-      from unnest(occurred) with ordinality as given (occurred_at, position)
-    ),
-    -- Kept, so that a period is looked for once a day and not once an event.
-    placed as materialized (
+      -- Sorted once: an aggregate that is told to sort does it for itself.
+      select given.position, coalesce(given.day, (least(given.occurred_at, at) at time zone zone)::date) as day
+      from unnest(occurred, known_days) with ordinality as given (occurred_at, day, position)
+      order by given.position
+    )
+    select array_agg(event.day)
+    into days
+    from event;
+    -- From here on it is about meters and days, of which there are few, and not about events. A period is looked for once a day.
+    with placed as materialized (
       select distinct_day.day, period.*
-      from (select distinct event.day from event) as distinct_day,
+      from (select distinct event.day from unnest(days) as event (day)) as distinct_day,
         lateral private.usage_period(subscription, count_usage.organization_id, zone, distinct_day.day, at) as period
     ),
-    -- Sorted once: an aggregate that is told to sort does it for itself.
-    ordered as (
-      select placed.counted_on, placed.period_start, placed.period_end
-      from event
-      join placed using (day)
-      order by event.position
+    part as (
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
+      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      group by event.meter, event.day
     )
-    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
-    into days, starts, ends
-    from ordered;
+    select
+      array_agg(part.meter), array_agg(placed.day), array_agg(placed.counted_on), array_agg(placed.period_start), array_agg(placed.period_end),
+      array_agg(part.quantity), array_agg(part.events), bool_or(placed.counted_on <> placed.day)
+    into part_meters, part_said_days, part_days, part_starts, part_ends, part_quantities, part_events, is_moved
+    from part
+    join placed on placed.day = part.day;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
     select
@@ -14885,7 +15233,7 @@ begin
       case when event.period_start < first_day then at end
     from (
       select distinct given.meter, given.period_start, given.period_end
-      from unnest(meters, starts, ends) as given (meter, period_start, period_end)
+      from unnest(part_meters, part_starts, part_ends) as given (meter, period_start, period_end)
     ) as event
     where not exists (
       select
@@ -14903,7 +15251,7 @@ begin
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
           select distinct event.meter, event.period_start
-          from unnest(meters, starts) as event (meter, period_start)
+          from unnest(part_meters, part_starts) as event (meter, period_start)
         )
       order by log.feature_key, log.period_start
       for no key update
@@ -14912,7 +15260,7 @@ begin
       -- A period before the current one is closed, and takes what comes late.
       count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
         select count(*)
-        from (select distinct event.meter, event.period_start from unnest(meters, starts) as event (meter, period_start)) as wanted
+        from (select distinct event.meter, event.period_start from unnest(part_meters, part_starts) as event (meter, period_start)) as wanted
       ),
       coalesce(bool_or(counter.closed_at is not null), false)
     into is_open, is_late
@@ -14924,10 +15272,27 @@ begin
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
+  -- Each event is told where it counts only where that is not the day it says, or where it is needed below.
+  is_read := exists (
+    select from public.meters as known where known.key = any (part_meters) and known.aggregation in ('max', 'unique', 'latest')
+  );
+  if is_moved or is_read or is_late then
+    with ordered as (
+      select placed.counted_on, placed.period_start, placed.period_end
+      from unnest(days) with ordinality as event (day, position)
+      join (
+        select distinct given.day, given.counted_on, given.period_start, given.period_end
+        from unnest(part_said_days, part_days, part_starts, part_ends) as given (day, counted_on, period_start, period_end)
+      ) as placed on placed.day = event.day
+      order by event.position
+    )
+    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
+    into days, starts, ends
+    from ordered;
+  end if;
+
   -- What is not summed changes its day and period by something else than its quantity.
-  if exists (
-    select from public.meters as known where known.key = any (meters) and known.aggregation in ('max', 'unique', 'latest')
-  ) then
+  if is_read then
     select
       array_agg(reading.meter), array_agg(reading.day), array_agg(reading.period_start), array_agg(reading.on_day),
       array_agg(reading.in_period)
@@ -14935,9 +15300,9 @@ begin
     from private.take_readings(
       organization_id, sources, keys, meters, quantities, occurred, corrected, value_hashes, days, starts, ends
     ) as reading;
-    summed := array(
+    part_quantities := array(
       select case when known.aggregation in ('max', 'unique', 'latest') then 0 else event.quantity end
-      from unnest(meters, quantities) with ordinality as event (meter, quantity, position)
+      from unnest(part_meters, part_quantities) with ordinality as event (meter, quantity, position)
       left join public.meters as known on known.key = event.meter
       order by event.position
     );
@@ -14947,7 +15312,7 @@ begin
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
     from (
       select given.meter, given.period_start, given.quantity
-      from unnest(meters, starts, summed) as given (meter, period_start, quantity)
+      from unnest(part_meters, part_starts, part_quantities) as given (meter, period_start, quantity)
       union all
       select change.meter, change.period_start, change.quantity
       from unnest(changed_meters, changed_starts, changes_in_period) as change (meter, period_start, quantity)
@@ -14987,10 +15352,10 @@ begin
   on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
-  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)
+  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)::bigint
   from (
-    select given.meter, given.day, given.quantity, 1 as events
-    from unnest(meters, days, summed) as given (meter, day, quantity)
+    select given.meter, given.day, given.quantity, given.events
+    from unnest(part_meters, part_days, part_quantities, part_events) as given (meter, day, quantity, events)
     union all
     select change.meter, change.day, change.quantity, 0
     from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
@@ -15006,10 +15371,10 @@ begin
     update public.usage_days as total
     set quantity = total.quantity + less.quantity, events = total.events + less.events
     from (
-      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events) as events
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events)::bigint as events
       from (
-        select given.meter, given.day, given.quantity, 1 as events
-        from unnest(meters, days, summed) as given (meter, day, quantity)
+        select given.meter, given.day, given.quantity, given.events
+        from unnest(part_meters, part_days, part_quantities, part_events) as given (meter, day, quantity, events)
         union all
         select change.meter, change.day, change.quantity, 0
         from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
@@ -15099,6 +15464,7 @@ declare
   is_new boolean;
   hold private.call_holds;
   charged bigint := 0;
+  rated bigint;
 begin
   if attempt.ended_at is null then
     return;
@@ -15150,13 +15516,14 @@ begin
     perform private.release_usage(attempt.organization_id, 'call_seconds', hold.seconds, at);
   end if;
   if is_new then
+    rated := private.rate_call(attempt, billed, at);
     perform private.count_usage(
       attempt.organization_id,
-      array['call', 'call'],
-      array[attempt.id::text, attempt.id::text],
-      array['ai_calls', 'call_seconds'],
-      array[1, billed],
-      array[attempt.ended_at, attempt.ended_at],
+      array['call', 'call'] || case when rated is not null then array['call_rate'] end,
+      array[attempt.id::text, attempt.id::text] || case when rated is not null then array[attempt.id::text] end,
+      array['ai_calls', 'call_seconds'] || case when rated is not null then array['rated_calls'] end,
+      array[1, billed] || case when rated is not null then array[rated] end,
+      array[attempt.ended_at, attempt.ended_at] || case when rated is not null then array[attempt.ended_at] end,
       at
     );
   end if;
@@ -15589,6 +15956,8 @@ declare
   term public.plan_price_meters;
   delta bigint;
   calls integer;
+  rated bigint;
+  events integer;
   overage bigint := 0;
   paid bigint := 0;
   cost bigint := 0;
@@ -15653,12 +16022,14 @@ begin
       perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
     end if;
   end if;
+  rated := private.correct_rating(attempt, billed, correction, at);
+  events := 1 + abs(calls) + (rated is not null)::integer;
   perform private.count_usage(
-    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]), array_fill(correction, array[1 + abs(calls)]),
-    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end,
-    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end,
-    array_fill(known.occurred_at, array[1 + abs(calls)]), at, array_fill(attempt.id::text, array[1 + abs(calls)]),
-    array_fill(counted_on, array[1 + abs(calls)])
+    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]) || case when rated is not null then array['call_rate'] end,
+    array_fill(correction, array[events]),
+    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end || case when rated is not null then array['rated_calls'] end,
+    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end || case when rated is not null then array[rated] end,
+    array_fill(known.occurred_at, array[events]), at, array_fill(attempt.id::text, array[events]), array_fill(counted_on, array[events])
   );
   if charge.meter_key is null then
     return;
@@ -15795,40 +16166,36 @@ begin
   end if;
   return given::timestamptz;
 exception
-  when datetime_field_overflow or invalid_datetime_format then
+  when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value then
     return null;
 end
 $$;
 revoke all on function private.parse_instant(text) from public;
 comment on function private.parse_instant(text) is 'An RFC 3339 date and time; null if the text is not one.';
 
-create function private.parse_instants(given text[]) returns timestamptz[]
-language plpgsql stable set search_path = ''
+create function private.knows_keys(organization_id uuid, source text, lowest text, highest text) returns boolean
+language plpgsql stable set search_path = '' set enable_seqscan = off
 as $$
 begin
-  -- All at once; one by one only where one of them names a day that the calendar does not have.
-  return array(
-    select case
-      when text.said ~ '^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})$' then text.said::timestamptz
-    end
-    from unnest(given) with ordinality as text (said, position)
-    order by text.position
+  return exists (
+    select
+    from private.usage_keys as known
+    where known.organization_id = knows_keys.organization_id
+      and known.source = knows_keys.source
+      and known.key between lowest and highest
   );
-exception
-  when datetime_field_overflow or invalid_datetime_format then
-    return array(
-      select private.parse_instant(text.said) from unnest(given) with ordinality as text (said, position) order by text.position
-    );
 end
 $$;
-revoke all on function private.parse_instants(text[]) from public;
-comment on function private.parse_instants(text[]) is 'RFC 3339 dates and times, each null where the text is none.';
+revoke all on function private.knows_keys(uuid, text, text, text) from public;
+comment on function private.knows_keys(uuid, text, text, text) is
+  'Whether a source has any key from one to another, found with one look at the index: ids that grow with time never do. Its plan is made '
+  'when the table is small and kept when it is not, hence the setting.';
 
 create function private.record_usage(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  api_key record;
+  owner constant uuid := private.usage_reporter(request);
   given jsonb := request -> 'events';
   ids text[];
   sources text[];
@@ -15843,163 +16210,197 @@ declare
   stored integer[];
   corrected text[];
   days date[];
-  instants timestamptz[];
+  horizon timestamptz := at + interval '5 minutes';
+  is_careful boolean;
+  is_fresh boolean;
   place integer;
   original private.usage_keys;
   meter public.meters;
   said_in_all bigint;
   has_corrections boolean;
 begin
-  if request ? 'organization_id' and not request ? 'api_key' then
-    -- From the platform's own queue.
-    select tenant.id as organization_id, array['usage.write'] as scopes
-    into api_key
-    from public.organizations as tenant
-    where tenant.id = private.read_uuid(request, 'organization_id');
-    if not found then
-      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
-    end if;
-  else
-    select key.organization_id, key.scopes
-    into api_key
-    from public.api_keys as key
-    where key.prefix = request #>> '{api_key,prefix}'
-      and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
-      and key.revoked_at is null;
-    if not found then
-      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
-    end if;
-  end if;
-  if not 'usage.write' = any (api_key.scopes) then
-    perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
-  end if;
   if given is null or jsonb_typeof(given) <> 'array' or jsonb_array_length(given) = 0 then
     perform private.raise_error(400, 'invalid_request', 'events must be an array of at least one event', 'events');
   end if;
   if jsonb_array_length(given) > 1000 then
     perform private.raise_error(413, 'too_many_events', 'At most 1000 events are taken at once', 'events');
   end if;
-  instants := private.parse_instants(array(
-    select item.value ->> 'time' from jsonb_array_elements(given) with ordinality as item (value, position) order by item.position
-  ));
 
   -- What is wrong with an event concerns that event alone. A count and a value that is counted need no quantity: it is one. Each step is
-  -- kept, so that what it reads is read once and not wherever a later one names it.
-  with event as materialized (
-    select
-      item.position,
-      coalesce(item.value ->> 'specversion', '1.0') as specversion,
-      item.value ->> 'id' as id,
-      item.value ->> 'source' as source,
-      item.value ->> 'type' as type,
-      case
-        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
-        then (item.value ->> 'quantity')::bigint
-      end as quantity,
-      coalesce(jsonb_typeof(item.value -> 'quantity'), 'null') = 'null' as is_unsaid,
-      case when jsonb_typeof(item.value -> 'value') = 'string' then item.value ->> 'value' end as value,
-      coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
-      item.value -> 'corrects' as correction,
-      item.value ->> 'corrects' as corrects,
-      coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
-      instants[item.position] as instant
-    from jsonb_array_elements(given) with ordinality as item (value, position)
-  ),
-  said as materialized (
-    select
-      event.position, event.specversion, event.id, event.source, event.type, event.is_correction, event.correction, event.corrects,
-      event.is_timed, event.instant, event.value,
-      case
-        when event.is_unsaid and not event.is_correction and known.aggregation in ('count', 'unique') then 1
-        else event.quantity
-      end as quantity,
-      known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
-    from event
-    left join public.meters as known on known.key = event.type
-  ),
-  judged as materialized (
-    select
-      said.*,
-      case
-        when said.specversion <> '1.0' then 'invalid_specversion'
-        when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
-        when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
-        when said.source = 'call' then 'reserved_source'
-        when not said.is_known then 'unknown_type'
-        when said.is_reserved then 'reserved_type'
-        when said.quantity is null
-          or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
-          or said.quantity < 0 and not said.is_correction
-          or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
-          then 'invalid_quantity'
-        when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
-          then 'invalid_value'
-        when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
-        when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
-        when said.instant > at + interval '5 minutes' then 'time_in_future'
-      end as code
-    from said
-  ),
-  -- Sorted once: an aggregate that is told to sort does it for itself.
-  ordered as (
-    select
-      judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
-      coalesce(judged.instant, at) as occurred_at,
-      case when judged.rounding = 'event' and not judged.is_correction then private.whole_pulses(judged.quantity, judged.pulse) else judged.quantity end
-        as counted,
-      case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end as value,
-      substring(sha256(convert_to(
-        concat_ws(
-          e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
-          case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end
-        ), 'UTF8'
-      )) for 16) as body_hash
-    from judged
-    order by judged.position
-  )
-  select
-    array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
-    array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
-    array_agg(case when ordered.value is not null then substring(sha256(convert_to(ordered.value, 'UTF8')) for 16) end),
-    array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
-    array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null)
-  into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections
-  from ordered;
-
-  -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
-  with first as materialized (
-    select distinct on (event.source, event.id) event.*
-    from (
+  -- fenced off (offset 0), so that what it reads is read once and not wherever a later one names it. All times are matched and read at
+  -- once, and one by one only where one of them is none, or names a day that the calendar does not have.
+  for is_careful in select unnest(array[false, true]) loop
+    begin
+      with item as materialized (
+        select given_item.*
+        from rows from (
+          jsonb_to_recordset(given) as (
+            id text, source text, type text, "time" text, quantity jsonb, value jsonb, corrects jsonb, specversion text
+          )
+        ) with ordinality as given_item (id, source, type, said_time, quantity, value, corrects, specversion, position)
+      ),
+      event as (
+        select
+          item.position, coalesce(item.specversion, '1.0') as specversion, item.id, item.source, item.type,
+          case when jsonb_typeof(item.quantity) = 'number' then item.quantity::text end as number,
+          item.quantity is null as is_unsaid,
+          case when jsonb_typeof(item.value) = 'string' then item.value #>> '{}' end as value,
+          item.corrects is not null as is_correction, item.corrects as correction, item.corrects #>> '{}' as corrects,
+          item.said_time is not null as is_timed,
+          case
+            when is_careful then private.parse_instant(item.said_time)
+            when item.said_time is not null and (
+              select string_agg(each.said_time, '|') ~ '^(?:\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(?:\.\d{1,9})?(?:[Zz]|[+-]\d{2}:\d{2})(?:\||$))*$'
+              from item as each
+            )
+            then item.said_time::timestamptz
+            else private.parse_instant(item.said_time)
+          end as instant,
+          known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
+        from item
+        left join public.meters as known on known.key = item.type
+        offset 0
+      ),
+      said as (
+        select
+          event.*,
+          case
+            when event.is_unsaid and not event.is_correction and event.aggregation in ('count', 'unique') then 1
+            -- Digits alone, or after the sign: a number of JSON has it nowhere else.
+            when translate(event.number, '0123456789', '') in ('', '-') and length(ltrim(event.number, '-')) <= 15 then event.number::bigint
+          end as quantity
+        from event
+        offset 0
+      ),
+      judged as (
+        select
+          said.*,
+          case
+            when said.specversion <> '1.0' then 'invalid_specversion'
+            when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
+            when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
+            when said.source in ('call', 'call_rate') then 'reserved_source'
+            when not said.is_known then 'unknown_type'
+            when said.is_reserved then 'reserved_type'
+            when said.quantity is null
+              or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
+              or said.quantity < 0 and not said.is_correction
+              or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
+              then 'invalid_quantity'
+            when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
+              then 'invalid_value'
+            when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
+            when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
+            when said.instant > horizon then 'time_in_future'
+          end as code,
+          case when said.aggregation = 'unique' and not said.is_correction then said.value end as told_apart
+        from said
+        offset 0
+      ),
+      -- Sorted once: an aggregate that is told to sort does it for itself.
+      ordered as (
+        select
+          judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
+          coalesce(judged.instant, at) as occurred_at, judged.told_apart,
+          case
+            when judged.rounding = 'event' and judged.pulse > 1 and not judged.is_correction
+            then private.whole_pulses(judged.quantity, judged.pulse)
+            else judged.quantity
+          end as counted,
+          substring(sha256(convert_to(
+            concat_ws(
+              e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
+              judged.told_apart
+            ), 'UTF8'
+          )) for 16) as body_hash
+        from judged
+        order by judged.position
+      )
       select
-        given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
-        given.quantity, given.corrects, given.position
-      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
-        as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
-      where given.code is null
-    ) as event
-    order by event.source, event.id, event.position
-  ),
-  fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+        array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
+        array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
+        array_agg(case when ordered.told_apart is not null then substring(sha256(convert_to(ordered.told_apart, 'UTF8')) for 16) end),
+        array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
+        array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null),
+        bool_and(ordered.code is null)
+      into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections, is_fresh
+      from ordered;
+      exit;
+    exception
+      when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value or invalid_parameter_value then
+        if is_careful then
+          raise;
+        end if;
+        -- What is no object at all is an event that says nothing.
+        select jsonb_agg(case when jsonb_typeof(item.value) = 'object' then item.value else '{}' end order by item.position)
+        into given
+        from jsonb_array_elements(given) with ordinality as item (value, position);
+    end;
+  end loop;
+
+  -- Where the ids of a source lie together beyond all that it has, as those do that grow with time, they are put in as they are. Who
+  -- was quicker with one of them, and an id that comes twice in the batch, lead to the other way.
+  if is_fresh and not exists (
     select
-      api_key.organization_id, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
-      case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
-      case when first.corrects is null then nullif(first.quantity, first.counted) end
-    from first
-    order by first.source, first.id
-    on conflict on constraint usage_keys_pkey do nothing
-    returning known.source, known.key
-  ),
-  placed as (
-    -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
-    select first.position::integer as position
-    from first
-    where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
-    order by first.position
-  )
-  select array_agg(placed.position)
-  into stored
-  from placed;
+    from (
+      select event.source, min(event.id collate "C") as lowest, max(event.id collate "C") as highest
+      from unnest(sources, ids) as event (source, id)
+      group by event.source
+    ) as own
+    where private.knows_keys(owner, own.source, own.lowest, own.highest)
+  ) then
+    begin
+      insert into private.usage_keys (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+      select
+        owner, event.source, event.id, event.hash, case when event.corrects is null then event.meter end,
+        case when event.corrects is null then event.occurred_at end, case when event.corrects is null then event.counted end,
+        case when event.corrects is null then nullif(event.quantity, event.counted) end
+      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected)
+        as event (source, id, hash, meter, occurred_at, counted, quantity, corrects)
+      order by event.source collate "C", event.id collate "C";
+      stored := array(select generate_series(1, cardinality(ids)));
+    exception
+      when unique_violation then
+        null;
+    end;
+  end if;
+
+  if stored is null then
+    -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
+    with first as materialized (
+      select distinct on (event.source, event.id) event.*
+      from (
+        select
+          given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
+          given.quantity, given.corrects, given.position
+        from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
+          as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
+        where given.code is null
+      ) as event
+      order by event.source, event.id, event.position
+    ),
+    fresh as (
+      insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+      select
+        owner, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
+        case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
+        case when first.corrects is null then nullif(first.quantity, first.counted) end
+      from first
+      order by first.source, first.id
+      on conflict on constraint usage_keys_pkey do nothing
+      returning known.source, known.key
+    ),
+    placed as (
+      -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
+      select first.position::integer as position
+      from first
+      where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
+      order by first.position
+    )
+    select array_agg(placed.position)
+    into stored
+    from placed;
+  end if;
 
   -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
   if has_corrections then
@@ -16012,7 +16413,7 @@ begin
       select known.*
       into original
       from private.usage_keys as known
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+      where known.organization_id = owner and known.source = sources[place] and known.key = corrected[place]
       for no key update;
       select known.* into meter from public.meters as known where known.key = meters[place];
       said_in_all := coalesce(original.reported, original.quantity) + quantities[place];
@@ -16024,13 +16425,13 @@ begin
         counts[place] := case meter.rounding when 'event' then private.whole_pulses(said_in_all, meter.pulse) else said_in_all end - original.quantity;
         update private.usage_keys as known
         set quantity = original.quantity + counts[place], reported = nullif(said_in_all, original.quantity + counts[place])
-        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+        where known.organization_id = owner and known.source = sources[place] and known.key = corrected[place];
         occurred[place] := original.occurred_at;
         days[place] := private.day_of_key(original);
       else
         -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
         delete from private.usage_keys as known
-        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+        where known.organization_id = owner and known.source = sources[place] and known.key = ids[place];
         statuses[place] := 'rejected';
         stored := array_remove(stored, place);
       end if;
@@ -16038,43 +16439,56 @@ begin
   end if;
 
   if cardinality(stored) = cardinality(ids) then
-    statuses := array_fill('stored'::text, array[cardinality(ids)]);
-  else
-    with event as (
-      select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
-      from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
-    ),
-    ordered as (
-      select
-        case
-          when event.status is not null then event.status
-          when event.is_stored then 'stored'
-          when known.body_hash = event.hash then 'duplicate'
-          when known.key is null then 'rejected'
-          else 'conflict'
-        end as status
-      from event
-      left join private.usage_keys as known
-        on event.status is null and not event.is_stored
-        and known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id
-      order by event.position
-    )
-    select array_agg(ordered.status)
-    into statuses
-    from ordered;
-  end if;
-
-  if cardinality(stored) = cardinality(ids) then
+    perform private.settle_usage_holds(owner, sources, ids, meters, at);
     perform private.count_usage(
-      api_key.organization_id, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
+      owner, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
       case when has_corrections then days end, value_hashes
     );
-  elsif cardinality(stored) > 0 then
+    return jsonb_build_object('results', (
+      select jsonb_agg(jsonb_build_object('id', result.id, 'status', 'stored')) from unnest(ids) as result (id)
+    ));
+  end if;
+
+  with event as (
+    select given.*, own.position is not null as is_stored
+    from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
+    left join unnest(stored) as own (position) on own.position = given.position
+  ),
+  ordered as (
+    select
+      case
+        when event.status is not null then event.status
+        when event.is_stored then 'stored'
+        when known.body_hash = event.hash then 'duplicate'
+        when known.key is null then 'rejected'
+        else 'conflict'
+      end as status
+    from event
+    left join private.usage_keys as known
+      on event.status is null and not event.is_stored
+      and known.organization_id = owner and known.source = event.source and known.key = event.id
+    order by event.position
+  )
+  select array_agg(ordered.status)
+  into statuses
+  from ordered;
+
+  if cardinality(stored) > 0 then
+    -- Taken out of the arrays in one pass: a text in the middle of one is found by counting up to it.
+    perform private.settle_usage_holds(owner, array_agg(event.source), array_agg(event.id), array_agg(event.meter), at)
+    from unnest(sources, ids, meters, statuses) as event (source, id, meter, status)
+    where event.status = 'stored';
     perform private.count_usage(
-      api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(counts[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]),
-      array_agg(value_hashes[position]))
-    from unnest(stored) as position;
+      owner, array_agg(ordered.source), array_agg(ordered.id), array_agg(ordered.meter), array_agg(ordered.quantity),
+      array_agg(ordered.occurred_at), at, array_agg(ordered.corrects), array_agg(ordered.day), array_agg(ordered.value_hash)
+    )
+    from (
+      select event.*
+      from unnest(sources, ids, meters, counts, occurred, corrected, days, value_hashes, statuses) with ordinality
+        as event (source, id, meter, quantity, occurred_at, corrects, day, value_hash, status, position)
+      where event.status = 'stored'
+      order by event.position
+    ) as ordered;
   end if;
 
   return jsonb_build_object('results', (
@@ -16091,7 +16505,7 @@ begin
               when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
               when 'invalid_id' then 'id must be a text of 1 to 255 characters'
               when 'invalid_source' then 'source must be a text of 1 to 255 characters'
-              when 'reserved_source' then 'The source "call" belongs to the platform'
+              when 'reserved_source' then 'The sources "call" and "call_rate" belong to the platform'
               when 'unknown_type' then 'type is not the key of an active meter'
               when 'reserved_type' then 'The platform counts this itself, not by events'
               when 'invalid_quantity' then
@@ -16129,11 +16543,10 @@ comment on function public.record_usage(jsonb) is
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
 
-create function private.get_usage(at timestamptz) returns jsonb
+create function private.show_usage(organization uuid, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('usage.view');
   subscription public.subscriptions;
   zone text;
   period record;
@@ -16177,9 +16590,20 @@ begin
       left join lateral private.agreed_term(own, subscription) as term on own.meter_key is not null
       left join public.usage_logs as log
         on log.feature_key = meter.key and log.organization_id = organization and log.period_start = period.period_start
-      where meter.source <> 'rows' and (own.meter_key is not null or log.id is not null)
+      where meter.source in ('events', 'calls') and (own.meter_key is not null or log.id is not null)
     ), '[]')
   );
+end
+$$;
+revoke all on function private.show_usage(uuid, timestamptz) from public;
+comment on function private.show_usage(uuid, timestamptz) is
+  'Usage of an organization in the billing period of `at`, meter by meter; null in included or limit is unlimited.';
+
+create function private.get_usage(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage(private.require_org('usage.view'), at);
 end
 $$;
 revoke all on function private.get_usage(timestamptz) from public;
@@ -16196,13 +16620,11 @@ revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
 
-create function private.get_usage_overview(at timestamptz) returns jsonb
+create function private.show_usage_overview(organization uuid, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
-declare
-  organization uuid := private.require_org('usage.view');
 begin
-  return private.get_usage(at) || jsonb_build_object('standing', (
+  return private.show_usage(organization, at) || jsonb_build_object('standing', (
     select jsonb_agg(
       jsonb_build_object(
         -- A glance counts no further than this.
@@ -16213,6 +16635,18 @@ begin
     from public.meters as meter
     where meter.source = 'rows' and meter.is_active
   ));
+end
+$$;
+revoke all on function private.show_usage_overview(uuid, timestamptz) from public;
+comment on function private.show_usage_overview(uuid, timestamptz) is
+  'As show_usage(), with what the organization has now of what its plan has room for: users, projects, campaigns, leads, stores; null in limit '
+  'is unlimited.';
+
+create function private.get_usage_overview(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage_overview(private.require_org('usage.view'), at);
 end
 $$;
 revoke all on function private.get_usage_overview(timestamptz) from public;
@@ -16232,11 +16666,10 @@ comment on function public.get_usage_overview() is
   'As get_usage(), with the rows of the caller''s organization against its plan: "standing": [{"meter","name","unit","used","limit"}], counted '
   'up to 100,000. Needs usage.view.';
 
-create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+create function private.show_usage_daily(organization uuid, from_day date, to_day date, meter text, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('usage.view');
   subscription public.subscriptions;
   zone text;
   today date;
@@ -16251,7 +16684,7 @@ begin
   if from_day > to_day or to_day - from_day > 399 then
     perform private.raise_error(400, 'invalid_request', 'from is not after to, and at most 400 days are shown at once', 'from');
   end if;
-  if meter is not null and not exists (select from public.meters as known where known.key = get_usage_daily.meter) then
+  if meter is not null and not exists (select from public.meters as known where known.key = show_usage_daily.meter) then
     perform private.raise_error(400, 'invalid_request', 'meter is not the key of a meter', 'meter');
   end if;
   return jsonb_build_object(
@@ -16264,9 +16697,21 @@ begin
       join public.meters as known on known.key = total.meter_key
       where total.organization_id = organization
         and total.day between from_day and to_day
-        and (get_usage_daily.meter is null or total.meter_key = get_usage_daily.meter)
+        and (show_usage_daily.meter is null or total.meter_key = show_usage_daily.meter)
     ), '[]')
   );
+end
+$$;
+revoke all on function private.show_usage_daily(uuid, date, date, text, timestamptz) from public;
+comment on function private.show_usage_daily(uuid, date, date, text, timestamptz) is
+  'Usage of an organization day by day, both ends included, of one meter or all. A day without usage has no row. Left out, the days are those '
+  'of the current period until today.';
+
+create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage_daily(private.require_org('usage.view'), from_day, to_day, meter, at);
 end
 $$;
 revoke all on function private.get_usage_daily(date, date, text, timestamptz) from public;
@@ -16284,6 +16729,37 @@ revoke all on function public.get_usage_daily(date, date, text) from public, ano
 grant execute on function public.get_usage_daily(date, date, text) to authenticated;
 comment on function public.get_usage_daily(date, date, text) is
   'Usage of the caller''s organization, {"timezone","from","to","days":[{"day","meter","quantity","events"}]}, of one meter or all.';
+
+create function private.open_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization constant uuid := (
+    select tenant.id from public.organizations as tenant where tenant.id = private.read_uuid(request, 'organization_id')
+  );
+begin
+  if organization is null then
+    perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+  end if;
+  return jsonb_build_object(
+    'usage', private.show_usage_overview(organization, at), 'daily', private.show_usage_daily(organization, null, null, null, at)
+  );
+end
+$$;
+revoke all on function private.open_usage(jsonb, timestamptz) from public;
+grant execute on function private.open_usage(jsonb, timestamptz) to service_role;
+comment on function private.open_usage(jsonb, timestamptz) is
+  'What the page of usage shows, for a link that somebody who may see it has made: the link''s signature says so, not a token.';
+
+create function public.open_usage(jsonb) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.open_usage($1, private.clock_now())
+$$;
+revoke all on function public.open_usage(jsonb) from public, anon, authenticated;
+grant execute on function public.open_usage(jsonb) to service_role;
+comment on function public.open_usage(jsonb) is
+  'For usage-metering. {"v":1,"organization_id"} gives {"usage","daily"}, as get_usage_overview() and get_usage_daily() of the current period.';
 
 -- Does it all add up? -------------------------------------------------------------------------------------------------------------
 --
@@ -17326,7 +17802,8 @@ begin
         'id', plan.id, 'slug', plan.slug, 'name', plan.name,
         'features', plan.features || coalesce(nullif(subscription.metadata -> 'custom_limits', 'null'), '{}')
       ),
-      'price', jsonb_build_object('id', price.id, 'version', price.version, 'currency', price.currency, 'base_minor', price.base_minor)
+      'price', jsonb_build_object('id', price.id, 'version', price.version, 'currency', price.currency, 'base_minor', price.base_minor),
+      'discounts', private.live_discounts(subscription.id)
     )
     from public.subscription_plans as plan
     join public.plan_prices as price on price.id = subscription.plan_price_id
@@ -17352,21 +17829,26 @@ comment on function public.get_org_subscription() is
 -- Closing billing periods: what an ended period used becomes lines, taxes and one numbered invoice, and the subscription moves on.
 
 create function private.divide_half_away(dividend numeric, divisor numeric) returns bigint
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select (sign(dividend) * div(2 * abs(dividend) + divisor, 2 * divisor))::bigint
+begin
+  return (sign(dividend) * div(2 * abs(dividend) + divisor, 2 * divisor))::bigint;
+end
 $$;
 comment on function private.divide_half_away(numeric, numeric) is
   'An exact quotient rounded to a whole number, half away from zero; the divisor is positive. The one rounding of money.';
 
 create function private.describe_quantity(quantity bigint, unit text) returns text
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select case
+begin
+  return case
     when quantity is null then 'unlimited'
     when unit = 'second' then quantity / 60 || ' min ' || lpad((quantity % 60)::text, 2, '0') || ' s'
+    when unit = 'sixtieth of a millionth' then trim_scale(round(quantity / 60000000.0, 6))::text
     else quantity::text
-  end
+  end;
+end
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
@@ -17398,11 +17880,14 @@ comment on function private.describe_part(integer, timestamptz, timestamptz, tex
 
 create type private.priced_line as (
   position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
-  amount_minor bigint, line_id uuid, first_day date, last_day date
+  amount_minor bigint, line_id uuid, first_day date, last_day date, discount_minor bigint, item_id uuid, rest_minor bigint
 );
-comment on type private.priced_line is 'A line of an invoice that may be made.';
+comment on type private.priced_line is
+  'A line of an invoice that may be made; what of it waits for the next one is its rest.';
 
-create type private.priced_tax as (position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint);
+create type private.priced_tax as (
+  position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint, treatment text, note text
+);
 comment on type private.priced_tax is 'A component of the tax of an invoice that may be made.';
 
 create type private.priced_adjustment as (meter_key text, period_start date, line_id uuid);
@@ -17428,56 +17913,184 @@ $$;
 comment on function private.following_period(public.subscriptions, public.billing_cycle) is
   'The period after the current one: the next from the anchor, or, where the cycle changes, the first from a new one.';
 
+create function private.settle_lines(
+  subscription_id uuid, currency text, is_change boolean, inout lines private.priced_line[],
+  out subtotal_minor bigint, out discount_minor bigint, out discounts jsonb
+)
+language plpgsql stable set search_path = ''
+as $$
+declare
+  line private.priced_line;
+  given private.discounts[];
+  kept private.priced_line[] := array[]::private.priced_line[];
+  room bigint := (select coalesce(sum(own.amount_minor) filter (where own.amount_minor > 0), 0) from unnest(lines) as own);
+  weights bigint[];
+  shares bigint[];
+  cuts bigint[];
+  net bigint;
+  part bigint;
+  returned bigint := 0;
+begin
+  discounts := '[]';
+  -- What is given back within the invoice's own discounts: no more than is charged.
+  for place in 1 .. cardinality(lines) loop
+    line := lines[place];
+    if line.amount_minor < 0 and line.discount_minor is null then
+      part := -least(-line.amount_minor, room);
+      room := room + part;
+      line.rest_minor := line.amount_minor - part;
+      line.amount_minor := part;
+    end if;
+    kept := kept || line;
+  end loop;
+
+  -- What is left is what discounts are taken off, one after the other, and no line goes below nothing.
+  weights := array(
+    select case when own.discount_minor is null then greatest(own.amount_minor, 0) else 0 end
+    from unnest(kept) with ordinality as own
+    order by own.ordinality
+  );
+  given := array(
+    select own
+    from private.discounts as own
+    where own.subscription_id = settle_lines.subscription_id and own.ended_at is null
+      and (own.currency is null or own.currency = settle_lines.currency)
+      and (own.percent_bp is not null or not is_change)
+    order by own.number
+  );
+  select taken.shares, taken.cuts into shares, cuts
+  from private.discount_shares(
+    room, weights,
+    array(select own.percent_bp from unnest(given) as own order by own.number),
+    array(select own.amount_minor from unnest(given) as own order by own.number)
+  ) as taken;
+  for place in 1 .. cardinality(given) loop
+    if cuts[place] > 0 then
+      room := room - cuts[place];
+      discounts := discounts || jsonb_build_object(
+        'discount_id', given[place].id, 'name', given[place].name, 'percent_bp', given[place].percent_bp, 'amount_minor', cuts[place]);
+    end if;
+  end loop;
+
+  -- What an earlier invoice charged comes back less the discount that it had there.
+  lines := array[]::private.priced_line[];
+  for place in 1 .. cardinality(kept) loop
+    line := kept[place];
+    if line.discount_minor is null then
+      line.discount_minor := shares[place];
+    else
+      net := line.discount_minor - line.amount_minor;
+      part := least(net, room);
+      room := room - part;
+      if part < net then
+        line.rest_minor := line.amount_minor;
+        line.amount_minor := -private.divide_half_away(-line.amount_minor::numeric * part, net);
+        line.rest_minor := line.rest_minor - line.amount_minor;
+        line.discount_minor := line.amount_minor + part;
+      end if;
+      returned := returned + line.discount_minor;
+    end if;
+    if line.rest_minor <> 0 then
+      line.description := line.description || ', in part';
+    end if;
+    -- What finds no room waits whole.
+    if line.amount_minor <> 0 or coalesce(line.rest_minor, 0) = 0 then
+      line.position := cardinality(lines) + 1;
+      lines := lines || line;
+    end if;
+  end loop;
+  if returned <> 0 then
+    discounts := discounts || jsonb_build_object('name', 'Discounts given back with what they were on', 'amount_minor', returned);
+  end if;
+  select coalesce(sum(own.amount_minor), 0), coalesce(sum(own.discount_minor), 0)
+  into subtotal_minor, discount_minor
+  from unnest(lines) as own;
+end
+$$;
+comment on function private.settle_lines(uuid, text, boolean, private.priced_line[]) is
+  'Of the lines of an invoice, what it takes of credits, which is no more than it charges, and what discounts take off each line; the rest '
+  'of a credit waits. Called only where there is one or the other.';
+
 create function private.price_periods(
   subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
 )
 returns table (
   organization_id uuid, subscription_id uuid, kind text, currency text, period_start timestamptz, period_end timestamptz, timezone text,
   first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
-  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
+  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[], discount_minor bigint, discounts jsonb,
+  is_billed boolean, agrees boolean
 )
 language plpgsql stable set search_path = ''
 as $$
 #variable_conflict use_column
 declare
   supplier private.gst_states;
+  today date := (at at time zone issuer.timezone)::date;
+  particulars jsonb;
 begin
   if issuer.country_code = 'IN' then
     select state.* into supplier
     from private.gst_states as state
     where state.code = coalesce(left(issuer.gstin, 2), issuer.state_code) or issuer.gstin is null and state.letters = issuer.state_code;
   end if;
+  particulars := jsonb_strip_nulls(
+    to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
+  );
 
   return query
-  with ended as materialized (
+  with own as materialized (
+    select subscription.* from public.subscriptions as subscription where subscription.id = any (subscription_ids)
+  ),
+  whole as materialized (
+    -- Most have the same anchor, so that few periods are worked out.
     select
-      gen_random_uuid() as invoice_id,
-      subscription.*,
+      period.*,
+      private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no), period.timezone) as period_from,
+      private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no + 1), period.timezone) as period_to
+    from (select distinct own.anchor_on, own.billing_cycle, own.period_no, own.timezone from own) as period
+  ),
+  tenant as materialized (
+    select
+      organization.*,
+      case when organization.country_code = 'IN' then coalesce(left(organization.gstin, 2), organization.state_code, '') end as place
+    from public.organizations as organization
+    where organization.id in (select own.organization_id from own)
+  ),
+  place as materialized (
+    -- A state may be written in two ways, so India's are compared by the code that both have.
+    select named.place, state.code, state.name
+    from (select distinct tenant.place from tenant where tenant.place is not null) as named
+    join private.gst_states as state on named.place in (state.code, state.letters)
+  ),
+  ended as materialized (
+    select
+      own.*,
       plan.name as plan_name,
       price.currency,
       price.base_minor,
       price.minimum_minor,
       case
         when items_only then 'change'
-        when subscription.next_invoice_at < subscription.current_period_end then 'advance'
+        when own.next_invoice_at < own.current_period_end then 'advance'
         else 'period'
       end as mode,
       whole.period_from, whole.period_to,
       -- What the base price comes to in the period as it is: cut short, or begun late.
       case
-        when subscription.period_no < 0 then 0
-        when (subscription.current_period_start, subscription.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
+        when own.period_no < 0 then 0
+        when (own.current_period_start, own.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
         else private.prorate(
-          price.base_minor, extract(epoch from subscription.current_period_end - subscription.current_period_start),
+          price.base_minor, extract(epoch from own.current_period_end - own.current_period_start),
           extract(epoch from whole.period_to - whole.period_from)
         )
       end as base_amount,
-      (subscription.current_period_start at time zone subscription.timezone)::date as first_day,
-      (subscription.current_period_end at time zone subscription.timezone)::date as next_day,
+      (own.current_period_start at time zone own.timezone)::date as first_day,
+      (own.current_period_end at time zone own.timezone)::date as next_day,
       jsonb_strip_nulls(jsonb_build_object(
         'organization_id', organization.id,
         'name', coalesce(organization.company_name, organization.name),
         'gstin', organization.gstin,
+        'tax_id', organization.tax_id,
         'address_line_1', organization.address_line_1,
         'address_line_2', organization.address_line_2,
         'city', organization.city,
@@ -17486,64 +18099,89 @@ begin
         'pincode', organization.pincode,
         'country', organization.country,
         'country_code', organization.country_code,
-        'place_of_supply', place.code || '-' || place.name
+        'place_of_supply', case
+          when organization.country_code = 'IN' then place.code || '-' || place.name
+          -- What India calls a buyer abroad.
+          when issuer.country_code = 'IN' then '96-Other Countries'
+        end
       )) as customer,
       organization.country_code,
-      -- A state may be written in two ways, so India's are compared by the code that both have.
+      case when coalesce(organization.gstin, organization.tax_id) is null then 'consumer' else 'business' end as buyer,
+      case when organization.country_code = issuer.country_code then 'domestic' else 'cross_border' end as border_scope,
       case
         when organization.country_code = issuer.country_code
           and coalesce(place.code = supplier.code, organization.state_code = issuer.state_code) then 'intra_state'
         else 'inter_state'
-      end as tax_scope
-    from public.subscriptions as subscription
-    join public.subscription_plans as plan on plan.id = subscription.plan_id
-    join public.plan_prices as price on price.id = subscription.plan_price_id
-    cross join lateral (
-      select
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no), subscription.timezone
-        ) as period_from,
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 1), subscription.timezone
-        ) as period_to
-    ) as whole
-    join public.organizations as organization on organization.id = subscription.organization_id
-    left join private.gst_states as place
-      on organization.country_code = 'IN'
-      and (
-        place.code = coalesce(left(organization.gstin, 2), organization.state_code)
-        or organization.gstin is null and place.letters = organization.state_code
-      )
-    where subscription.id = any (subscription_ids)
+      end as state_scope
+    from own
+    join whole using (anchor_on, billing_cycle, period_no, timezone)
+    join public.subscription_plans as plan on plan.id = own.plan_id
+    join public.plan_prices as price on price.id = own.plan_price_id
+    join tenant as organization on organization.id = own.organization_id
+    left join place on place.place = organization.place
   ),
   used as materialized (
     -- From the days, which are the evidence, and not from the counter that quotas were judged by.
     select
-      ended.invoice_id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
+      ended.id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
       meter.position,
       nullif(term.included_units, -1) as allowance,
       -- What prepaid credit paid is settled: it is neither included nor billed again.
-      private.billable_units(
-        case
-          when meter.aggregation in ('sum', 'count') then coalesce((
-            select sum(total.quantity - total.prepaid)
-            from public.usage_days as total
-            where total.organization_id = ended.organization_id
-              and total.meter_key = term.meter_key
-              and total.day >= ended.first_day and total.day < ended.next_day
-          ), 0)::bigint
-          else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
-        end,
-        meter
-      ) as quantity
+      case when meter.rounding = 'period' then private.billable_units(counted.quantity, meter) else counted.quantity end as quantity,
+      case
+        when log.id is null then true
+        when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) = (summed.quantity, summed.prepaid)
+        else log.usage_count = counted.quantity
+      end as agrees
     from ended
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
+    left join public.usage_logs as log
+      on log.organization_id = ended.organization_id and log.feature_key = term.meter_key and log.period_start = ended.first_day
+    cross join lateral (
+      select coalesce(sum(total.quantity), 0)::bigint as quantity, coalesce(sum(total.prepaid), 0)::bigint as prepaid
+      from public.usage_days as total
+      where meter.aggregation in ('sum', 'count')
+        and total.organization_id = ended.organization_id
+        and total.meter_key = term.meter_key
+        and total.day >= ended.first_day and total.day < ended.next_day
+    ) as summed
+    cross join lateral (
+      select case
+        when meter.aggregation in ('sum', 'count') then summed.quantity - summed.prepaid
+        else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
+      end as quantity
+    ) as counted
     where ended.mode = 'period'
+  ),
+  doubtful as materialized (
+    select used.id from used where not used.agrees
+    union all
+    -- Also of what was counted and is on no plan.
+    select ended.id
+    from ended
+    join public.usage_logs as log on log.organization_id = ended.organization_id and log.period_start = ended.first_day
+    join public.meters as meter on meter.key = log.feature_key
+    where ended.mode = 'period'
+      and not exists (
+        select
+        from public.plan_price_meters as term
+        where term.plan_price_id = ended.plan_price_id and term.meter_key = log.feature_key
+      )
+      and case
+        when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
+          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
+          from public.usage_days as total
+          where total.organization_id = log.organization_id
+            and total.meter_key = log.feature_key
+            and total.day >= ended.first_day and total.day < ended.next_day
+        )
+        else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
+      end
   ),
   beyond as materialized (
     select
-      used.invoice_id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
+      used.id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
       used.overage_price_minor as unit_price_minor, used.overage_unit as price_units,
       private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit) as amount_minor, used.unit,
       used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit) as description
@@ -17551,7 +18189,7 @@ begin
     where used.quantity > used.allowance and used.overage_price_minor is not null and used.pricing_model = 'per_unit'
     union all
     select
-      used.invoice_id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
+      used.id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
       rated.amount_minor, case rated.kind when 'fee' then 'fee' else used.unit end,
       case
         when rated.kind = 'fee' then used.name || ', fee of tier ' || rated.tier
@@ -17568,7 +18206,7 @@ begin
   late as materialized (
     -- Periods that were billed before and have changed since, each at its own price.
     select
-      ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
+      ended.id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
       term.overage_price_minor, term.overage_unit,
       greatest(private.billable_units(log.usage_count - log.prepaid, meter) - nullif(term.included_units, -1), 0)
         - greatest(private.billable_units(log.billed_count, meter) - nullif(term.included_units, -1), 0) as quantity,
@@ -17590,34 +18228,28 @@ begin
     left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
     where ended.mode = 'period'
   ),
-  waiting as materialized (
-    select ended.invoice_id, item.*
-    from ended
-    join private.invoice_items as item
-      on item.organization_id = ended.organization_id
-      and item.subscription_id = ended.id
-      and item.currency = ended.currency
-      and item.settled_at is null
-  ),
-  current_item as materialized (
+  item as (
     select
-      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind, null::text as meter_key,
+      ended.id, null::uuid as line_id, null::uuid as item_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind,
+      null::text as meter_key,
       ended.plan_name || ' plan, ' || ended.billing_cycle || case
         when ended.period_no < 0 then ' (trial)'
         when (ended.current_period_start, ended.current_period_end) <> (ended.period_from, ended.period_to) then ', ' || private.describe_part(
           ended.next_day - ended.first_day, ended.period_from, ended.period_to, ended.timezone)
         else ''
       end as description,
-      1::bigint as quantity, private.cycle_unit(ended.billing_cycle) as unit,
+      1::bigint as quantity,
+      case ended.billing_cycle when 'monthly' then 'month' else private.cycle_unit(ended.billing_cycle) end as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
-      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day
+      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day, null::bigint as discount_minor
     from ended
     where ended.mode <> 'change' and ended.base_billed_from is null
     union all
     -- The next period's base price, where it is billed in advance and there will be one.
     select
-      ended.invoice_id, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
-      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1
+      ended.id, null, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
+      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1,
+      null
     from ended
     join public.subscriptions as own on own.id = ended.id
     join public.plan_prices as next_price on next_price.id = coalesce(ended.next_plan_price_id, ended.plan_price_id)
@@ -17627,200 +18259,253 @@ begin
       and next_price.billed_in = 'advance' and next_price.base_minor > 0 and next_price.currency = ended.currency
     union all
     select
-      used.invoice_id, null, 1, used.position, 1, 'included', used.meter_key,
+      used.id, null, null, 1, used.position, 1, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
-      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null
+      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null, null
     from used
     where used.allowance is null or used.allowance > 0
     union all
     select
-      beyond.invoice_id, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
-      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null
+      beyond.id, null, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
+      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null, null
     from beyond
     union all
     -- What is missing to the minimum, of the time in which its price held.
     select
-      committed.invoice_id, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
-      committed.missing, null, null
+      committed.id, null, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
+      committed.missing, null, null, null
     from (
       select
-        ended.invoice_id,
+        ended.id,
         private.prorate(
           ended.minimum_minor, extract(epoch from ended.current_period_end - coalesce(ended.base_billed_from, ended.current_period_start)),
           extract(epoch from ended.period_to - ended.period_from)
         ) - coalesce(ended.base_billed_minor, ended.base_amount)
-          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.invoice_id = ended.invoice_id), 0)::bigint as missing
+          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.id = ended.id), 0)::bigint as missing
       from ended
       where ended.mode = 'period' and ended.minimum_minor is not null and ended.period_no >= 0
     ) as committed
     where committed.missing > 0
-  ),
-  outcome as materialized (
-    select whole.invoice_id, sum(whole.amount_minor) as amount_minor
-    from (
-      select current_item.invoice_id, current_item.amount_minor from current_item
-      union all
-      select late.invoice_id, late.amount_minor from late
-      union all
-      select waiting.invoice_id, waiting.amount_minor from waiting
-    ) as whole
-    group by whole.invoice_id
-  ),
-  adjustable as materialized (
-    -- What an invoice would have to give back more than it charges waits for the next one.
-    select late.*
+    union all
+    select
+      late.id, late.line_id, null, 5, late.position, 1, 'adjustment', late.feature_key,
+      late.name || ' beyond the plan, ' || late.period_start || ' to ' || late.period_end - 1 || ', told later: '
+        || case when late.quantity < 0 then '-' else '' end || private.describe_quantity(abs(late.quantity), late.unit),
+      late.quantity, late.unit, late.overage_price_minor, late.overage_unit, late.amount_minor, null, null, null
     from late
-    join outcome using (invoice_id)
-    where outcome.amount_minor > 0 or late.amount_minor = 0
-  ),
-  item as materialized (
-    select current_item.* from current_item
+    where late.amount_minor <> 0
     union all
     select
-      adjustable.invoice_id, adjustable.line_id, 5, adjustable.position, 1, 'adjustment', adjustable.feature_key,
-      adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
-        || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
-      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor, null, null
-    from adjustable
-    where adjustable.amount_minor <> 0
-    union all
-    select
-      waiting.invoice_id, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0, 1 + waiting.number, waiting.kind, null,
-      waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor, waiting.price_units, waiting.amount_minor,
-      waiting.first_day, waiting.last_day
-    from waiting
-    join outcome using (invoice_id)
-    where outcome.amount_minor > 0
-  ),
-  subtotal as materialized (
-    select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
-    from item
-    group by item.invoice_id
-  ),
-  tax as materialized (
-    select
-      ended.invoice_id, rate.name, rate.rate_bp, rate.position, subtotal.amount_minor as taxable_minor,
-      private.tax_amount(subtotal.amount_minor, rate.rate_bp) as amount_minor
+      ended.id, case when waiting.taken_minor = 0 then waiting.id end, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0,
+      1 + waiting.number, waiting.kind, null, waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor,
+      waiting.price_units, waiting.amount_minor - waiting.taken_minor, waiting.first_day, waiting.last_day,
+      waiting.discount_minor - waiting.discount_taken_minor
     from ended
-    join subtotal using (invoice_id)
-    join public.tax_rates as rate
-      on rate.country_code = ended.country_code
-      and rate.scope in ('any', ended.tax_scope)
-      and rate.valid_from <= (at at time zone issuer.timezone)::date
-      and (rate.valid_to is null or rate.valid_to > (at at time zone issuer.timezone)::date)
+    join private.invoice_items as waiting
+      on waiting.organization_id = ended.organization_id
+      and waiting.subscription_id = ended.id
+      and waiting.currency = ended.currency
+      and waiting.settled_at is null
   ),
-  row_line as (
+  bill as materialized (
     select
-      item.invoice_id,
+      numbered.id, sum(numbered.amount_minor)::bigint as subtotal_minor, bool_or(numbered.amount_minor > 0) as is_billed,
+      bool_or(numbered.amount_minor < 0) as has_credit,
       array_agg(
         (
-          item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
-          item.amount_minor, item.line_id, item.first_day, item.last_day
+          numbered.number, numbered.kind, numbered.meter_key, numbered.description, numbered.quantity, numbered.unit,
+          numbered.unit_price_minor, numbered.price_units, numbered.amount_minor, numbered.line_id, numbered.first_day, numbered.last_day,
+          numbered.discount_minor, numbered.item_id, null
         )::private.priced_line
-        order by item.number) as lines
+        order by numbered.number) as lines
     from (
       select
         item.*,
-        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
+        (row_number() over (partition by item.id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
       from item
-    ) as item
-    group by item.invoice_id
+    ) as numbered
+    group by numbered.id
   ),
-  row_tax as (
+  discounted as materialized (
+    select distinct discount.subscription_id as id
+    from private.discounts as discount
+    where discount.subscription_id = any (subscription_ids) and discount.ended_at is null
+  ),
+  finished as materialized (
     select
-      tax.invoice_id, sum(tax.amount_minor)::bigint as amount_minor,
-      array_agg((tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor)::private.priced_tax order by tax.number) as taxes
-    from (
-      select tax.*, (row_number() over (partition by tax.invoice_id order by tax.position, tax.name))::integer as number
-      from tax
-    ) as tax
-    group by tax.invoice_id
+      ended.*, coalesce(settled.lines, '{}') as lines, coalesce(settled.subtotal_minor, 0) as subtotal_minor,
+      coalesce(settled.discount_minor, 0) as discount_minor, coalesce(settled.discounts, '[]') as discounts,
+      coalesce(bill.is_billed, false) as is_billed
+    from ended
+    left join bill using (id)
+    cross join lateral (
+      select bill.has_credit or exists (select from discounted where discounted.id = ended.id) as is_slow
+    ) as way
+    left join lateral (
+      select bill.lines, bill.subtotal_minor, 0::bigint as discount_minor, '[]'::jsonb as discounts
+      where not way.is_slow
+      union all
+      select changed.lines, changed.subtotal_minor, changed.discount_minor, changed.discounts
+      from private.settle_lines(ended.id, ended.currency, ended.mode = 'change', bill.lines) as changed
+      where way.is_slow
+    ) as settled on true
+  ),
+  rate as materialized (
+    select known.*
+    from public.tax_rates as known
+    where known.valid_from <= today and (known.valid_to is null or known.valid_to > today)
+      and (known.supplier_country_code is null or known.supplier_country_code = issuer.country_code)
+  ),
+  taxed as materialized (
+    -- Which rates hold is the same for all customers of a place.
+    select place.*, rate.name, rate.rate_bp, rate.position, rate.treatment, rate.note
+    from (select distinct ended.country_code, ended.buyer, ended.border_scope, ended.state_scope from ended) as place
+    join rate
+      on rate.scope in ('any', place.border_scope, place.state_scope)
+      and rate.buyer in ('any', place.buyer)
+      and rate.country_code = case
+        when exists (
+          select
+          from rate as fitting
+          where fitting.country_code = place.country_code and fitting.buyer in ('any', place.buyer)
+            and fitting.scope in ('any', place.border_scope, place.state_scope)
+        ) then place.country_code
+        else 'ZZ'
+      end
   )
   select
-    ended.organization_id, ended.id, ended.mode, ended.currency,
-    case ended.mode
+    finished.organization_id, finished.id, finished.mode, finished.currency,
+    case finished.mode
       when 'change' then greatest(at, (
         select max(changed.period_start) + interval '1 microsecond'
         from public.invoices as changed
-        where changed.organization_id = ended.organization_id and changed.subscription_id = ended.id and changed.kind = 'change'
+        where changed.organization_id = finished.organization_id and changed.subscription_id = finished.id and changed.kind = 'change'
       ))
-      else ended.current_period_start
+      else finished.current_period_start
     end,
-    ended.current_period_end, ended.timezone,
-    case ended.mode when 'change' then (at at time zone ended.timezone)::date else ended.first_day end, ended.next_day - 1, coalesce(subtotal.amount_minor, 0), coalesce(row_tax.amount_minor, 0),
-    jsonb_strip_nulls(
-      to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
-    ),
-    ended.customer, coalesce(row_line.lines, '{}'), coalesce(row_tax.taxes, '{}'),
-    array(
+    finished.current_period_end, finished.timezone,
+    case finished.mode when 'change' then (at at time zone finished.timezone)::date else finished.first_day end, finished.next_day - 1,
+    finished.subtotal_minor, coalesce(levied.amount_minor, 0), particulars, finished.customer, finished.lines,
+    coalesce(levied.taxes, '{}'),
+    case
+      when exists (select from late) then array(
+        select
+          (late.feature_key, late.period_start, case when late.amount_minor <> 0 then late.line_id end)::private.priced_adjustment
+        from late
+        where late.id = finished.id
+          and (late.amount_minor = 0 or exists (select from unnest(finished.lines) as line where line.line_id = late.line_id))
+      )
+      else '{}'
+    end,
+    finished.discount_minor, finished.discounts, finished.is_billed,
+    not exists (select from doubtful where doubtful.id = finished.id)
+  from finished
+  cross join lateral (
+    select
+      sum(tax.amount_minor)::bigint as amount_minor,
+      array_agg(
+        (tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor, tax.treatment, tax.note)::private.priced_tax order by tax.number
+      ) as taxes
+    from (
       select
-        (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
-      from adjustable
-      where adjustable.invoice_id = ended.invoice_id
-    )
-  from ended
-  left join subtotal using (invoice_id)
-  left join row_line using (invoice_id)
-  left join row_tax using (invoice_id);
+        taxed.name, taxed.rate_bp, taxed.treatment, taxed.note, finished.subtotal_minor - finished.discount_minor as taxable_minor,
+        private.tax_amount(finished.subtotal_minor - finished.discount_minor, taxed.rate_bp) as amount_minor,
+        (row_number() over (order by taxed.position, taxed.name))::integer as number
+      from taxed
+      where (taxed.country_code, taxed.buyer, taxed.border_scope, taxed.state_scope)
+        = (finished.country_code, finished.buyer, finished.border_scope, finished.state_scope)
+    ) as tax
+  ) as levied;
 end
 $$;
 comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
   'What the next invoice of each subscription says: the one place where an invoice is priced, for the run and for who asks beforehand. The '
   'current period''s base price, where it is not billed yet, what was used, the minimum, what came late to earlier periods, what waits, and '
-  'the next period''s base price where it is billed in advance. The first base price in advance comes alone, and so does, if that is asked '
-  'for, what waits. A trial period has no base price.';
+  'the next period''s base price where it is billed in advance; then what is given back, discounts, and tax. The first base price in advance '
+  'comes alone, and so does, if that is asked for, what waits. A trial period has no base price. It `agrees` if the days come to what the '
+  'counters say.';
 
 create function private.bill_periods(
-  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
-) returns uuid[]
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false,
+  out drafts uuid[], out doubtful uuid[]
+)
 language plpgsql set search_path = ''
 as $$
-declare
-  drafts uuid[];
 begin
   with period as materialized (
     select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at, items_only) as priced
   ),
   priced as materialized (
-    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
-    select period.* from period where period.subtotal_minor > 0
+    -- A period that charges nothing makes no invoice: a number and a document for zero would only be noise.
+    select period.* from period where period.is_billed and period.agrees
   ),
   draft as (
     insert into public.invoices (
       id, organization_id, subscription_id, kind, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
-      tax_minor, total_minor, issuer, customer, created_at, updated_at
+      discount_minor, discounts, tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
       priced.id, priced.organization_id, priced.subscription_id, priced.kind, priced.currency, priced.period_start, priced.period_end,
-      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
-      priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
+      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.discount_minor, priced.discounts, priced.tax_minor,
+      priced.subtotal_minor - priced.discount_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
     from priced
     returning invoices.id
+  ),
+  item as materialized (
+    select priced.organization_id, priced.subscription_id, priced.currency, priced.id as invoice_id, line.*
+    from priced
+    cross join lateral unnest(priced.lines) as line
   ),
   line as (
     insert into public.invoice_lines (
       id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor,
-      first_day, last_day
+      first_day, last_day, discount_minor
     )
     select
-      coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
-      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day
-    from priced
-    cross join lateral unnest(priced.lines) as item
+      coalesce(item.line_id, gen_random_uuid()), item.organization_id, item.invoice_id, item.position, item.kind, item.meter_key,
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day,
+      coalesce(item.discount_minor, 0)
+    from item
   ),
   taken as (
     update private.invoice_items as waiting
-    set settled_at = at
-    from priced
-    cross join lateral unnest(priced.lines) as item
-    where waiting.organization_id = priced.organization_id and waiting.id = item.line_id and waiting.settled_at is null
+    set
+      taken_minor = waiting.taken_minor + item.amount_minor,
+      discount_taken_minor = waiting.discount_taken_minor
+        + case when waiting.discount_minor is not null then item.discount_minor else 0 end,
+      settled_at = case when coalesce(item.rest_minor, 0) = 0 then at end
+    from item
+    where waiting.organization_id = item.organization_id and waiting.id = item.item_id and waiting.settled_at is null
+  ),
+  kept as (
+    -- An adjustment that gives back more than there is to charge is settled, and what is left of it waits as a credit.
+    insert into private.invoice_items (
+      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, created_at
+    )
+    select
+      item.organization_id, item.subscription_id, 'credit', item.currency, item.description || ', the rest', 'adjustment', item.rest_minor,
+      item.rest_minor, at
+    from item
+    where item.kind = 'adjustment' and item.rest_minor <> 0
   ),
   levied as (
-    insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
-    select priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor
+    insert into public.invoice_taxes (
+      organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor, treatment, note
+    )
+    select
+      priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor, tax.treatment, tax.note
     from priced
     cross join lateral unnest(priced.taxes) as tax
+  ),
+  taken_off as (
+    update private.discounts as discount
+    set
+      applied = discount.applied + 1,
+      ended_at = case when discount.applied + 1 >= discount.invoices then at end
+    from priced
+    cross join lateral jsonb_array_elements(priced.discounts) as given (item)
+    where priced.kind <> 'change' and priced.discounts <> '[]' and discount.id = (given.item ->> 'discount_id')::uuid
   ),
   settled as (
     update private.usage_adjustments as adjustment
@@ -17831,7 +18516,8 @@ begin
       and adjustment.meter_key = change.meter_key
       and adjustment.period_start = change.period_start
       and adjustment.settled_at is null
-      and (change.line_id is null or period.subtotal_minor > 0)
+      and period.agrees
+      and (change.line_id is null or period.is_billed)
     returning adjustment.organization_id, adjustment.meter_key, adjustment.period_start
   ),
   rebilled as (
@@ -17842,13 +18528,16 @@ begin
       and log.feature_key = past.meter_key
       and log.period_start = past.period_start
   )
-  select array_agg(draft.id) into drafts from draft;
-  return coalesce(drafts, '{}');
+  select
+    coalesce((select array_agg(draft.id) from draft), '{}'),
+    coalesce((select array_agg(period.subscription_id) from period where not period.agrees), '{}')
+  into drafts, doubtful;
 end
 $$;
 comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
-  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that costs nothing. What came late to periods that '
-  'were billed before is adjusted.';
+  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that charges nothing. What came late to periods '
+  'that were billed before is adjusted, and of credits and discounts what it took is taken. Nothing is done for those whose days and counters '
+  'disagree.';
 
 create function private.open_invoices(drafts uuid[], issuer private.billing_issuer, at timestamptz) returns jsonb
 language plpgsql set search_path = ''
@@ -17856,6 +18545,7 @@ as $$
 declare
   month text;
   invoices jsonb;
+  covered record;
 begin
   month := private.series_month(at, issuer.timezone);
   with block as materialized (
@@ -17872,28 +18562,51 @@ begin
       status = 'open',
       invoice_number = private.invoice_number(month, numbered.number),
       finalized_at = at,
+      updated_at = at,
       invoice_date = (at at time zone issuer.timezone)::date,
       due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
     from numbered
     where invoice.id = numbered.id
     returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
   ),
+  counted as (
+    -- What number_event would do, for all of them at once.
+    insert into private.event_sequences as counter (organization_id, object, last)
+    select opened.organization_id, 'invoice:' || opened.id, 1
+    from opened
+    on conflict on constraint event_sequences_pkey do update set last = counter.last + 1
+    returning counter.organization_id, counter.object, counter.last
+  ),
   announced as (
-    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    insert into private.outbox (organization_id, topic, key, payload, created_at, dispatched_at, object, sequence)
     select
       opened.organization_id, 'invoice.finalized', opened.id::text,
       jsonb_build_object(
         'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
         'currency', opened.currency
       ),
-      at
+      at, case when listening.organization_id is null then at end, counted.object, counted.last
     from opened
+    join counted on counted.object = 'invoice:' || opened.id
+    left join (
+      select distinct endpoint.organization_id from public.webhook_endpoints as endpoint where endpoint.enabled
+    ) as listening on listening.organization_id = opened.organization_id
   )
   select jsonb_agg(
     jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
     order by opened.invoice_number)
   into invoices
   from opened;
+
+  -- Nothing is due on one that credits and discounts cover.
+  for covered in
+    select invoice.organization_id, invoice.id
+    from public.invoices as invoice
+    where invoice.id = any (drafts) and invoice.total_minor = 0
+    order by invoice.invoice_number
+  loop
+    perform private.settle_invoice(covered.organization_id, covered.id, at);
+  end loop;
   return coalesce(invoices, '[]');
 end
 $$;
@@ -17905,11 +18618,12 @@ create function private.close_periods(request jsonb, at timestamptz) returns jso
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 500), 1), 2000);
+  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 1000), 1), 2000);
   issuer private.billing_issuer;
   claimed uuid[];
   due uuid[];
   held uuid[];
+  made uuid[];
   drafts uuid[] := '{}';
   closed integer := 0;
   patience text := current_setting('lock_timeout');
@@ -17963,7 +18677,7 @@ begin
       where subscription.id = any (due) and subscription.next_invoice_at < subscription.current_period_end
     );
     if cardinality(opening) > 0 then
-      drafts := drafts || private.bill_periods(opening, issuer, at);
+      drafts := drafts || (private.bill_periods(opening, issuer, at)).drafts;
       update public.subscriptions as subscription
       set
         next_invoice_at = subscription.current_period_end,
@@ -18012,26 +18726,10 @@ begin
     order by log.organization_id, log.feature_key, log.period_start
     for no key update of log;
 
+    select billed.drafts, billed.doubtful into made, held from private.bill_periods(due, issuer, at) as billed;
+    drafts := drafts || made;
+
     -- Days and counters were written together, so they agree. If ever they do not, a person decides, not a bill.
-    held := array(
-      select subscription.id
-      from public.subscriptions as subscription
-      join public.usage_logs as log
-        on log.organization_id = subscription.organization_id
-        and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
-      join public.meters as meter on meter.key = log.feature_key
-      where subscription.id = any (due)
-        and case
-          when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
-            select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
-            from public.usage_days as total
-            where total.organization_id = log.organization_id
-              and total.meter_key = log.feature_key
-              and total.day >= log.period_start and total.day < log.period_end
-          )
-          else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
-        end
-    );
     if cardinality(held) > 0 then
       update public.subscriptions as subscription
       set billing_hold = 'days and counter disagree in the period that began '
@@ -18047,8 +18745,6 @@ begin
       due := array(select ready.id from unnest(due) as ready (id) where ready.id <> all (held));
     end if;
 
-    drafts := drafts || private.bill_periods(due, issuer, at);
-
     update public.usage_logs as log
     set closed_at = at, plan_price_id = subscription.plan_price_id, billed_count = log.usage_count - log.prepaid
     from public.subscriptions as subscription
@@ -18056,22 +18752,38 @@ begin
       and log.organization_id = subscription.organization_id
       and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date;
 
-    with following as (
+    with moving as materialized (
       select
-        subscription.id, price.id as plan_price_id, price.plan_id, price.billing_cycle, next_period.anchor_on, next_period.period_no,
-        private.local_midnight(next_period.period_end, subscription.timezone) as period_end,
+        subscription.id, subscription.timezone, subscription.status, subscription.current_period_end, old.currency as old_currency,
+        price.id as plan_price_id, price.plan_id, price.billing_cycle, price.billed_in, price.base_minor, price.currency,
+        -- The next from the anchor, or, where the cycle changes, the first from a new one.
         case
-          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
-          when price.billed_in <> 'advance' or price.base_minor = 0 or subscription.status = 'paused' then 'later'
-          when price.currency = old.currency then 'billed'
-          else 'now'
-        end as base,
-        price.base_minor
+          when price.billing_cycle = subscription.billing_cycle then subscription.anchor_on
+          else (subscription.current_period_end at time zone subscription.timezone)::date
+        end as anchor_on,
+        case when price.billing_cycle = subscription.billing_cycle then subscription.period_no + 1 else 0 end as period_no
       from public.subscriptions as subscription
       join public.plan_prices as old on old.id = subscription.plan_price_id
       join public.plan_prices as price on price.id = coalesce(subscription.next_plan_price_id, subscription.plan_price_id)
-      cross join lateral private.following_period(subscription, price.billing_cycle) as next_period
       where subscription.id = any (due)
+    ),
+    ending as materialized (
+      select
+        period.*,
+        private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no + 1), period.timezone) as period_end
+      from (select distinct moving.anchor_on, moving.billing_cycle, moving.period_no, moving.timezone from moving) as period
+    ),
+    following as (
+      select
+        moving.*, ending.period_end,
+        case
+          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
+          when moving.billed_in <> 'advance' or moving.base_minor = 0 or moving.status = 'paused' then 'later'
+          when moving.currency = moving.old_currency then 'billed'
+          else 'now'
+        end as base
+      from moving
+      join ending using (anchor_on, billing_cycle, period_no, timezone)
     )
     update public.subscriptions as subscription
     set
@@ -18085,6 +18797,7 @@ begin
       current_period_end = following.period_end,
       base_billed_from = case following.base when 'billed' then subscription.current_period_end end,
       base_billed_minor = case following.base when 'billed' then following.base_minor end,
+      updated_at = at,
       -- A paused one waits for whoever resumes it.
       next_invoice_at = case
         when subscription.status = 'paused' then null
@@ -18134,12 +18847,12 @@ as $$
   select private.close_periods($1, private.clock_now())
 $$;
 comment on function public.close_periods(jsonb) is
-  'For invoice-generation. {"v":1,"limit":500} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
+  'For invoice-generation. {"v":1,"limit":1000} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
 
 revoke all on function
   private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text), private.billable_units(bigint, public.meters),
   private.cycle_unit(public.billing_cycle), private.describe_part(integer, timestamptz, timestamptz, text),
-  private.following_period(public.subscriptions, public.billing_cycle),
+  private.following_period(public.subscriptions, public.billing_cycle), private.settle_lines(uuid, text, boolean, private.priced_line[]),
   private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean),
   private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean),
   private.open_invoices(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
@@ -18729,7 +19442,7 @@ begin
   from (
     select
       billed.id, billed.position,
-      coalesce(asked.amount, billed.amount_minor - credited.amount) as amount
+      coalesce(asked.amount, billed.amount_minor - billed.discount_minor - credited.amount) as amount
     from public.invoice_lines as billed
     cross join lateral (
       select coalesce(sum(line.amount_minor), 0)::bigint as amount
@@ -18744,7 +19457,10 @@ begin
     ) as asked on asked.id = billed.id
     where billed.organization_id = invoice.organization_id
       and billed.invoice_id = invoice.id
-      and (given is null and billed.amount_minor > credited.amount or asked.amount <= billed.amount_minor - credited.amount)
+      and (
+        given is null and billed.amount_minor - billed.discount_minor > credited.amount
+        or asked.amount <= billed.amount_minor - billed.discount_minor - credited.amount
+      )
   ) as remaining;
   if coalesce(cardinality(lines), 0) = 0
     or given is not null and cardinality(lines) <> jsonb_array_length(given) then
@@ -18756,7 +19472,7 @@ begin
   into credited_before
   from public.credit_notes as issued
   where issued.organization_id = invoice.organization_id and issued.invoice_id = invoice.id and issued.status = 'issued';
-  if credited_before + subtotal > invoice.subtotal_minor then
+  if credited_before + subtotal > invoice.subtotal_minor - invoice.discount_minor then
     perform private.raise_error(422, 'credit_too_large', 'More would be credited than was billed', 'lines');
   end if;
 
@@ -18779,8 +19495,8 @@ begin
     insert into public.credit_note_taxes (organization_id, credit_note_id, position, name, rate_bp, taxable_minor, amount_minor)
     select
       note.organization_id, note.id, billed.position, billed.name, billed.rate_bp, subtotal,
-      private.divide_half_away(billed.amount_minor::numeric * (credited_before + subtotal), invoice.subtotal_minor)
-        - private.divide_half_away(billed.amount_minor::numeric * credited_before, invoice.subtotal_minor)
+      private.divide_half_away(billed.amount_minor::numeric * (credited_before + subtotal), invoice.subtotal_minor - invoice.discount_minor)
+        - private.divide_half_away(billed.amount_minor::numeric * credited_before, invoice.subtotal_minor - invoice.discount_minor)
     from public.invoice_taxes as billed
     where billed.organization_id = invoice.organization_id and billed.invoice_id = invoice.id
     returning credit_note_taxes.amount_minor
@@ -19215,6 +19931,7 @@ declare
   used_at  timestamptz;
   moment   timestamptz;
   reason   text;
+  refusal  text;
   orphan   private.webhook_events;
   applied  record;
 begin
@@ -19293,6 +20010,16 @@ begin
   end if;
   -- The first word is the first, however often it is told.
   updated.first_audio_ms := coalesce(attempt.first_audio_ms, least(greatest((told ->> 'first_audio_ms')::bigint, 0), 3600000)::integer);
+  -- What it costs is told more than once, the later the better; the first exchange rate stays.
+  if told ->> 'cost_currency' ~ '^[A-Z]{3}$' and (told ->> 'cost_micros')::bigint >= 0
+    and private.knows_more(
+      ranks, 'cost', rank,
+      (select own.amount_micros from private.call_costs as own where own.call_log_id = attempt.id and own.kind = 'agent')::text, told ->> 'cost_micros'
+    )
+  then
+    ranks := ranks || jsonb_build_object('cost', rank);
+    perform private.put_call_cost(attempt, 'agent', (told ->> 'cost_micros')::bigint, told ->> 'cost_currency', false, at);
+  end if;
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
     ranks := ranks || jsonb_build_object('language', rank);
@@ -19318,18 +20045,25 @@ begin
     used_at := coalesce(used_at, latest);
     moment := private.to_business((tool ->> 'when')::timestamptz);
     reason := left(coalesce(tool #>> '{arguments,reason}', tool #>> '{arguments,message}'), 500);
+    refusal := case
+      when tool ->> 'name' = 'transfer' then private.transfer_refusal(attempt.organization_id, private.destination_of_transfer(tool -> 'arguments'), at)
+    end;
     if private.note_activity(
       attempt, 'tool|' || coalesce(tool ->> 'id', ''),
       case tool ->> 'name'
         when 'transfer' then 'transfer' when 'callback' then 'callback' when 'opt_out' then 'opt_out' when 'site_visit' then 'site_visit'
         else 'agent_tool'
       end,
-      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment), used_at
+      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment, 'refused', refusal), used_at
     ) then
       noted := true;
     end if;
     case tool ->> 'name'
       when 'transfer' then
+        if refusal is not null then
+          -- It is not in our hands any more; a person has to know.
+          perform private.raise_alarm(attempt, 'transfer_refused', jsonb_build_object('reason', refusal), at);
+        end if;
         updated.transferred := true;
         updated.transferred_at := least(updated.transferred_at, used_at);
         if private.knows_more(ranks, 'transfer_reason', 0, updated.transfer_reason, reason) then
@@ -20361,6 +21095,14 @@ begin
             )
           order by known.gateway_payment_method_id = request ->> 'payment_method_id' desc, known.created_at
           limit 1
+        ));
+      end if;
+      if request ->> 'organization_id' is null then
+        -- The first token of a customer whom we had the gateway make.
+        request := request || jsonb_build_object('organization_id', (
+          select known.organization_id
+          from private.payment_customers as known
+          where known.gateway = source.provider::public.payment_gateway and known.customer_id = request ->> 'customer_id'
         ));
       end if;
       if not exists (select from public.organizations as tenant where tenant.id = private.to_uuid(request ->> 'organization_id')) then
@@ -21617,6 +22359,7 @@ from (
     ('public.usage_logs', 'feature_key', 'none', null, 'kept', 'A word of a fixed list, or a code.'),
     ('public.campaigns', 'name timezone', 'none', null, 'kept', 'What the organization calls it.'),
     ('public.campaigns', 'retry_rules purpose pause_reason', 'none', null, 'kept', 'Minutes, and words of lists.'),
+    ('public.campaigns', 'lead_filter', 'none', null, 'kept', 'Ids, and words of lists.'),
     ('public.organizations', 'dial_countries', 'none', null, 'kept', 'Countries.'),
     ('public.projects', 'name address project_type status image_url image_path', 'none', null, 'kept', 'A development or a product line, not a person.'),
     ('public.properties', 'title address currency_code type status', 'none', null, 'kept', 'A building, not a person.'),
@@ -21699,8 +22442,25 @@ from (
     ('private.invoice_items', '*', 'none', null, 'kept', 'A fiscal row: what a line of the organization''s own bill will say.'),
     ('private.dunning_policy', '*', 'none', null, 'kept', 'Reference data.'),
     ('private.billing_requests', '*', 'none', null, 'kept', 'What an organization asked of its own subscription, for thirty days.'),
+    ('private.coupons', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.discounts', '*', 'none', null, 'kept', 'A fiscal row: what is taken off the organization''s own bills.'),
     ('private.call_corrections', '*', 'none', null, 'kept', 'A fiscal row: amounts and the call''s id.'),
+    ('private.call_ratings', '*', 'none', null, 'kept', 'A fiscal row: amounts, the call''s id, and the prefix of a destination.'),
+    ('private.call_costs', '*', 'none', null, 'kept', 'Amounts and the call''s id.'),
+    ('private.rate_decks', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.rate_deck_versions', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.rates', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.organization_rate_decks', '*', 'none', null, 'kept', 'Which price list an organization has.'),
+    ('private.carrier_rate_decks', '*', 'none', null, 'kept', 'Which price list a carrier account has.'),
+    ('private.exchange_rates', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.payment_accounts', '*', 'none', null, 'kept', 'A secret or its hash.'),
+    ('private.mandate_rules', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.decline_codes', '*', 'none', null, 'kept', 'Reference data.'),
+    ('private.payment_customers', '*', 'none', null, 'kept', 'Names a thing in another system, not a person.'),
+    ('private.gateway_requests', '*', 'none', null, 'kept', 'A fiscal row: what was asked for the organization''s own bill.'),
     ('private.call_holds', '*', 'none', null, 'kept', 'Amounts.'),
+    ('private.usage_holds', '*', 'none', null, 'kept', 'What is held for an event to come: a key of the counting system and an amount.'),
+    ('private.unsettled_calls', '*', 'none', null, 'kept', 'Ids of calls, for five minutes.'),
     ('private.lead_requests', '*', 'none', null, 'kept', 'Ids, codes and hashes.'),
     ('private.rate_limits', '*', 'none', null, 'kept', 'Ids of keys and forms.'),
     ('private.store_tombstones', '*', 'none', null, 'kept', 'The platform''s ids of what it deleted.'),
@@ -23041,19 +23801,28 @@ create function private.tell_subscription() returns trigger
 language plpgsql security definer set search_path = '' as $$
 declare
   at  constant timestamptz := private.clock_now();
+  same constant text := private.key_at(new.id, at);
   was public.subscriptions;
+  kind text := 'subscription.changed';
+  told bigint;
 begin
-  if tg_op = 'UPDATE' then
+  if tg_op = 'INSERT' then
+    kind := 'subscription.created';
+  else
     was := old;
+    if new.status in ('cancelled', 'inactive') and was.status not in ('cancelled', 'inactive') then
+      kind := 'subscription.cancelled';
+    end if;
   end if;
+  -- Whoever changes it holds its row, so that two changes of one moment are counted one after the other.
+  select count(*) into told
+  from private.outbox as known
+  where known.organization_id = new.organization_id and known.topic = kind
+    and (known.key = same or known.key like same || ' %');
   perform private.emit(
     new.organization_id,
-    'subscription.' || case
-      when tg_op = 'INSERT' then 'created'
-      when new.status in ('cancelled', 'inactive') and was.status not in ('cancelled', 'inactive') then 'cancelled'
-      else 'changed'
-    end,
-    private.key_at(new.id, at),
+    kind,
+    same || case when told > 0 then ' ' || told + 1 else '' end,
     (
       select jsonb_build_object(
         'subscription_id', new.id, 'plan', plan.slug, 'plan_price_id', new.plan_price_id, 'status', new.status, 'previous_status', was.status,
@@ -23285,7 +24054,9 @@ begin
   ),
   leased as (
     update public.event_deliveries as delivery
-    set lease_until = now() + interval '3 minutes', lease_token = null
+    -- Whoever claims may die before the queue has it, and then nothing but the lease brings it back: the first one is short. What lapses
+    -- all the same waits on a queue that is behind, and is not put there again and again.
+    set lease_until = now() + case when delivery.lease_until is null then interval '30 seconds' else interval '3 minutes' end, lease_token = null
     from locked
     where delivery.id = locked.id
     returning delivery.id, delivery.organization_id, delivery.endpoint_id
@@ -24055,8 +24826,13 @@ as $$
       where line.organization_id = note.organization_id and line.credit_note_id = note.id
     ), '[]'),
     'taxes', coalesce((
-      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id'] order by tax.position)
+      select jsonb_agg(
+        to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id']
+          || jsonb_build_object('treatment', billed.treatment, 'note', billed.note)
+        order by tax.position)
       from public.credit_note_taxes as tax
+      join public.invoice_taxes as billed
+        on billed.organization_id = note.organization_id and billed.invoice_id = note.invoice_id and billed.name = tax.name
       where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
     ), '[]')
   )
@@ -24076,7 +24852,7 @@ begin
   if document is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or it is not yours to see', 'id');
   end if;
-  return document;
+  return document || jsonb_strip_nulls(jsonb_build_object('payment_link', private.payment_link_of(invoice_id)));
 end
 $$;
 comment on function private.get_invoice(uuid) is 'An invoice of the caller''s organization as a document. Needs billing.view.';
@@ -24101,7 +24877,7 @@ as $$
 declare
   wanted uuid := private.read_uuid(request, 'id');
   document jsonb := case private.read_choice(request, 'document', array['invoice', 'credit_note'])
-    when 'invoice' then private.invoice_document(null, wanted)
+    when 'invoice' then private.invoice_document(null, wanted) || jsonb_strip_nulls(jsonb_build_object('payment_link', private.payment_link_of(wanted)))
     else private.credit_note_document(null, wanted)
   end;
 begin
@@ -24146,16 +24922,25 @@ begin
     'first_day', bill.first_day,
     'last_day', bill.last_day,
     'subtotal_minor', bill.subtotal_minor,
+    'discount_minor', bill.discount_minor,
+    'discounts', bill.discounts,
     'tax_minor', bill.tax_minor,
-    'total_minor', bill.subtotal_minor + bill.tax_minor,
+    'total_minor', bill.subtotal_minor - bill.discount_minor + bill.tax_minor,
     'invoice_date', dated,
     'due_date', dated + issuer.payment_terms_days,
     'as_of', at,
-    -- What costs nothing makes no invoice.
-    'is_billed', bill.subtotal_minor > 0,
+    -- What charges nothing makes no invoice.
+    'is_billed', bill.is_billed,
     'issuer', bill.issuer_particulars,
     'customer', bill.customer,
-    'lines', (select coalesce(jsonb_agg(to_jsonb(item) - 'line_id' order by item.position), '[]') from unnest(bill.lines) as item),
+    'lines', (
+      select coalesce(
+        jsonb_agg(
+          to_jsonb(item) - array['line_id', 'item_id', 'rest_minor'] || jsonb_build_object('discount_minor', coalesce(item.discount_minor, 0))
+          order by item.position
+        ), '[]')
+      from unnest(bill.lines) as item
+    ),
     'taxes', to_jsonb(bill.taxes)
   );
 end
@@ -24212,14 +24997,15 @@ begin
   return jsonb_build_object(
     'columns', jsonb_build_array(
       'document', 'number', 'date', 'due_date', 'status', 'against', 'customer', 'customer_gstin', 'place_of_supply', 'first_day',
-      'last_day', 'currency', 'subtotal', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
+      'last_day', 'currency', 'subtotal', 'discount', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
     ),
     'rows', coalesce((
       select jsonb_agg(
         jsonb_build_array(
           item.document, item.number, item.dated, item.due_date, item.status, item.against, item.customer ->> 'name',
           item.customer ->> 'gstin', item.customer ->> 'place_of_supply', item.first_day, item.last_day, item.currency,
-          private.decimal_amount(item.subtotal_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
+          private.decimal_amount(item.subtotal_minor, item.currency)::text,
+          private.decimal_amount(item.discount_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
           private.decimal_amount(item.sgst, item.currency)::text, private.decimal_amount(item.igst, item.currency)::text,
           private.decimal_amount(item.tax_minor - item.cgst - item.sgst - item.igst, item.currency)::text,
           private.decimal_amount(item.tax_minor, item.currency)::text, private.decimal_amount(item.total_minor, item.currency)::text,
@@ -24237,7 +25023,8 @@ begin
           select
             'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.due_date,
             invoice.status::text, null::text as against, invoice.customer, invoice.first_day, invoice.last_day, invoice.currency,
-            invoice.subtotal_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor, invoice.credited_minor,
+            invoice.subtotal_minor, invoice.discount_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor,
+            invoice.credited_minor,
             invoice.id, levied.cgst, levied.sgst, levied.igst
           from public.invoices as invoice
           cross join lateral (
@@ -24253,7 +25040,7 @@ begin
           union all
           select
             'credit_note', note.credit_note_number, note.credit_note_date, null, note.status::text, invoice.invoice_number,
-            note.customer, null, null, note.currency, -note.subtotal_minor, -note.tax_minor, -note.total_minor, 0, 0, note.id,
+            note.customer, null, null, note.currency, -note.subtotal_minor, 0, -note.tax_minor, -note.total_minor, 0, 0, note.id,
             -levied.cgst, -levied.sgst, -levied.igst
           from public.credit_notes as note
           join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
@@ -24288,14 +25075,14 @@ begin
   return jsonb_build_object(
     'columns', jsonb_build_array(
       'document', 'number', 'date', 'line', 'kind', 'meter', 'description', 'sac', 'quantity', 'unit', 'unit_price', 'price_units',
-      'currency', 'amount'
+      'currency', 'amount', 'discount'
     ),
     'rows', coalesce((
       select jsonb_agg(
         jsonb_build_array(
           item.document, item.number, item.dated, item.position, item.kind, item.meter_key, item.description, item.sac, item.quantity,
           item.unit, private.decimal_amount(item.unit_price_minor, item.currency)::text, item.price_units, item.currency,
-          private.decimal_amount(item.amount_minor, item.currency)::text
+          private.decimal_amount(item.amount_minor, item.currency)::text, private.decimal_amount(item.discount_minor, item.currency)::text
         )
         order by item.dated, item.number, item.position)
       from (
@@ -24304,7 +25091,7 @@ begin
           select
             'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, line.position, line.kind,
             line.meter_key, line.description, invoice.issuer ->> 'sac_code' as sac, line.quantity, line.unit, line.unit_price_minor,
-            line.price_units, invoice.currency, line.amount_minor
+            line.price_units, invoice.currency, line.amount_minor, line.discount_minor
           from public.invoices as invoice
           join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
           where invoice.organization_id = organization and invoice.status <> 'draft'
@@ -24312,7 +25099,7 @@ begin
           union all
           select
             'credit_note', note.credit_note_number, note.credit_note_date, line.position, 'credit', null, line.description,
-            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor
+            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor, 0
           from public.credit_notes as note
           join public.credit_note_lines as line on line.organization_id = note.organization_id and line.credit_note_id = note.id
           where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
@@ -24372,7 +25159,8 @@ as $$
   with given as (
     select
       'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.issuer, invoice.customer,
-      invoice.currency, invoice.subtotal_minor, invoice.total_minor, invoice.total_minor as invoice_total, 1 as sign, levied.*
+      invoice.currency, invoice.subtotal_minor - invoice.discount_minor as subtotal_minor, invoice.total_minor,
+      invoice.total_minor as invoice_total, 1 as sign, invoice.organization_id, invoice.id as invoice_id, levied.*
     from public.invoices as invoice
     cross join lateral (
       select
@@ -24389,7 +25177,7 @@ as $$
     union all
     select
       'credit_note', note.credit_note_number, note.credit_note_date, note.issuer, note.customer, note.currency, note.subtotal_minor,
-      note.total_minor, invoice.total_minor, -1, levied.*
+      note.total_minor, invoice.total_minor, -1, invoice.organization_id, invoice.id, levied.*
     from public.credit_notes as note
     join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
     cross join lateral (
@@ -24410,7 +25198,18 @@ as $$
       given.*, given.customer ->> 'gstin' as ctin, receiver.code as pos,
       receiver.code is distinct from supplier.code as is_inter_state,
       given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' = 'IN' and given.currency = 'INR'
-        and receiver.code is not null as is_domestic
+        and receiver.code is not null as is_domestic,
+      -- Where nothing says how its tax is treated, a person does.
+      given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' <> 'IN' and given.currency = 'INR' and exists (
+        select
+        from public.invoice_taxes as tax
+        where tax.organization_id = given.organization_id and tax.invoice_id = given.invoice_id and tax.name = 'IGST'
+      ) as is_export,
+      case when exists (
+        select
+        from public.invoice_taxes as tax
+        where tax.organization_id = given.organization_id and tax.invoice_id = given.invoice_id and tax.treatment = 'reverse_charge'
+      ) then 'Y' else 'N' end as rchrg
     from given
     -- Documents of before the place of supply was written on them say it by their codes.
     left join private.gst_states as receiver
@@ -24424,6 +25223,7 @@ as $$
     select
       placed.*,
       case
+        when placed.is_export then case placed.document when 'invoice' then 'exp' else 'cdnur' end
         when not placed.is_domestic then 'left_out'
         when placed.ctin is not null then case placed.document when 'invoice' then 'b2b' else 'cdnr' end
         -- A large one to an unregistered buyer of another state is told alone: above a lakh of rupees.
@@ -24449,7 +25249,7 @@ as $$
           sorted.ctin,
           jsonb_agg(
             jsonb_build_object(
-              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R', 'itms', sorted.itms
+              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', sorted.rchrg, 'inv_typ', 'R', 'itms', sorted.itms
             )
             order by sorted.number) as inv
         from sorted
@@ -24496,7 +25296,7 @@ as $$
           sorted.ctin,
           jsonb_agg(
             jsonb_build_object(
-              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R',
+              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', sorted.rchrg, 'inv_typ', 'R',
               'itms', sorted.itms
             )
             order by sorted.number) as nt
@@ -24508,11 +25308,29 @@ as $$
     'cdnur', coalesce((
       select jsonb_agg(
         jsonb_build_object(
-          'typ', 'B2CL', 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
+          'typ', case when not sorted.is_export then 'B2CL' when sorted.iamt = 0 then 'EXPWOP' else 'EXPWP' end, 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
         )
         order by sorted.number)
       from sorted
       where sorted.section = 'cdnur'
+    ), '[]'),
+    'exp', coalesce((
+      select jsonb_agg(jsonb_build_object('exp_typ', way.exp_typ, 'inv', way.inv) order by way.exp_typ)
+      from (
+        select
+          case when sorted.iamt = 0 then 'WOPAY' else 'WPAY' end as exp_typ,
+          jsonb_agg(
+            jsonb_build_object('inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'itms', jsonb_build_array(
+              jsonb_build_object(
+                'txval', private.decimal_amount(sorted.subtotal_minor, 'INR'), 'rt', round(sorted.rate_bp / 100.0, 2),
+                'iamt', private.decimal_amount(sorted.iamt, 'INR'), 'csamt', 0
+              )
+            ))
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'exp'
+        group by 1
+      ) as way
     ), '[]'),
     'left_out', coalesce((
       select jsonb_agg(sorted.number order by sorted.number)
@@ -24523,7 +25341,8 @@ as $$
 $$;
 comment on function private.gstr1(uuid, date, date) is
   'What was billed in a range of days in the sections and field names of India''s GSTR-1, for one organization or, with null, for all: '
-  'the operator''s own return. left_out names what is not domestic, not in rupees or without a known place, for a person to report.';
+  'the operator''s own return. left_out names what is not in rupees, without a known place, or abroad without a word on its tax, for a person to '
+  'report.';
 
 create function private.export_gstr1(from_day date, to_day date) returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -24551,9 +25370,12 @@ language plpgsql stable security definer set search_path = ''
 as $$
 declare
   organization uuid := private.require_org('billing.view');
+  sees_numbers boolean := coalesce(private.org_with('call.view') = organization, false);
   bill public.invoices;
   billed public.invoice_lines;
+  by_deck boolean;
   skipped bigint;
+  in_all bigint;
 begin
   select own.* into bill
   from public.invoices as own
@@ -24565,60 +25387,128 @@ begin
   if billed.id is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
   end if;
+  by_deck := billed.meter_key = 'rated_calls';
   -- In the order in which they were counted, calls fill the meter's lines one after the other.
-  select coalesce(sum(earlier.quantity), 0)::bigint into skipped
-  from public.invoice_lines as earlier
-  where earlier.organization_id = organization
-    and earlier.invoice_id = bill.id
-    and earlier.meter_key = billed.meter_key
-    and earlier.kind <> 'fee'
-    and earlier.position < billed.position;
-  return jsonb_build_object(
-    'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
-    'rows', coalesce((
-      select jsonb_agg(
-        jsonb_build_array(
-          item.occurred_at, item.source, item.key, item.direction,
-          -- Who may see calls sees whom they were with; a bill shows the end of the number.
-          case when item.number is not null then '…' || right(item.number, 4) end,
-          item.quantity, item.share, billed.unit, bill.currency,
-          private.decimal_amount(
-            private.divide_half_away(item.until::numeric * billed.amount_minor, billed.quantity)
-              - private.divide_half_away((item.until - item.share)::numeric * billed.amount_minor, billed.quantity), bill.currency)::text
-        )
-        order by item.occurred_at, item.id)
+  select
+    coalesce(sum(other.quantity) filter (where other.position < billed.position), 0)::bigint, coalesce(sum(other.quantity), 0)::bigint
+  into skipped, in_all
+  from public.invoice_lines as other
+  where other.organization_id = organization
+    and other.invoice_id = bill.id
+    and other.meter_key = billed.meter_key
+    and other.kind not in ('fee', 'adjustment');
+  return (
+    with event as (
+      -- What came after the period was billed is what the adjustment charges for, on whichever invoice that is.
+      select own.*
+      from private.usage_events as own
+      where billed.kind <> 'adjustment'
+        and own.organization_id = organization
+        and own.meter_key = billed.meter_key
+        and own.day between bill.first_day and bill.last_day
+        and own.occurred_at < bill.period_end
+        and not exists (select from private.usage_adjustments as late where late.event_id = own.id)
+      union all
+      select own.*
+      from private.usage_adjustments as late
+      join private.usage_events as own on own.occurred_at = late.occurred_at and own.id = late.event_id
+      where billed.kind = 'adjustment' and late.organization_id = organization and late.invoice_line_id = billed.id
+    ),
+    counted as (
+      -- A call with all that corrected it, and without what prepaid credit paid, which no invoice bills.
+      select
+        event.source, coalesce(event.corrects, event.key) as key, min(event.occurred_at) as occurred_at, min(event.id::text) as id,
+        sum(
+          event.quantity - case
+            when event.source <> 'call' then 0
+            when billed.meter_key = 'ai_calls' then case when charge.meter_key = 'ai_calls' then event.quantity else 0 end
+            when event.corrects is null then coalesce(charge.seconds - charge.overage_seconds, 0)
+            else coalesce((select later.credit_seconds from private.call_corrections as later where later.correction_id = event.key), 0)
+          end
+        )::bigint as quantity
+      from event
+      left join public.call_charges as charge
+        on charge.organization_id = organization
+        and charge.call_log_id = case event.source when 'call' then coalesce(event.corrects, event.key)::uuid end
+      group by event.source, coalesce(event.corrects, event.key)
+    ),
+    placed as (
+      select
+        counted.*,
+        -- A sum that is billed by started pulses is more than what was counted: the last call has begun the last one.
+        counted.quantity + case
+          when lead(counted.key) over calls is null then greatest(in_all - (sum(counted.quantity) over ())::bigint, 0) else 0
+        end as filling
+      from counted
+      where counted.quantity > 0 or billed.kind = 'adjustment' and counted.quantity <> 0
+      window calls as (order by counted.occurred_at, counted.id)
+    ),
+    part as (
+      select
+        placed.*,
+        case
+          when billed.kind = 'adjustment' then placed.quantity
+          else least(placed.running, skipped + billed.quantity) - greatest(placed.running - placed.filling, skipped)
+        end as share
       from (
-        select
-          part.*, sum(part.share) over (order by part.occurred_at, part.id) as until
-        from (
-          select
-            counted.*,
-            least(counted.running, skipped + billed.quantity) - greatest(counted.running - counted.quantity, skipped) as share
-          from (
-            select
-              event.id, event.occurred_at, event.source, event.key, event.quantity, attempt.direction,
-              case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number,
-              (sum(event.quantity) over (order by event.occurred_at, event.id))::bigint as running
-            from private.usage_events as event
-            left join public.call_logs as attempt
-              on attempt.organization_id = event.organization_id and attempt.id = case event.source when 'call' then event.key::uuid end
-            where event.organization_id = organization
-              and event.meter_key = billed.meter_key
-              and event.day between bill.first_day and bill.last_day
-              and event.occurred_at < bill.period_end
-          ) as counted
-        ) as part
-        where part.share > 0
-        order by part.occurred_at, part.id
-        limit 10001
-      ) as item
-    ), '[]')
+        select own.*, (sum(own.filling) over (order by own.occurred_at, own.id))::bigint as running
+        from placed as own
+      ) as placed
+    ),
+    summed as (
+      select
+        part.*, (sum(part.share) over (order by part.occurred_at, part.id))::numeric as until, (sum(part.share) over ())::numeric as whole
+      from part
+      where case billed.kind when 'adjustment' then part.share <> 0 else part.share > 0 end
+    ),
+    item as (
+      select
+        summed.*,
+        private.divide_half_away(sign(summed.whole) * summed.until * billed.quantity, abs(summed.whole))
+          - private.divide_half_away(sign(summed.whole) * (summed.until - summed.share) * billed.quantity, abs(summed.whole)) as units,
+        private.divide_half_away(sign(summed.whole) * summed.until * billed.amount_minor, abs(summed.whole))
+          - private.divide_half_away(sign(summed.whole) * (summed.until - summed.share) * billed.amount_minor, abs(summed.whole)) as amount_minor
+      from summed
+      order by summed.occurred_at, summed.id
+      limit 10001
+    )
+    select jsonb_build_object(
+      'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount')
+        || case when by_deck then '["destination", "prefix", "charged_seconds", "price_per_minute", "pulses"]' else '[]'::jsonb end,
+      'rows', coalesce(jsonb_agg(
+        jsonb_build_array(
+          item.occurred_at, case item.source when 'call_rate' then 'call' else item.source end, item.key, attempt.direction,
+          -- Who may not see calls sees of whom they were with the end of the number, as a bill shows it.
+          case when sees_numbers then other_end.number else '…' || right(other_end.number, 4) end,
+          item.quantity, item.units, billed.unit, bill.currency, private.decimal_amount(item.amount_minor, bill.currency)::text
+        )
+          || case when by_deck then jsonb_build_array(
+            rate.destination, rating.prefix, rating.charged_seconds, (rate.price_micros / 1000000.0)::numeric(18, 6)::text,
+            rate.initial_pulse || '/' || rate.next_pulse
+          ) else '[]'::jsonb end
+        order by item.occurred_at, item.id), '[]')
+    )
+    from item
+    left join public.call_logs as attempt
+      on attempt.organization_id = organization
+      and attempt.id = case when item.source in ('call', 'call_rate') then item.key::uuid end
+    left join lateral (
+      select case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number
+    ) as other_end on true
+    left join lateral (
+      select own.*
+      from private.call_ratings as own
+      where by_deck and own.call_log_id = attempt.id and (billed.kind = 'adjustment' or own.rated_at <= bill.finalized_at)
+      order by own.number desc
+      limit 1
+    ) as rating on true
+    left join private.rates as rate on rate.version_id = rating.version_id and rate.prefix = rating.prefix
   );
 end
 $$;
 comment on function private.export_line_calls(uuid, integer) is
-  'The counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up to the '
-  'line''s, also where an event is partly within the plan. Needs billing.view.';
+  'The calls and other counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up '
+  'to the line''s, also where a call is partly within the plan or was corrected. Whole numbers are for who holds call.view. Needs billing.view.';
 
 -- What users and handlers call ----------------------------------------------------------------------------------------------------
 
@@ -24787,6 +25677,42 @@ end
 $$;
 comment on function private.allocate_largest_remainder(bigint, numeric[]) is
   'An amount split by weights into whole units that add up to it: what is missing goes to the largest remainders, the first of equal ones.';
+
+create function private.discount_shares(
+  room bigint, weights bigint[], percents integer[], amounts bigint[], out shares bigint[], out cuts bigint[]
+)
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  cut bigint;
+begin
+  shares := array_fill(0::bigint, array[cardinality(weights)]);
+  cuts := '{}';
+  for number in 1 .. cardinality(percents) loop
+    cut := coalesce(private.divide_half_away(room::numeric * percents[number], 10000), least(amounts[number], room));
+    if cut > 0 then
+      -- No line goes below nothing: what one has lost already is no weight any more.
+      shares := array(
+        select share.before + share.more
+        from unnest(
+          shares,
+          private.allocate_largest_remainder(cut, array(
+            select (line.whole - line.gone)::numeric
+            from unnest(weights, shares) with ordinality as line (whole, gone, number)
+            order by line.number
+          ))
+        ) with ordinality as share (before, more, number)
+        order by share.number
+      );
+      room := room - cut;
+    end if;
+    cuts := cuts || cut;
+  end loop;
+end
+$$;
+comment on function private.discount_shares(bigint, bigint[], integer[], bigint[]) is
+  'Percentages (in hundredths, null for an amount) and amounts taken off one after the other, each of what is left of `room`, which is no '
+  'more than the weights come to: what each takes off in all, and what it takes off each line, split by what is left of the lines.';
 
 -- Tiers and packages --------------------------------------------------------------------------------------------------------------
 
@@ -25099,7 +26025,8 @@ comment on function private.hours_in_period(timestamptz, timestamptz) is
 revoke all on function
   private.rate_units(numeric, numeric, numeric), private.tax_amount(bigint, numeric),
   private.gst_amounts(bigint, boolean, numeric), private.prorate(bigint, numeric, numeric),
-  private.allocate_largest_remainder(bigint, numeric[]), private.check_tiers(private.price_tier[]),
+  private.allocate_largest_remainder(bigint, numeric[]), private.discount_shares(bigint, bigint[], integer[], bigint[]),
+  private.check_tiers(private.price_tier[]),
   private.graduated_tiers(private.price_tier[], numeric, numeric, numeric),
   private.rate_graduated(private.price_tier[], numeric, boolean, numeric),
   private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),
@@ -25165,8 +26092,8 @@ begin
       given.key,
       jsonb_build_object(
         'included_units', 0, 'overage_price_minor', null, 'overage_unit', 1, 'limit_units', null, 'hard', false, 'credit_price_minor', null,
-        'credit_unit', 60, 'credit_pulse', 1, 'pricing_model', 'per_unit', 'tiers', null
-      ) || given.value || jsonb_build_object('meter_key', given.key)
+        'credit_unit', 60, 'credit_pulse', 1, 'pricing_model', 'per_unit', 'tiers', null, 'rate_deck', null
+      ) || given.value || private.deck_term(given.value, set_plan_price.currency) || jsonb_build_object('meter_key', given.key)
     ), '{}')
   into meters
   from jsonb_each(coalesce(terms -> 'meters', '{}')) as given (key, value);
@@ -25339,6 +26266,22 @@ end
 $$;
 comment on function private.answer_request(uuid, text, jsonb, jsonb, timestamptz) is 'Keeps an answer under its key, and gives it.';
 
+create function private.billed_base(live public.subscriptions) returns public.invoice_lines
+language sql stable set search_path = ''
+as $$
+  select line
+  from public.invoices as invoice
+  join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+  where invoice.organization_id = live.organization_id and invoice.subscription_id = live.id
+    and invoice.status in ('open', 'paid', 'uncollectible')
+    and line.kind in ('base', 'charge') and line.amount_minor = live.base_billed_minor
+    and coalesce(line.last_day, invoice.last_day) = (live.current_period_end at time zone live.timezone)::date - 1
+  order by invoice.period_start desc, line.position desc
+  limit 1
+$$;
+comment on function private.billed_base(public.subscriptions) is
+  'The line that charged the base price of what is left of the current period; null where no invoice has one.';
+
 create function private.apply_plan_change(
   organization_id uuid, plan_slug text, cycle_name text, timing text, at timestamptz
 ) returns jsonb
@@ -25360,6 +26303,7 @@ declare
   credit bigint := 0;
   charge bigint := 0;
   invoices jsonb := jsonb_build_array();
+  billed public.invoice_lines;
 begin
   if timing is not null and timing not in ('now', 'period_end') then
     perform private.raise_error(400, 'invalid_request', 'timing must be now or period_end', 'timing');
@@ -25445,12 +26389,21 @@ begin
     credit := private.prorate(
       stretch_minor, extract(epoch from live.current_period_end - moment), extract(epoch from live.current_period_end - stretch_from));
     charge := private.prorate(offer.base_minor, extract(epoch from live.current_period_end - moment), whole);
+    billed := private.billed_base(live);
     insert into private.invoice_items (
-      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
+      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at,
+      discount_minor
     )
     select
       live.organization_id, live.id, item.kind, old.currency, item.description, private.cycle_unit(cycle), item.price_minor, item.amount_minor,
-      (item.from_time at time zone live.timezone)::date, last_day, at
+      (item.from_time at time zone live.timezone)::date, last_day, at,
+      -- The discount of the line that is given back goes back with it.
+      case
+        when item.kind = 'credit' and billed.id is not null
+          then -private.prorate(
+            billed.discount_minor, extract(epoch from live.current_period_end - moment),
+            extract(epoch from live.current_period_end - stretch_from))
+      end
     from (
       values
         ('base', names[1] || ' plan, ' || cycle, old.base_minor, stretch_minor, stretch_from, live.base_billed_from is null),
@@ -25470,7 +26423,7 @@ begin
   -- What was billed in advance is not on the invoice that comes when the period ends: the difference is billed now.
   if old.billed_in = 'advance' and live.period_no >= 0 and live.next_invoice_at = live.current_period_end and charge > credit then
     select own.* into issuer from private.billing_issuer as own;
-    invoices := private.open_invoices(private.bill_periods(array[live.id], issuer, at, true), issuer, at);
+    invoices := private.open_invoices((private.bill_periods(array[live.id], issuer, at, true)).drafts, issuer, at);
   end if;
   return jsonb_build_object(
     'result', 'changed', 'timing', timing, 'effective_at', moment, 'credit_minor', -credit, 'charge_minor', charge, 'invoices', invoices
@@ -25547,6 +26500,7 @@ declare
   live public.subscriptions;
   ends timestamptz;
   unused bigint := 0;
+  given_back bigint := 0;
   billed public.invoice_lines;
 begin
   if coalesce(timing, 'period_end') not in ('now', 'period_end') then
@@ -25585,22 +26539,20 @@ begin
       extract(epoch from live.current_period_end - live.base_billed_from));
   end if;
   if unused > 0 then
-    select line.* into billed
-    from public.invoices as invoice
-    join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
-    where invoice.organization_id = organization and invoice.subscription_id = live.id
-      and invoice.status in ('open', 'paid', 'uncollectible')
-      and line.kind in ('base', 'charge') and line.amount_minor = live.base_billed_minor
-      and coalesce(line.last_day, invoice.last_day) = (live.current_period_end at time zone live.timezone)::date - 1
-    order by invoice.period_start desc, line.position desc
-    limit 1;
+    billed := private.billed_base(live);
     if billed.id is not null then
+      given_back := unused - private.prorate(
+        billed.discount_minor, extract(epoch from live.current_period_end - ends),
+        extract(epoch from live.current_period_end - live.base_billed_from));
+    end if;
+    if given_back > 0 then
       perform private.issue_credit_note(
         jsonb_build_object(
           'invoice_id', billed.invoice_id, 'idempotency_key', 'cancelled ' || live.id, 'reason', 'Cancelled before the end of the period',
-          'lines', jsonb_build_array(jsonb_build_object('invoice_line_id', billed.id, 'amount_minor', unused))
+          'lines', jsonb_build_array(jsonb_build_object('invoice_line_id', billed.id, 'amount_minor', given_back))
         ), at);
-    else
+    elsif billed.id is null then
+      given_back := unused;
       insert into private.invoice_items (
         organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
       )
@@ -25623,7 +26575,7 @@ begin
     status = 'cancelled', cancelled_at = at, cancel_at_period_end = true, current_period_end = ends, next_invoice_at = ends,
     next_plan_price_id = null, paused_at = null, base_billed_minor = own.base_billed_minor - unused
   where own.id = live.id;
-  return jsonb_build_object('result', 'cancelled', 'ends_at', ends, 'credit_minor', unused);
+  return jsonb_build_object('result', 'cancelled', 'ends_at', ends, 'credit_minor', given_back);
 end
 $$;
 comment on function private.apply_cancellation(uuid, text, text, timestamptz) is
@@ -25964,7 +26916,7 @@ comment on function public.resume_subscription(text) is
 revoke all on function
   private.period_base(public.subscriptions), private.set_plan_price(text, public.billing_cycle, text, jsonb, timestamptz),
   private.add_invoice_item(uuid, text, bigint, text, bigint, text, timestamptz), private.is_overdue(uuid),
-  private.lock_subscription(uuid, timestamptz), private.repeated_request(uuid, text, jsonb),
+  private.lock_subscription(uuid, timestamptz), private.billed_base(public.subscriptions), private.repeated_request(uuid, text, jsonb),
   private.answer_request(uuid, text, jsonb, jsonb, timestamptz), private.apply_plan_change(uuid, text, text, text, timestamptz),
   private.apply_cancellation(uuid, text, text, timestamptz), private.apply_pause(uuid, timestamptz),
   private.apply_resumption(uuid, timestamptz), private.subscription_summary(uuid),
@@ -25981,6 +26933,735 @@ grant execute on function
   public.preview_subscription_change(text, text, text), public.cancel_subscription(text, text, text), public.pause_subscription(text),
   public.resume_subscription(text)
 to authenticated;
+-- 23_functions_rates.sql
+
+-- What a call is sold for by where it goes, what it costs, and what is left.
+--
+-- A rate deck prices calls by the longest prefix of the number: one of its versions holds at each moment, and never changes. A call is
+-- rated when it ends, by the version that held when it was released, which is the one that the gate looked at. Its amount is kept whole, in
+-- sixtieths of a millionth of the currency, since prices are for a minute and pulses are of seconds: the line of the invoice sums them
+-- and is rounded once. What a carrier and an agent ask is kept in their own currency, with the exchange rate of the call's day.
+
+-- Rate decks ----------------------------------------------------------------------------------------------------------------------
+
+create table private.rate_decks (
+  key        text primary key check (key ~ '^[a-z0-9]+(-[a-z0-9]+)*$'),
+  kind       text not null check (kind in ('sell', 'cost')),
+  currency   text not null check (currency ~ '^[A-Z]{3}$'),
+  created_at timestamptz not null
+);
+select private.close_table('private.rate_decks');
+comment on table private.rate_decks is 'Price lists of calls by prefix: what organizations pay (sell), and what carriers ask (cost).';
+
+create table private.rate_deck_versions (
+  id         uuid primary key default gen_random_uuid(),
+  deck_key   text not null references private.rate_decks (key) on delete restrict,
+  version    integer not null check (version > 0),
+  valid_from timestamptz not null,
+  created_at timestamptz not null,
+  unique (deck_key, version)
+);
+select private.close_table('private.rate_deck_versions');
+comment on table private.rate_deck_versions is
+  'What a deck said from a moment on. Of those that have begun the latest version holds, so one that begins earlier replaces another that waits.';
+
+create table private.rates (
+  version_id        uuid not null references private.rate_deck_versions (id) on delete restrict,
+  prefix            text collate "C" not null check (prefix ~ '^\+[1-9][0-9]{0,14}$'),
+  destination       text not null check (btrim(destination) <> ''),
+  price_micros      bigint check (price_micros between 0 and 1000000000000),
+  connection_micros bigint not null default 0 check (connection_micros between 0 and 1000000000000),
+  minimum_micros    bigint not null default 0 check (minimum_micros between 0 and 1000000000000),
+  initial_pulse     integer not null default 1 check (initial_pulse between 1 and 3600),
+  next_pulse        integer not null default 1 check (next_pulse between 1 and 3600),
+  primary key (version_id, prefix)
+);
+select private.close_table('private.rates');
+comment on table private.rates is 'The prices of a version of a deck: the longest prefix of a number decides.';
+comment on column private.rates.price_micros is
+  'What a minute costs, in millionths of the deck''s currency; null is not sold: nobody is called there, whatever shorter prefix has a price.';
+comment on column private.rates.connection_micros is 'What an answered call costs besides.';
+comment on column private.rates.minimum_micros is 'What an answered call costs at least.';
+comment on column private.rates.initial_pulse is 'How many seconds an answered call is charged for at least: the 60 of 60/1, the 30 of 30/6.';
+comment on column private.rates.next_pulse is 'What it is charged in after that: the 6 of 30/6.';
+
+create trigger rate_deck_versions_are_kept before update or delete or truncate on private.rate_deck_versions
+  for each statement execute function private.refuse_money_change();
+create trigger rates_are_kept before update or delete or truncate on private.rates
+  for each statement execute function private.refuse_money_change();
+
+create table private.organization_rate_decks (
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  valid_from      timestamptz not null,
+  deck_key        text references private.rate_decks (key) on delete restrict,
+  primary key (organization_id, valid_from)
+);
+create index idx_organization_rate_decks_deck on private.organization_rate_decks (deck_key);
+select private.close_table('private.organization_rate_decks');
+comment on table private.organization_rate_decks is
+  'Decks that were agreed with one customer: from then on instead of the plan''s. Only where the plan sells calls by deck.';
+comment on column private.organization_rate_decks.deck_key is 'Null is the plan''s again.';
+
+create table private.carrier_rate_decks (
+  carrier_account_id uuid not null references public.carrier_accounts (id) on delete cascade,
+  valid_from         timestamptz not null,
+  deck_key           text references private.rate_decks (key) on delete restrict,
+  primary key (carrier_account_id, valid_from)
+);
+create index idx_carrier_rate_decks_deck on private.carrier_rate_decks (deck_key);
+select private.close_table('private.carrier_rate_decks');
+comment on table private.carrier_rate_decks is
+  'What a carrier account''s calls cost by its price list: an estimate that stands until the carrier says what a call did cost.';
+
+-- One meter for what rated calls come to, so that it is counted, corrected, billed late and checked as everything else.
+insert into public.meters (key, name, unit, is_reserved, position, aggregation, source)
+values ('rated_calls', 'Calls by destination', 'sixtieth of a millionth', true, 25, 'sum', 'rates')
+on conflict (key) do nothing;
+
+alter table public.plan_price_meters add column rate_deck text;
+alter table public.plan_price_meters add constraint plan_price_meters_rate_deck_fkey foreign key (rate_deck) references private.rate_decks (key) on delete restrict;
+alter table public.plan_price_meters add constraint plan_price_meters_deck_prices_calls check (
+  case when meter_key = 'rated_calls'
+    then rate_deck is not null and included_units = 0 and overage_price_minor = 1 and pricing_model = 'per_unit' and limit_units is null
+      and overage_unit in (60000, 600000, 60000000)
+    else rate_deck is null
+  end
+);
+create index idx_plan_price_meters_rate_deck on public.plan_price_meters (rate_deck) where rate_deck is not null;
+comment on column public.plan_price_meters.rate_deck is
+  'Of rated_calls alone: the deck that prices outbound calls, each when it ends. Its line is their sum, so a minor unit is `overage_unit` of the meter.';
+
+create function private.currency_digits(currency text) returns integer
+language sql immutable set search_path = ''
+as $$
+  select scale(private.decimal_amount(0, currency))
+$$;
+comment on function private.currency_digits(text) is 'How many decimals amounts of a currency have.';
+
+create function private.deck_term(terms jsonb, currency text) returns jsonb
+language plpgsql stable set search_path = ''
+as $$
+begin
+  if terms ->> 'rate_deck' is null then
+    return jsonb_build_object();
+  end if;
+  if not exists (
+    select
+    from private.rate_decks as deck
+    where deck.key = terms ->> 'rate_deck' and deck.kind = 'sell' and deck.currency = deck_term.currency
+  ) then
+    perform private.raise_error(422, 'unknown_rate_deck', 'There is no such deck that sells in this currency', 'rate_deck');
+  end if;
+  return jsonb_build_object('overage_price_minor', 1, 'overage_unit', 60 * (10 ^ (6 - private.currency_digits(currency)))::bigint);
+end
+$$;
+comment on function private.deck_term(jsonb, text) is 'What a price says of rated_calls besides the deck that it names: nothing for other meters.';
+
+create function private.set_rates(deck text, kind text, currency text, valid_from timestamptz, rates jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  known  private.rate_decks;
+  newest private.rate_deck_versions;
+  given  private.rates[];
+begin
+  insert into private.rate_decks (key, kind, currency, created_at)
+  values (set_rates.deck, set_rates.kind, set_rates.currency, at)
+  on conflict (key) do nothing;
+  -- Whoever loads another version of it at once waits.
+  select own.* into known from private.rate_decks as own where own.key = set_rates.deck for no key update;
+  if (known.kind, known.currency) <> (set_rates.kind, set_rates.currency) then
+    perform private.raise_error(409, 'rate_deck_differs', 'The deck is of another kind or in another currency: it stays so', 'deck');
+  end if;
+  given := array(
+    select row(
+      null, told.prefix, told.destination, told.price_micros, coalesce(told.connection_micros, 0), coalesce(told.minimum_micros, 0),
+      coalesce(told.initial_pulse, 1), coalesce(told.next_pulse, 1)
+    )::private.rates
+    from jsonb_to_recordset(rates) as told (
+      prefix text, destination text, price_micros bigint, connection_micros bigint, minimum_micros bigint, initial_pulse integer, next_pulse integer
+    )
+    order by told.prefix
+  );
+  if cardinality(given) = 0 then
+    perform private.raise_error(422, 'rates_missing', 'A deck without prices would call nobody', 'rates');
+  end if;
+  select own.* into newest
+  from private.rate_deck_versions as own
+  where own.deck_key = known.key
+  order by own.version desc
+  limit 1;
+  if newest.valid_from = set_rates.valid_from
+    and given = array(
+      select row(
+        null, own.prefix, own.destination, own.price_micros, own.connection_micros, own.minimum_micros, own.initial_pulse, own.next_pulse
+      )::private.rates
+      from private.rates as own
+      where own.version_id = newest.id
+      order by own.prefix
+    ) then
+    return jsonb_build_object('deck', known.key, 'version', newest.version, 'rates', cardinality(given), 'result', 'unchanged');
+  end if;
+  insert into private.rate_deck_versions (deck_key, version, valid_from, created_at)
+  values (known.key, coalesce(newest.version, 0) + 1, set_rates.valid_from, at)
+  returning * into newest;
+  insert into private.rates
+  select
+    newest.id, told.prefix, told.destination, told.price_micros, told.connection_micros, told.minimum_micros, told.initial_pulse, told.next_pulse
+  from unnest(given) as told;
+  return jsonb_build_object('deck', known.key, 'version', newest.version, 'rates', cardinality(given), 'result', 'added');
+end
+$$;
+comment on function private.set_rates(text, text, text, timestamptz, jsonb, timestamptz) is
+  'For the operator: what a deck says from a moment on, all of it: [{"prefix","destination","price_micros","connection_micros","minimum_micros",'
+  '"initial_pulse","next_pulse"}]. The same again is no version; calls that were rated keep theirs.';
+
+create function private.set_organization_deck(organization_id uuid, deck text, valid_from timestamptz) returns void
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  if deck is not null and not exists (
+    select
+    from private.rate_decks as own
+    join public.plan_prices as price on price.currency = own.currency
+    where own.key = deck and own.kind = 'sell'
+      and price.id = (private.live_subscription(set_organization_deck.organization_id)).plan_price_id
+  ) then
+    perform private.raise_error(422, 'unknown_rate_deck', 'There is no such deck that sells in the currency of the subscription', 'deck');
+  end if;
+  insert into private.organization_rate_decks as own (organization_id, valid_from, deck_key)
+  values (set_organization_deck.organization_id, set_organization_deck.valid_from, deck)
+  on conflict on constraint organization_rate_decks_pkey do update set deck_key = excluded.deck_key;
+end
+$$;
+comment on function private.set_organization_deck(uuid, text, timestamptz) is
+  'For the operator: an organization''s calls are priced by this deck from then on, instead of by its plan''s; null is the plan''s again.';
+
+-- What a call comes to ------------------------------------------------------------------------------------------------------------
+
+create function private.deck_version(deck text, at timestamptz) returns uuid
+language plpgsql stable set search_path = ''
+as $$
+begin
+  return (
+    select own.id
+    from private.rate_deck_versions as own
+    where own.deck_key = deck and own.valid_from <= at
+    order by own.version desc
+    limit 1
+  );
+end
+$$;
+comment on function private.deck_version(text, timestamptz) is 'The version of a deck that holds at a moment; null before the first one does.';
+
+create function private.find_rate(version_id uuid, phone text) returns private.rates
+language plpgsql stable set search_path = ''
+as $$
+declare
+  found_rate private.rates;
+begin
+  -- Fifteen looks into the key, however many prices the deck has.
+  select own.* into found_rate
+  from private.rates as own
+  where own.version_id = find_rate.version_id
+    and own.prefix = any (array(select left(phone, size) from generate_series(2, least(length(phone), 16)) as size))
+  order by length(own.prefix) desc
+  limit 1;
+  return found_rate;
+end
+$$;
+comment on function private.find_rate(uuid, text) is 'The price of a number: that of its longest prefix; null where there is none.';
+
+create function private.rate_seconds(rate private.rates, seconds bigint, out charged_seconds bigint, out amount bigint)
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if rate.price_micros is null or coalesce(seconds, 0) <= 0 then
+    charged_seconds := 0;
+    amount := 0;
+    return;
+  end if;
+  charged_seconds := rate.initial_pulse
+    + private.started_units(greatest(seconds - rate.initial_pulse, 0), rate.next_pulse)::bigint * rate.next_pulse;
+  amount := greatest(60 * rate.connection_micros + charged_seconds * rate.price_micros, 60 * rate.minimum_micros);
+end
+$$;
+comment on function private.rate_seconds(private.rates, bigint) is
+  'What billed seconds cost at a price, in sixtieths of a millionth of the currency, and for how many seconds: the first pulse, then started next ones.';
+
+create function private.deck_of(organization_id uuid, plan_price_id uuid, at timestamptz, out is_by_deck boolean, out deck_key text, out currency text)
+language plpgsql stable security definer set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  term text;
+begin
+  select own.rate_deck, price.currency
+  into term, currency
+  from public.plan_price_meters as own
+  join public.plan_prices as price on price.id = own.plan_price_id
+  where own.plan_price_id = deck_of.plan_price_id and own.meter_key = 'rated_calls';
+  is_by_deck := term is not null;
+  if is_by_deck then
+    deck_key := (
+      select own.key
+      from private.rate_decks as own
+      where own.currency = deck_of.currency and own.key = coalesce((
+          select agreed.deck_key
+          from private.organization_rate_decks as agreed
+          where agreed.organization_id = deck_of.organization_id and agreed.valid_from <= deck_of.at
+          order by agreed.valid_from desc
+          limit 1
+        ), term)
+    );
+  end if;
+end
+$$;
+comment on function private.deck_of(uuid, uuid, timestamptz) is
+  'Whether a price sells calls by deck, and which deck holds for an organization: the one agreed with it, else the price''s; none that is in '
+  'another currency.';
+
+create function private.selling_version(organization_id uuid, at timestamptz) returns uuid
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.deck_version(
+    (
+      private.deck_of(
+        selling_version.organization_id, (private.live_subscription(selling_version.organization_id)).plan_price_id, selling_version.at
+      )
+    ).deck_key,
+    selling_version.at
+  );
+end
+$$;
+comment on function private.selling_version(uuid, timestamptz) is
+  'By which version of a deck an organization''s calls are sold now; where none holds, no number has a price and nobody is called.';
+
+create table private.call_ratings (
+  call_log_id     uuid not null,
+  number          integer not null default 0,
+  organization_id uuid not null,
+  deck_key        text not null references private.rate_decks (key) on delete restrict,
+  version_id      uuid references private.rate_deck_versions (id) on delete restrict,
+  prefix          text collate "C",
+  seconds         bigint not null,
+  charged_seconds bigint not null,
+  amount          bigint not null,
+  currency        text not null,
+  rated_at        timestamptz not null,
+  constraint call_ratings_pkey primary key (call_log_id, number),
+  constraint call_ratings_call_fkey foreign key (organization_id, call_log_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_ratings_rate_fkey foreign key (version_id, prefix) references private.rates (version_id, prefix) on delete restrict,
+  constraint call_ratings_amounts_not_negative check (seconds >= 0 and charged_seconds >= 0 and amount >= 0),
+  constraint call_ratings_free_without_rate check (prefix is not null or amount = 0)
+);
+create index idx_call_ratings_call on private.call_ratings (organization_id, call_log_id);
+create index idx_call_ratings_version on private.call_ratings (version_id, prefix);
+create index idx_call_ratings_deck on private.call_ratings (deck_key);
+select private.close_table('private.call_ratings');
+create trigger call_ratings_is_append_only before update or delete or truncate on private.call_ratings
+  for each statement execute function private.refuse_money_change();
+comment on table private.call_ratings is
+  'What each call that was sold by deck came to, and by which version and prefix, append-only: its last row holds. The first is written when '
+  'the call ends; the others when the carrier corrects its seconds, at the same price.';
+comment on column private.call_ratings.prefix is 'Null where the deck had no price, which the gate lets happen only when the plan changed meanwhile.';
+comment on column private.call_ratings.charged_seconds is 'By the pulses of the price.';
+comment on column private.call_ratings.amount is 'In sixtieths of a millionth of the currency, exact.';
+
+create function private.rate_call(attempt public.call_logs, billed bigint, at timestamptz) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions;
+  counted_on date;
+  selling record;
+  version uuid;
+  rate private.rates;
+  rated record;
+begin
+  if attempt.direction <> 'outbound' or billed <= 0 then
+    return null;
+  end if;
+  subscription := private.live_subscription(attempt.organization_id);
+  counted_on := (attempt.ended_at at time zone coalesce(subscription.timezone, 'UTC'))::date;
+  -- A period that was billed keeps its price, also for a call that is told of later.
+  selling := private.deck_of(
+    attempt.organization_id,
+    coalesce(
+      (
+        select log.plan_price_id
+        from public.usage_logs as log
+        where log.organization_id = attempt.organization_id
+          and log.feature_key = 'call_seconds'
+          and log.period_start <= counted_on and counted_on < log.period_end
+      ),
+      subscription.plan_price_id
+    ),
+    attempt.created_at
+  );
+  if not selling.is_by_deck or selling.deck_key is null then
+    return null;
+  end if;
+  version := private.deck_version(selling.deck_key, attempt.created_at);
+  rate := private.find_rate(version, attempt.callee_number);
+  rated := private.rate_seconds(rate, billed);
+  insert into private.call_ratings (
+    call_log_id, organization_id, deck_key, version_id, prefix, seconds, charged_seconds, amount, currency, rated_at
+  )
+  values (
+    attempt.id, attempt.organization_id, selling.deck_key, version, rate.prefix, billed, rated.charged_seconds, rated.amount,
+    selling.currency, at
+  );
+  insert into private.usage_keys (organization_id, source, key, body_hash, meter_key, occurred_at, quantity)
+  values (
+    attempt.organization_id, 'call_rate', attempt.id::text, private.usage_hash(rated.amount::text), 'rated_calls', attempt.ended_at, rated.amount
+  );
+  return rated.amount;
+end
+$$;
+comment on function private.rate_call(public.call_logs, bigint, timestamptz) is
+  'Rates a call that has just ended by the deck that held when it was released, and says what it came to; null where calls are not sold by '
+  'deck. Inbound calls are not. The caller counts the amount.';
+
+create function private.correct_rating(attempt public.call_logs, billed bigint, correction text, at timestamptz) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  last_rating private.call_ratings;
+  rate private.rates;
+  rated record;
+begin
+  select own.* into last_rating
+  from private.call_ratings as own
+  where own.call_log_id = attempt.id
+  order by own.number desc
+  limit 1
+  for no key update;
+  if last_rating.call_log_id is null then
+    return null;
+  end if;
+  select own.* into rate from private.rates as own where own.version_id = last_rating.version_id and own.prefix = last_rating.prefix;
+  rated := private.rate_seconds(rate, billed);
+  insert into private.call_ratings (
+    call_log_id, number, organization_id, deck_key, version_id, prefix, seconds, charged_seconds, amount, currency, rated_at
+  )
+  values (
+    attempt.id, last_rating.number + 1, attempt.organization_id, last_rating.deck_key, last_rating.version_id, last_rating.prefix, billed,
+    rated.charged_seconds, rated.amount, last_rating.currency, at
+  );
+  if rated.amount = last_rating.amount then
+    return null;
+  end if;
+  update private.usage_keys as own
+  set quantity = rated.amount
+  where own.organization_id = attempt.organization_id and own.source = 'call_rate' and own.key = attempt.id::text;
+  insert into private.usage_keys (organization_id, source, key, body_hash)
+  values (
+    attempt.organization_id, 'call_rate', correction,
+    private.usage_hash(concat_ws(e'\x1f', attempt.id, last_rating.amount, rated.amount))
+  );
+  return rated.amount - last_rating.amount;
+end
+$$;
+comment on function private.correct_rating(public.call_logs, bigint, text, timestamptz) is
+  'Rates a call anew whose seconds the carrier corrected, at its own price, and says what it came to more or less; null where that is nothing.';
+
+-- What a call costs ---------------------------------------------------------------------------------------------------------------
+
+create table private.exchange_rates (
+  from_currency text not null check (from_currency ~ '^[A-Z]{3}$'),
+  to_currency   text not null check (to_currency ~ '^[A-Z]{3}$'),
+  day           date not null,
+  rate          numeric not null check (rate > 0),
+  loaded_at     timestamptz not null,
+  primary key (from_currency, to_currency, day),
+  check (from_currency <> to_currency)
+);
+select private.close_table('private.exchange_rates');
+comment on table private.exchange_rates is
+  'What a unit of one currency is in another from a day on, as the operator has loaded it. XEL are ElevenLabs'' credits. Calls keep the rate that they were converted at.';
+
+create function private.exchange_rate(from_currency text, to_currency text, day date, out rate numeric, out rate_day date)
+language plpgsql stable set search_path = ''
+as $$
+begin
+  if from_currency = to_currency then
+    rate := 1;
+    rate_day := day;
+    return;
+  end if;
+  select known.rate, known.day into rate, rate_day
+  from private.exchange_rates as known
+  where known.from_currency = exchange_rate.from_currency and known.to_currency = exchange_rate.to_currency
+    -- An older one says too little; the cost waits for one that is loaded.
+    and known.day <= exchange_rate.day and known.day > exchange_rate.day - 31
+  order by known.day desc
+  limit 1;
+end
+$$;
+comment on function private.exchange_rate(text, text, date) is 'The exchange rate of a day: its own, or the last one within a month before; null without.';
+
+create table private.call_costs (
+  call_log_id      uuid not null,
+  kind             text not null,
+  organization_id  uuid not null,
+  day              date not null,
+  amount_micros    bigint not null,
+  currency         text not null,
+  first_micros     bigint not null,
+  is_estimated     boolean not null default false,
+  into_currency    text not null,
+  exchange_rate    numeric,
+  rate_day         date,
+  converted_micros bigint generated always as (round(amount_micros * exchange_rate)) stored,
+  told_at       timestamptz not null,
+  constraint call_costs_pkey primary key (call_log_id, kind),
+  constraint call_costs_call_fkey foreign key (organization_id, call_log_id)
+    references public.call_logs (organization_id, id) on delete restrict,
+  constraint call_costs_kind_known check (kind in ('carrier', 'agent')),
+  constraint call_costs_amounts_not_negative check (amount_micros >= 0 and first_micros >= 0),
+  constraint call_costs_currencies_format check (currency ~ '^[A-Z]{3}$' and into_currency ~ '^[A-Z]{3}$'),
+  constraint call_costs_rate_has_day check ((exchange_rate is null) = (rate_day is null))
+);
+create index idx_call_costs_call on private.call_costs (organization_id, call_log_id);
+create index idx_call_costs_waiting on private.call_costs (currency, into_currency, day) where exchange_rate is null;
+select private.close_table('private.call_costs');
+comment on table private.call_costs is
+  'What the carrier and the voice agent ask for a call, in their currency and in the one that its organization pays in.';
+comment on column private.call_costs.day is 'The call''s day in UTC, whose exchange rate is taken.';
+comment on column private.call_costs.first_micros is 'What it was first; a correction changes amount_micros, at the same exchange rate.';
+comment on column private.call_costs.is_estimated is 'By the carrier account''s own deck: the carrier has not said yet.';
+comment on column private.call_costs.exchange_rate is 'Null while none of the day is loaded: the cost counts in no margin until then.';
+comment on column private.call_costs.converted_micros is 'In millionths of into_currency, rounded half away from zero.';
+
+create function private.put_call_cost(
+  attempt public.call_logs, kind text, amount_micros bigint, currency text, is_estimated boolean, at timestamptz
+) returns void
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  counted_on constant date := (attempt.created_at at time zone 'UTC')::date;
+  known private.call_costs;
+  money text;
+  exchange record;
+begin
+  select own.* into known
+  from private.call_costs as own
+  where own.call_log_id = attempt.id and own.kind = put_call_cost.kind
+  for no key update;
+  if known.call_log_id is null then
+    money := coalesce(
+      (
+        select price.currency
+        from public.plan_prices as price
+        where price.id = (private.live_subscription(attempt.organization_id)).plan_price_id
+      ),
+      put_call_cost.currency
+    );
+    exchange := private.exchange_rate(put_call_cost.currency, money, counted_on);
+    insert into private.call_costs as own (
+      call_log_id, kind, organization_id, day, amount_micros, currency, first_micros, is_estimated, into_currency, exchange_rate, rate_day,
+      told_at
+    )
+    values (
+      attempt.id, put_call_cost.kind, attempt.organization_id, counted_on, put_call_cost.amount_micros, put_call_cost.currency,
+      put_call_cost.amount_micros, put_call_cost.is_estimated, money, exchange.rate, exchange.rate_day, at
+    );
+    return;
+  end if;
+  if known.currency = put_call_cost.currency then
+    update private.call_costs as own
+    set amount_micros = put_call_cost.amount_micros, is_estimated = put_call_cost.is_estimated, told_at = at
+    where own.call_log_id = attempt.id and own.kind = put_call_cost.kind;
+  else
+    -- In another currency than before: at the rate of the call's own day.
+    exchange := private.exchange_rate(put_call_cost.currency, known.into_currency, known.day);
+    update private.call_costs as own
+    set
+      amount_micros = put_call_cost.amount_micros, currency = put_call_cost.currency, is_estimated = put_call_cost.is_estimated,
+      exchange_rate = exchange.rate, rate_day = exchange.rate_day, told_at = at
+    where own.call_log_id = attempt.id and own.kind = put_call_cost.kind;
+  end if;
+end
+$$;
+comment on function private.put_call_cost(public.call_logs, text, bigint, text, boolean, timestamptz) is
+  'Keeps what a call cost at the carrier or the agent: first at the exchange rate of its day, and corrected at that same rate.';
+
+create function private.keep_carrier_cost() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  deck private.rate_decks;
+  rated record;
+begin
+  if new.carrier_cost_micros is not null then
+    perform private.put_call_cost(new, 'carrier', new.carrier_cost_micros, coalesce(new.carrier_cost_currency, 'USD'), false, private.clock_now());
+    return null;
+  end if;
+  if new.direction = 'outbound' and new.bill_duration_seconds > 0 then
+    select known.* into deck
+    from private.rate_decks as known
+    where known.key = (
+      select own.deck_key
+      from private.carrier_rate_decks as own
+      where own.carrier_account_id = new.carrier_account_id and own.valid_from <= new.created_at
+      order by own.valid_from desc
+      limit 1
+    );
+    if deck.key is not null then
+      rated := private.rate_seconds(
+        private.find_rate(private.deck_version(deck.key, new.created_at), new.callee_number), new.bill_duration_seconds
+      );
+      perform private.put_call_cost(new, 'carrier', private.divide_half_away(rated.amount, 60), deck.currency, true, private.clock_now());
+    end if;
+  end if;
+  return null;
+end
+$$;
+comment on function private.keep_carrier_cost() is
+  'Trigger: what the carrier asks for an ended call, as it says, or as its price list has it until it does.';
+create trigger keep_carrier_cost after update of status, carrier_cost_micros, carrier_cost_currency, bill_duration_seconds on public.call_logs
+  for each row when (
+    new.status = 'ended' and (new.carrier_cost_micros is not null or new.bill_duration_seconds > 0)
+    and (old.status, old.carrier_cost_micros, old.carrier_cost_currency, old.bill_duration_seconds)
+      is distinct from (new.status, new.carrier_cost_micros, new.carrier_cost_currency, new.bill_duration_seconds)
+  ) execute function private.keep_carrier_cost();
+
+create function private.set_exchange_rate(from_currency text, to_currency text, day date, rate numeric, at timestamptz) returns bigint
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  converted bigint;
+begin
+  insert into private.exchange_rates as known (from_currency, to_currency, day, rate, loaded_at)
+  values (set_exchange_rate.from_currency, set_exchange_rate.to_currency, set_exchange_rate.day, set_exchange_rate.rate, at)
+  on conflict on constraint exchange_rates_pkey do update set rate = excluded.rate, loaded_at = excluded.loaded_at;
+  update private.call_costs as own
+  set exchange_rate = found_rate.rate, rate_day = found_rate.rate_day, told_at = at
+  from (
+    select distinct waiting.day, exchange.rate, exchange.rate_day
+    from private.call_costs as waiting
+    cross join lateral private.exchange_rate(
+      set_exchange_rate.from_currency, set_exchange_rate.to_currency, waiting.day
+    ) as exchange
+    where waiting.exchange_rate is null and waiting.currency = set_exchange_rate.from_currency
+      and waiting.into_currency = set_exchange_rate.to_currency and exchange.rate is not null
+  ) as found_rate
+  where own.exchange_rate is null and own.currency = set_exchange_rate.from_currency
+    and own.into_currency = set_exchange_rate.to_currency and own.day = found_rate.day;
+  get diagnostics converted = row_count;
+  return converted;
+end
+$$;
+comment on function private.set_exchange_rate(text, text, date, numeric, timestamptz) is
+  'For the operator: what a unit of one currency is in another from a day on. Converts the costs that waited for it, and says how many; those '
+  'that have a rate keep theirs.';
+
+-- What is left --------------------------------------------------------------------------------------------------------------------
+
+create view private.call_margins with (security_invoker = true) as
+select
+  log.organization_id, log.campaign_id, log.id as call_log_id, log.ended_at, log.bill_duration_seconds as seconds,
+  coalesce(priced.destination, place.country, 'unknown') as destination,
+  coalesce(rating.currency, charge.currency, carrier.into_currency, agent.into_currency) as currency,
+  coalesce(rating.amount, 0) / 60.0
+    + coalesce(charge.charged_minor, 0) * power(10::numeric, 6 - private.currency_digits(charge.currency)) as revenue_micros,
+  carrier.converted_micros as carrier_micros,
+  agent.converted_micros as agent_micros,
+  coalesce(carrier.is_estimated, false) as is_estimated,
+  rating.call_log_id is not null and priced.price_micros is null as is_unrated,
+  carrier.call_log_id is null as lacks_cost,
+  carrier.call_log_id is not null and carrier.exchange_rate is null
+    or agent.call_log_id is not null and agent.exchange_rate is null as lacks_exchange
+from public.call_logs as log
+left join lateral (
+  select own.*
+  from private.call_ratings as own
+  where own.call_log_id = log.id
+  order by own.number desc
+  limit 1
+) as rating on true
+left join private.rates as priced on priced.version_id = rating.version_id and priced.prefix = rating.prefix
+left join lateral (
+  select own.currency, own.charged_minor + coalesce((
+      select sum(later.charged_minor)
+      from private.call_corrections as later
+      where later.organization_id = own.organization_id and later.call_log_id = own.call_log_id
+    ), 0) as charged_minor
+  from public.call_charges as own
+  where own.call_log_id = log.id
+) as charge on true
+left join private.call_costs as carrier on carrier.call_log_id = log.id and carrier.kind = 'carrier'
+left join private.call_costs as agent on agent.call_log_id = log.id and agent.kind = 'agent'
+left join lateral private.destination(
+  case log.direction when 'inbound' then log.caller_number else log.callee_number end, null
+) as place on priced.prefix is null
+where log.status = 'ended' and log.bill_duration_seconds > 0;
+revoke all on private.call_margins from public, anon, authenticated, service_role;
+comment on view private.call_margins is
+  'Of each call that was billed: what it brought by deck and by prepaid credit, and what carrier and agent asked, in the organization''s currency. '
+  'For the operator alone. What a plan''s base price and overage bring is no single call''s.';
+
+create function private.margin(by text, from_time timestamptz, to_time timestamptz)
+returns table (
+  key text, name text, currency text, calls bigint, seconds bigint, revenue numeric, carrier_cost numeric, agent_cost numeric, margin numeric,
+  margin_percent numeric, invoiced numeric, without_rate bigint, without_cost bigint, without_exchange bigint, estimated bigint
+)
+language plpgsql stable security definer set search_path = ''
+as $$
+#variable_conflict use_column
+begin
+  if by not in ('organization', 'campaign', 'destination') then
+    perform private.raise_error(422, 'invalid_grouping', 'A margin is by organization, campaign or destination', 'by');
+  end if;
+  return query
+  with grouped as (
+    select
+      case margin.by when 'organization' then call.organization_id::text when 'campaign' then coalesce(call.campaign_id::text, '') else call.destination end as key,
+      call.currency, count(*) as calls, sum(call.seconds)::bigint as seconds, sum(call.revenue_micros) as revenue,
+      coalesce(sum(call.carrier_micros), 0) as carrier, coalesce(sum(call.agent_micros), 0) as agent,
+      count(*) filter (where call.is_unrated) as without_rate, count(*) filter (where call.lacks_cost) as without_cost,
+      count(*) filter (where call.lacks_exchange) as without_exchange, count(*) filter (where call.is_estimated) as estimated
+    from private.call_margins as call
+    where call.ended_at >= from_time and call.ended_at < to_time
+    group by 1, call.currency
+  )
+  select
+    grouped.key,
+    case margin.by
+      when 'organization' then (select tenant.name from public.organizations as tenant where tenant.id = grouped.key::uuid)
+      when 'campaign' then (select campaign.name from public.campaigns as campaign where campaign.id = nullif(grouped.key, '')::uuid)
+      else grouped.key
+    end,
+    grouped.currency, grouped.calls, grouped.seconds, round(grouped.revenue / 1000000, 6), round(grouped.carrier / 1000000, 6),
+    round(grouped.agent / 1000000, 6), round((grouped.revenue - grouped.carrier - grouped.agent) / 1000000, 6),
+    round(100 * (grouped.revenue - grouped.carrier - grouped.agent) / nullif(grouped.revenue, 0), 2),
+    case margin.by when 'organization' then (
+      select sum(private.decimal_amount(bill.subtotal_minor, bill.currency))
+      from public.invoices as bill
+      where bill.organization_id = grouped.key::uuid and bill.currency = grouped.currency and bill.status not in ('draft', 'void')
+        and bill.finalized_at >= from_time and bill.finalized_at < to_time
+    ) end,
+    grouped.without_rate, grouped.without_cost, grouped.without_exchange, grouped.estimated
+  from grouped
+  order by grouped.revenue - grouped.carrier - grouped.agent, grouped.key, grouped.currency;
+end
+$$;
+comment on function private.margin(text, timestamptz, timestamptz) is
+  'For the operator: what calls that ended in a stretch of time brought and cost, by organization, campaign or destination and by currency, the '
+  'worst first; what is missing is counted. Invoiced is what the organization''s invoices of that time say before tax, base prices and all.';
+
+revoke all on function
+  private.currency_digits(text), private.deck_term(jsonb, text), private.set_rates(text, text, text, timestamptz, jsonb, timestamptz),
+  private.set_organization_deck(uuid, text, timestamptz), private.deck_version(text, timestamptz), private.find_rate(uuid, text),
+  private.rate_seconds(private.rates, bigint), private.deck_of(uuid, uuid, timestamptz), private.selling_version(uuid, timestamptz),
+  private.rate_call(public.call_logs, bigint, timestamptz), private.correct_rating(public.call_logs, bigint, text, timestamptz),
+  private.exchange_rate(text, text, date), private.put_call_cost(public.call_logs, text, bigint, text, boolean, timestamptz),
+  private.keep_carrier_cost(), private.set_exchange_rate(text, text, date, numeric, timestamptz),
+  private.margin(text, timestamptz, timestamptz)
+from public, anon, authenticated, service_role;
 -- 24_functions_restore.sql
 
 -- A database that came back from a backup does not know what was dialled and numbered since. Until it does, nobody is called.
@@ -26363,6 +28044,2124 @@ from public, anon, authenticated, service_role;
 grant execute on function
   private.claim_restore_page(), public.claim_restore_page(jsonb), private.book_calls(jsonb, timestamptz), public.book_calls(jsonb)
 to service_role;
+-- 25_functions_discounts.sql
+
+-- Discounts: what the operator gives, and coupons that users redeem. What they take off an invoice is worked out where it is priced.
+
+create function private.discount_summary(discount private.discounts) returns jsonb
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return jsonb_build_object(
+    'id', discount.id, 'name', discount.name, 'coupon', discount.coupon_code, 'percent_bp', discount.percent_bp,
+    'amount_minor', discount.amount_minor, 'currency', discount.currency,
+    'invoices_left', discount.invoices - discount.applied
+  );
+end
+$$;
+comment on function private.discount_summary(private.discounts) is 'A discount as answers say it; `invoices_left` null is for ever.';
+
+create function private.live_discounts(subscription_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select coalesce(jsonb_agg(private.discount_summary(discount) order by discount.number), '[]')
+  from private.discounts as discount
+  where discount.subscription_id = $1 and discount.ended_at is null
+$$;
+comment on function private.live_discounts(uuid) is 'What is taken off a subscription''s next invoice, in its order.';
+
+create function private.check_discount_terms(terms jsonb) returns void
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  if jsonb_typeof(terms) is distinct from 'object'
+    or coalesce(btrim(terms ->> 'name'), '') = '' or length(terms ->> 'name') > 100
+    or (terms ->> 'percent_bp' is null) = (terms ->> 'amount_minor' is null)
+    or (terms ->> 'amount_minor' is null) <> (terms ->> 'currency' is null)
+    or terms ->> 'percent_bp' !~ '^[0-9]{1,5}$' or (terms ->> 'percent_bp')::numeric not between 1 and 10000
+    or terms ->> 'amount_minor' !~ '^[0-9]{1,15}$' or (terms ->> 'amount_minor')::numeric = 0
+    or terms ->> 'currency' !~ '^[A-Z]{3}$'
+    or terms ->> 'invoices' !~ '^[0-9]{1,4}$' or (terms ->> 'invoices')::numeric = 0 then
+    perform private.raise_error(
+      400, 'invalid_request', 'A discount has a name and either percent_bp, or amount_minor and currency; invoices is a number or left out',
+      'terms');
+  end if;
+end
+$$;
+comment on function private.check_discount_terms(jsonb) is 'Ends the request with 400 unless it says a discount.';
+
+create function private.set_coupon(code text, terms jsonb, at timestamptz) returns text
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  known private.coupons;
+begin
+  perform private.check_discount_terms(terms);
+  if coalesce(code, '') !~ '^[A-Z0-9][A-Z0-9_-]{0,39}$' then
+    perform private.raise_error(400, 'invalid_request', 'A code is of capitals, digits, - and _, 40 at most', 'code');
+  end if;
+  insert into private.coupons as own (
+    code, name, percent_bp, amount_minor, currency, invoices, max_redemptions, valid_from, valid_to, created_at
+  )
+  values (
+    set_coupon.code, terms ->> 'name', (terms ->> 'percent_bp')::integer, (terms ->> 'amount_minor')::bigint, terms ->> 'currency',
+    (terms ->> 'invoices')::integer, (terms ->> 'max_redemptions')::integer, coalesce((terms ->> 'valid_from')::timestamptz, at),
+    (terms ->> 'valid_to')::timestamptz, at
+  )
+  on conflict on constraint coupons_pkey do update
+  set name = excluded.name, max_redemptions = excluded.max_redemptions, valid_to = excluded.valid_to
+  returning own.* into known;
+  if (known.percent_bp, known.amount_minor, known.currency, known.invoices) is distinct from (
+    (terms ->> 'percent_bp')::integer, (terms ->> 'amount_minor')::bigint, terms ->> 'currency', (terms ->> 'invoices')::integer
+  ) then
+    perform private.raise_error(409, 'coupon_in_use', 'What a code takes off does not change: choose another code', 'code');
+  end if;
+  return known.code;
+end
+$$;
+comment on function private.set_coupon(text, jsonb, timestamptz) is
+  'For the operator: a code that takes off {"name","percent_bp"|"amount_minor","currency","invoices","max_redemptions","valid_to"}. Again '
+  'under the same code, its name, its limit and its end change; what it takes off does not.';
+
+create function private.add_discount(organization_id uuid, terms jsonb, idempotency_key text, at timestamptz) returns uuid
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  subscription public.subscriptions := private.live_subscription(organization_id);
+  money text := (select price.currency from public.plan_prices as price where price.id = subscription.plan_price_id);
+  discount private.discounts;
+begin
+  perform private.check_discount_terms(terms);
+  if subscription.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription, so nothing will be billed');
+  end if;
+  if coalesce(length(idempotency_key), 0) not between 1 and 255 then
+    perform private.raise_error(400, 'invalid_request', 'idempotency_key must be a text of 1 to 255 characters', 'idempotency_key');
+  end if;
+  if terms ->> 'currency' <> money then
+    perform private.raise_error(422, 'currency_differs', 'The subscription is billed in another currency', 'currency');
+  end if;
+  insert into private.discounts as known (
+    organization_id, subscription_id, name, percent_bp, amount_minor, currency, invoices, idempotency_key, created_at
+  )
+  values (
+    add_discount.organization_id, subscription.id, terms ->> 'name', (terms ->> 'percent_bp')::integer, (terms ->> 'amount_minor')::bigint,
+    terms ->> 'currency', (terms ->> 'invoices')::integer, add_discount.idempotency_key, at
+  )
+  on conflict on constraint discounts_key do nothing
+  returning known.* into discount;
+  if discount.id is null then
+    select known.* into discount
+    from private.discounts as known
+    where known.organization_id = add_discount.organization_id and known.idempotency_key = add_discount.idempotency_key;
+    if (discount.name, discount.percent_bp, discount.amount_minor, discount.invoices) is distinct from (
+      terms ->> 'name', (terms ->> 'percent_bp')::integer, (terms ->> 'amount_minor')::bigint, (terms ->> 'invoices')::integer
+    ) then
+      perform private.raise_error(409, 'idempotency_conflict', 'Another discount was given under this key', 'idempotency_key');
+    end if;
+    return discount.id;
+  end if;
+  perform private.audit(
+    discount.organization_id, 'discount.given', 'discount', discount.id, private.discount_summary(discount) - 'id', at
+  );
+  return discount.id;
+end
+$$;
+comment on function private.add_discount(uuid, jsonb, text, timestamptz) is
+  'For the operator: takes {"name","percent_bp"|"amount_minor","currency","invoices"} off an organization''s next invoices, once a key; '
+  '`invoices` 1 is the next one alone, left out is all.';
+
+create function private.end_discount(discount_id uuid, at timestamptz) returns boolean
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  ended private.discounts;
+begin
+  update private.discounts as own
+  set ended_at = at
+  where own.id = discount_id and own.ended_at is null
+  returning own.* into ended;
+  if not found then
+    return false;
+  end if;
+  perform private.audit(ended.organization_id, 'discount.ended', 'discount', ended.id, private.discount_summary(ended) - 'id', at);
+  return true;
+end
+$$;
+comment on function private.end_discount(uuid, timestamptz) is 'For the operator: nothing more is taken off; whether there was anything to end.';
+
+create function private.apply_coupon(organization uuid, code text, at timestamptz) returns jsonb
+language plpgsql set search_path = ''
+as $$
+declare
+  live public.subscriptions := private.lock_subscription(organization, at);
+  money text := (select price.currency from public.plan_prices as price where price.id = live.plan_price_id);
+  wanted text := upper(btrim(code));
+  coupon private.coupons;
+  discount private.discounts;
+begin
+  if live.id is null then
+    perform private.raise_error(402, 'subscription_inactive', 'There is no live subscription');
+  end if;
+  if exists (select from private.discounts as known where known.organization_id = organization and known.coupon_code = wanted) then
+    perform private.raise_error(409, 'coupon_redeemed', 'The coupon was redeemed already', 'code');
+  end if;
+  -- Others who redeem it wait here, and see what is left of it.
+  select own.* into coupon from private.coupons as own where own.code = wanted and own.valid_from <= at for no key update;
+  if not found then
+    perform private.raise_error(404, 'coupon_not_found', 'There is no such coupon', 'code');
+  end if;
+  if coupon.valid_to <= at or coupon.redeemed >= coupon.max_redemptions then
+    perform private.raise_error(409, 'coupon_exhausted', 'The coupon has ended', 'code');
+  end if;
+  if coupon.currency <> money then
+    perform private.raise_error(422, 'currency_differs', 'The coupon is of another currency than the subscription', 'code');
+  end if;
+  update private.coupons as own set redeemed = own.redeemed + 1 where own.code = wanted;
+  insert into private.discounts as own (
+    organization_id, subscription_id, coupon_code, name, percent_bp, amount_minor, currency, invoices, created_at
+  )
+  values (
+    organization, live.id, coupon.code, coupon.name, coupon.percent_bp, coupon.amount_minor, coupon.currency, coupon.invoices, at
+  )
+  returning own.* into discount;
+  perform private.audit(
+    organization, 'coupon.redeemed', 'discount', discount.id, private.discount_summary(discount) - 'id', at
+  );
+  return jsonb_build_object('result', 'redeemed', 'discount', private.discount_summary(discount));
+end
+$$;
+comment on function private.apply_coupon(uuid, text, timestamptz) is
+  'Takes what a coupon says off the subscription''s invoices from the next one on. An organization redeems a coupon once, and all of them '
+  'together as often as it may be redeemed.';
+
+create function private.redeem_coupon(code text, idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request jsonb := jsonb_build_object('action', 'redeem_coupon', 'code', code);
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+begin
+  return coalesce(answer, private.answer_request(
+    organization, idempotency_key, request, private.apply_coupon(organization, code, at), at));
+end
+$$;
+comment on function private.redeem_coupon(text, text, timestamptz) is 'apply_coupon for the caller''s organization. Needs billing.manage.';
+
+create function public.redeem_coupon(code text, idempotency_key text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.redeem_coupon(code, idempotency_key, private.clock_now())
+$$;
+comment on function public.redeem_coupon(text, text) is
+  'Redeems a coupon for the caller''s subscription: {"result":"redeemed","discount":{"name","percent_bp","amount_minor","currency",'
+  '"invoices_left"}}. Needs billing.manage.';
+
+revoke all on function
+  private.discount_summary(private.discounts), private.live_discounts(uuid), private.check_discount_terms(jsonb),
+  private.set_coupon(text, jsonb, timestamptz), private.add_discount(uuid, jsonb, text, timestamptz),
+  private.end_discount(uuid, timestamptz), private.apply_coupon(uuid, text, timestamptz), private.redeem_coupon(text, text, timestamptz),
+  public.redeem_coupon(text, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.redeem_coupon(text, text, timestamptz), public.redeem_coupon(text, text) to authenticated;
+-- 26_functions_collecting.sql
+
+-- Collecting: what we ask of the payment gateways, once each, and what became of it. The rules of mandates are data.
+
+
+-- Where we ask --------------------------------------------------------------------------------------------------------------------
+
+create table private.payment_accounts (
+  id                 uuid primary key default gen_random_uuid(),
+  gateway            public.payment_gateway not null,
+  name               text,
+  credentials_sealed text not null,
+  api_base           text not null,
+  return_url         text,
+  currencies         text[],
+  priority           integer not null default 100,
+  is_active          boolean not null default true,
+  created_at         timestamptz not null default private.clock_now(),
+  constraint payment_accounts_gateway_key unique (gateway),
+  constraint payment_accounts_gateway_asked check (gateway <> 'manual'),
+  constraint payment_accounts_sealed check (credentials_sealed like 'v1.%'),
+  constraint payment_accounts_api_base_format check (api_base ~ '^https?://'),
+  constraint payment_accounts_return_url_format check (return_url ~ '^https?://'),
+  constraint payment_accounts_return_url_given check (gateway <> 'stripe' or return_url is not null)
+);
+select private.close_table('private.payment_accounts');
+
+comment on table private.payment_accounts is 'The platform''s account at each payment gateway, its keys sealed for the row''s id.';
+comment on column private.payment_accounts.credentials_sealed is
+  'Stripe''s {"secret_key"}, Razorpay''s {"key_id","key_secret"}: a JSON object, sealed as a carrier account''s.';
+comment on column private.payment_accounts.return_url is 'Where somebody is sent who has paid or agreed at the gateway; Stripe asks for one.';
+comment on column private.payment_accounts.currencies is 'Which currencies it takes; null is all.';
+comment on column private.payment_accounts.priority is 'Of several that take a currency, the lowest makes the payment link.';
+
+create table private.mandate_rules (
+  gateway       public.payment_gateway not null,
+  type          public.payment_method_type not null,
+  currency      text not null default '*',
+  notice_hours  integer not null default 0,
+  limit_minor   bigint,
+  attempts      integer not null,
+  spacing_hours integer not null,
+  closed_hours  text[] not null default '{}',
+  timezone      text not null default 'UTC',
+  source        text not null,
+  constraint mandate_rules_pkey primary key (gateway, type, currency),
+  constraint mandate_rules_currency_format check (currency = '*' or currency ~ '^[A-Z]{3}$'),
+  constraint mandate_rules_notice_range check (notice_hours between 0 and 240),
+  constraint mandate_rules_limit_positive check (limit_minor > 0),
+  constraint mandate_rules_attempts_range check (attempts between 1 and 15),
+  constraint mandate_rules_spacing_range check (spacing_hours between 1 and 720),
+  constraint mandate_rules_closed_hours_format check (
+    array_to_string(closed_hours, ',') ~ '^((^|,)[0-2][0-9]:[0-5][0-9]-[0-2][0-9]:[0-5][0-9])*$'
+  ),
+  constraint mandate_rules_source_named check (btrim(source) <> '')
+);
+select private.close_table('private.mandate_rules');
+create trigger check_timezone before insert or update of timezone on private.mandate_rules
+  for each row execute function private.check_timezone();
+
+comment on table private.mandate_rules is
+  'How a saved payment method may be charged without its holder. What has no row here is not charged: a payment link is sent.';
+comment on column private.mandate_rules.currency is '* is every currency that has no row of its own.';
+comment on column private.mandate_rules.notice_hours is
+  'How long before the debit the gateway has to be told of it, so that it tells the holder; 0 where the gateway sees to that by itself.';
+comment on column private.mandate_rules.limit_minor is 'Above it the holder has to take part; null is no limit.';
+comment on column private.mandate_rules.attempts is 'How often one invoice is charged at most, the first time included.';
+comment on column private.mandate_rules.spacing_hours is 'How long after one attempt the next may be.';
+comment on column private.mandate_rules.closed_hours is 'In which hours nothing is debited, as 10:00-13:00, in timezone.';
+comment on column private.mandate_rules.source is 'Who says so. Have a professional confirm it.';
+
+insert into private.mandate_rules (gateway, type, currency, notice_hours, limit_minor, attempts, spacing_hours, closed_hours, timezone, source)
+values
+  ('razorpay', 'upi', 'INR', 25, 1500000, 4, 24, '{10:00-13:00,17:00-21:30}', 'Asia/Kolkata',
+    'RBI e-mandate framework (notice of 24 hours, INR 15,000 without additional factor); NPCI, from 1 August 2025: one attempt and three '
+    'retries, outside peak hours; Razorpay: debits 25 hours after the notification'),
+  ('razorpay', 'card', 'INR', 37, 1500000, 4, 24, '{}', 'Asia/Kolkata',
+    'RBI e-mandate framework (notice of 24 hours, INR 15,000 without additional factor); Razorpay: debits cards 36 hours and 5 minutes '
+    'after the notification'),
+  ('razorpay', 'bank_transfer', 'INR', 25, 1500000, 3, 72, '{}', 'Asia/Kolkata',
+    'RBI e-mandate framework, taken for bank mandates too, as the stricter rule'),
+  ('razorpay', 'razorpay', 'INR', 37, 1500000, 3, 24, '{10:00-13:00,17:00-21:30}', 'Asia/Kolkata',
+    'Of a token whose method is not known the strictest of the rules above'),
+  ('stripe', 'card', 'INR', 0, 1500000, 1, 24, '{}', 'Asia/Kolkata',
+    'RBI e-mandate framework; Stripe sends the notice itself and holds the debit for it, and does not retry cards issued in India'),
+  ('stripe', 'upi', 'INR', 0, 1500000, 1, 24, '{10:00-13:00,17:00-21:30}', 'Asia/Kolkata',
+    'RBI e-mandate framework; NPCI peak hours; Stripe sends the notice itself'),
+  ('stripe', 'stripe', 'INR', 0, 1500000, 1, 24, '{}', 'Asia/Kolkata', 'As a card of India'),
+  ('stripe', 'card', '*', 0, null, 4, 24, '{}', 'UTC',
+    'Visa and Mastercard allow more than four in 30 days; a code of category 1 (never try again) is a hard decline'),
+  ('stripe', 'stripe', '*', 0, null, 4, 24, '{}', 'UTC', 'As a card'),
+  ('stripe', 'bank_transfer', '*', 0, null, 3, 72, '{}', 'UTC', 'Nacha: a returned debit is presented again twice at most')
+on conflict do nothing;
+
+create table private.decline_codes (
+  gateway public.payment_gateway not null,
+  code    text not null,
+  kind    text not null,
+  constraint decline_codes_pkey primary key (gateway, code),
+  constraint decline_codes_kind_known check (kind in ('hard', 'authentication'))
+);
+select private.close_table('private.decline_codes');
+
+comment on table private.decline_codes is
+  'What a refusal means. hard: this method is never charged again, a new one is asked for; authentication: its holder has to take part, '
+  'by a payment link. Any other code is soft: it may go better another day.';
+
+insert into private.decline_codes (gateway, code, kind)
+select 'stripe'::public.payment_gateway, code, 'hard'
+from unnest(array[
+  'account_closed', 'card_not_supported', 'debit_not_authorized', 'expired_card', 'fraudulent', 'incorrect_number', 'invalid_account',
+  'invalid_number', 'lost_card', 'mandate_invalid', 'merchant_blacklist', 'new_account_information_available', 'payment_intent_mandate_invalid',
+  'payment_method_not_available', 'pickup_card', 'resource_missing', 'restricted_card', 'revocation_of_all_authorizations',
+  'revocation_of_authorization', 'security_violation', 'stolen_card', 'stop_payment_order'
+]) as code
+union all
+select 'stripe'::public.payment_gateway, code, 'authentication'
+from unnest(array['authentication_required', 'authentication_not_handled', 'approve_with_id', 'offline_pin_required', 'online_or_offline_pin_required']) as code
+union all
+select 'razorpay'::public.payment_gateway, code, 'hard'
+from unnest(array[
+  'bank_account_invalid', 'card_blocked', 'card_expired', 'card_lost_or_stolen', 'card_number_invalid', 'debit_instrument_blocked',
+  'debit_instrument_inactive', 'mandate_cancelled', 'mandate_expired', 'mandate_paused', 'mandate_revoked', 'token_cancelled',
+  'token_expired', 'token_not_found', 'token_rejected'
+]) as code
+union all
+select 'razorpay'::public.payment_gateway, code, 'authentication'
+from unnest(array['authentication_failed', 'amount_exceeds_mandate_limit', 'payment_declined_afa_required']) as code
+on conflict do nothing;
+
+
+-- What we ask ---------------------------------------------------------------------------------------------------------------------
+
+create table private.gateway_requests (
+  id                uuid primary key default private.uuid_v7(),
+  organization_id   uuid not null references public.organizations (id) on delete restrict,
+  kind              text not null,
+  gateway           public.payment_gateway not null,
+  invoice_id        uuid,
+  payment_method_id uuid,
+  payment_id        uuid,
+  credit_note_id    uuid,
+  retry_number      integer,
+  method            text,
+  amount_minor      bigint,
+  currency          text,
+  state             text not null default 'waiting',
+  not_before        timestamptz not null,
+  notify_at         timestamptz,
+  noticed_at        timestamptz,
+  submitted_at      timestamptz,
+  asked_at          timestamptz,
+  submission        integer not null default 0,
+  lease_until       timestamptz,
+  cancel_wanted     boolean not null default false,
+  order_ref         text,
+  reference         text,
+  url               text,
+  url_expires_at    timestamptz,
+  failure_code      text,
+  failure_kind      text,
+  created_by        uuid,
+  created_at        timestamptz not null,
+  finished_at       timestamptz,
+  constraint gateway_requests_invoice_fkey foreign key (organization_id, invoice_id)
+    references public.invoices (organization_id, id) on delete restrict,
+  constraint gateway_requests_payment_method_fkey foreign key (organization_id, payment_method_id)
+    references public.payment_methods (organization_id, id) on delete restrict,
+  constraint gateway_requests_payment_fkey foreign key (organization_id, payment_id)
+    references public.payments (organization_id, id) on delete restrict,
+  constraint gateway_requests_credit_note_fkey foreign key (organization_id, credit_note_id)
+    references public.credit_notes (organization_id, id) on delete restrict,
+  constraint gateway_requests_kind_fits check (
+    case kind
+      when 'charge' then invoice_id is not null and payment_method_id is not null
+      when 'link' then invoice_id is not null
+      when 'refund' then payment_id is not null
+      when 'setup' then invoice_id is null
+      when 'revoke' then payment_method_id is not null
+      else false
+    end
+  ),
+  constraint gateway_requests_amount_fits check (
+    kind in ('setup', 'revoke') or amount_minor > 0 and currency is not null and currency ~ '^[A-Z]{3}$'
+  ),
+  constraint gateway_requests_state_known check (
+    state in ('waiting', 'submitting', 'open', 'unknown', 'succeeded', 'failed', 'cancelled')
+  ),
+  constraint gateway_requests_finished check ((finished_at is not null) = (state in ('succeeded', 'failed', 'cancelled'))),
+  constraint gateway_requests_submitted check (state not in ('submitting', 'open', 'unknown') or submission > 0),
+  constraint gateway_requests_failure_known check (failure_kind in ('hard', 'authentication', 'soft', 'refused'))
+);
+
+-- While the gateway may take money for an invoice by one way, it is not asked by another: whatever a handler believes.
+create unique index idx_gateway_requests_asked on private.gateway_requests (organization_id, invoice_id)
+  where kind in ('charge', 'link') and state in ('submitting', 'open', 'unknown');
+create unique index idx_gateway_requests_live on private.gateway_requests (organization_id, invoice_id, kind)
+  where kind in ('charge', 'link') and state in ('waiting', 'submitting', 'open', 'unknown');
+create unique index idx_gateway_requests_retry on private.gateway_requests (organization_id, invoice_id, retry_number)
+  where kind = 'charge' and retry_number is not null and state <> 'cancelled';
+create unique index idx_gateway_requests_credit_note on private.gateway_requests (organization_id, credit_note_id, payment_id)
+  where kind = 'refund' and state not in ('failed', 'cancelled');
+create index idx_gateway_requests_invoice on private.gateway_requests (organization_id, invoice_id, created_at);
+create index idx_gateway_requests_payment_method on private.gateway_requests (organization_id, payment_method_id)
+  where payment_method_id is not null;
+create index idx_gateway_requests_payment on private.gateway_requests (organization_id, payment_id) where payment_id is not null;
+create index idx_gateway_requests_note on private.gateway_requests (organization_id, credit_note_id) where credit_note_id is not null;
+create index idx_gateway_requests_waiting on private.gateway_requests (not_before) where state = 'waiting';
+create index idx_gateway_requests_setups on private.gateway_requests (organization_id) where kind = 'setup' and finished_at is null;
+create index idx_gateway_requests_leased on private.gateway_requests (lease_until) where state in ('submitting', 'open', 'unknown');
+select private.close_table('private.gateway_requests');
+
+comment on table private.gateway_requests is
+  'What a payment gateway is asked for, a row before it hears of it: to charge a saved method, to make a payment link, to pay back, to save '
+  'a method or to forget one. Its id is the key by which the gateway knows the same request again.';
+comment on column private.gateway_requests.retry_number is 'Which of an invoice''s payment_retries it is; 0 is the charge on its due date, null one by hand.';
+comment on column private.gateway_requests.state is
+  'waiting until its time; submitting while a handler asks; open: the gateway has it; unknown: it may have it, and is asked what it knows '
+  'before anything is sent again; then succeeded, failed or cancelled for good.';
+comment on column private.gateway_requests.not_before is 'In business time: the moment of the debit.';
+comment on column private.gateway_requests.notify_at is 'When the gateway is told of the debit, so that it tells the holder; null where nobody has to be.';
+comment on column private.gateway_requests.asked_at is 'In real time: when it was last sent to the gateway.';
+comment on column private.gateway_requests.submission is 'Which sending this is: what a handler says of an earlier one is too late.';
+comment on column private.gateway_requests.lease_until is 'In real time: until then a handler has it, or the gateway''s news is waited for.';
+comment on column private.gateway_requests.order_ref is 'The order at Razorpay that the charge is tied to: it is paid once at most.';
+comment on column private.gateway_requests.reference is 'The gateway''s id: of the payment, the link, the refund.';
+
+alter table private.payment_retries add column planned_at timestamptz;
+create index idx_payment_retries_unplanned on private.payment_retries (due_at) where planned_at is null;
+comment on column private.payment_retries.planned_at is 'When a charge or a link was planned for it; also set once nothing is due any more.';
+
+create table private.payment_customers (
+  gateway         public.payment_gateway not null,
+  customer_id     text not null,
+  organization_id uuid not null references public.organizations (id) on delete cascade,
+  created_at      timestamptz not null,
+  constraint payment_customers_pkey primary key (gateway, customer_id),
+  constraint payment_customers_id_format check (customer_id ~ '^[A-Za-z0-9_.:-]{1,255}$')
+);
+create index idx_payment_customers_organization on private.payment_customers (organization_id);
+select private.close_table('private.payment_customers');
+comment on table private.payment_customers is
+  'As whom a gateway knows an organization since it was asked for a mandate: a token that comes later names the customer and not us.';
+
+
+-- What may be charged -------------------------------------------------------------------------------------------------------------
+
+create function private.after_closed_hours(moment timestamptz, closed text[], zone text) returns timestamptz
+language plpgsql stable set search_path = ''
+as $$
+declare
+  hours text;
+  wall timestamp;
+begin
+  foreach hours in array closed loop
+    wall := moment at time zone zone;
+    if wall::time >= split_part(hours, '-', 1)::time and wall::time < split_part(hours, '-', 2)::time then
+      moment := (wall::date + split_part(hours, '-', 2)::time) at time zone zone;
+    end if;
+  end loop;
+  return moment;
+end
+$$;
+comment on function private.after_closed_hours(timestamptz, text[], text) is
+  'The first moment from then on that lies in none of the closed hours, which are in order and do not touch.';
+
+create type private.mandate_way as (method public.payment_methods, rule private.mandate_rules, obstacle text);
+comment on type private.mandate_way is 'By which saved method an invoice may be charged and under which rule, or why not.';
+
+create function private.mandate_of(invoice public.invoices, at timestamptz) returns private.mandate_way
+language plpgsql stable set search_path = ''
+as $$
+declare
+  due bigint := invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor;
+  most bigint := (select (own.mandate_limits ->> invoice.currency)::bigint from private.dunning_policy as own);
+  method public.payment_methods;
+  rule private.mandate_rules;
+  obstacle text;
+begin
+  select own.* into method
+  from public.payment_methods as own
+  where own.organization_id = invoice.organization_id and own.is_default and own.removed_at is null;
+  select own.* into rule
+  from private.mandate_rules as own
+  where own.gateway = method.gateway and own.type = method.type and own.currency in (invoice.currency, '*')
+  order by own.currency desc
+  limit 1;
+  obstacle := case
+    when invoice.status <> 'open' or due <= 0 then 'nothing_due'
+    when method.gateway_customer_id is null or rule.gateway is null or not exists (
+      select
+      from private.payment_accounts as account
+      where account.gateway = method.gateway and account.is_active
+        and (account.currencies is null or invoice.currency = any (account.currencies))
+    ) then 'no_mandate'
+    when method.expiry_year * 12 + method.expiry_month < extract(year from at) * 12 + extract(month from at) then 'method_expired'
+    when due > coalesce(most, 0) or due > rule.limit_minor then 'above_mandate_limit'
+    when rule.attempts <= (
+      select count(*)
+      from private.gateway_requests as past
+      where past.organization_id = invoice.organization_id and past.invoice_id = invoice.id and past.kind = 'charge' and past.submission > 0
+        and past.failure_kind is distinct from 'refused'
+    ) then 'attempts_used'
+  end;
+  return row(method, rule, obstacle)::private.mandate_way;
+end
+$$;
+comment on function private.mandate_of(public.invoices, timestamptz) is
+  'The saved method by which what is due on an invoice may be charged, and the rule that holds for it; or why it may not.';
+
+create function private.plan_charge(invoice public.invoices, number integer, wanted timestamptz, person uuid, at timestamptz)
+returns private.gateway_requests
+language plpgsql set search_path = ''
+as $$
+declare
+  found_way private.mandate_way := private.mandate_of(invoice, at);
+  rule private.mandate_rules;
+  method public.payment_methods;
+  debit timestamptz := greatest(wanted, at);
+  planned private.gateway_requests;
+begin
+  if found_way.obstacle is not null then
+    return null;
+  end if;
+  rule := found_way.rule;
+  method := found_way.method;
+  debit := greatest(debit, at + make_interval(hours => rule.notice_hours), (
+    select max(past.submitted_at) + make_interval(hours => rule.spacing_hours)
+    from private.gateway_requests as past
+    where past.organization_id = invoice.organization_id and past.invoice_id = invoice.id and past.kind = 'charge'
+  ));
+  debit := private.after_closed_hours(debit, rule.closed_hours, rule.timezone);
+  insert into private.gateway_requests (
+    organization_id, kind, gateway, invoice_id, payment_method_id, retry_number, amount_minor, currency, not_before, notify_at, created_by,
+    created_at
+  )
+  values (
+    invoice.organization_id, 'charge', method.gateway, invoice.id, method.id, number,
+    invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor, invoice.currency, debit,
+    case when rule.notice_hours > 0 then greatest(at, debit - make_interval(hours => rule.notice_hours + 12)) end, person, at
+  )
+  on conflict do nothing
+  returning * into planned;
+  return planned;
+end
+$$;
+comment on function private.plan_charge(public.invoices, integer, timestamptz, uuid, timestamptz) is
+  'Plans to charge what is due on an invoice by its organization''s mandate, not before it is wanted, noticed and allowed; null where it may '
+  'not be, or where it is planned already.';
+
+create function private.noticed_debit(charge private.gateway_requests, at timestamptz) returns timestamptz
+language sql stable set search_path = ''
+as $$
+  select coalesce((
+    select private.after_closed_hours(
+      greatest(charge.not_before, at + make_interval(hours => rule.notice_hours)), rule.closed_hours, rule.timezone
+    )
+    from public.payment_methods as method
+    join private.mandate_rules as rule
+      on rule.gateway = method.gateway and rule.type = method.type and rule.currency in (charge.currency, '*')
+    where method.organization_id = charge.organization_id and method.id = charge.payment_method_id
+    order by rule.currency desc
+    limit 1
+  ), charge.not_before)
+$$;
+comment on function private.noticed_debit(private.gateway_requests, timestamptz) is
+  'When a charge may be debited whose notice is given only now.';
+
+create function private.plan_link(invoice public.invoices, person uuid, at timestamptz) returns private.gateway_requests
+language plpgsql set search_path = ''
+as $$
+declare
+  due bigint := invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor;
+  via public.payment_gateway;
+  link private.gateway_requests;
+begin
+  select own.* into link
+  from private.gateway_requests as own
+  where own.organization_id = invoice.organization_id and own.invoice_id = invoice.id and own.kind = 'link'
+    and own.state in ('waiting', 'submitting', 'open', 'unknown');
+  if found then
+    return case when link.amount_minor = due and not link.cancel_wanted and (link.url_expires_at is null or link.url_expires_at > now()) then link end;
+  end if;
+  select account.gateway into via
+  from private.payment_accounts as account
+  where account.is_active and (account.currencies is null or invoice.currency = any (account.currencies))
+  order by account.priority, account.gateway
+  limit 1;
+  if not found then
+    return null;
+  end if;
+  insert into private.gateway_requests (
+    organization_id, kind, gateway, invoice_id, amount_minor, currency, not_before, created_by, created_at
+  )
+  values (invoice.organization_id, 'link', via, invoice.id, due, invoice.currency, at, person, at)
+  on conflict do nothing
+  returning * into link;
+  return link;
+end
+$$;
+comment on function private.plan_link(public.invoices, uuid, timestamptz) is
+  'The payment link for what is due on an invoice: the one that there is, or a new one to be made; null while one for another amount has '
+  'still to go, and where no gateway takes the currency.';
+
+create function private.plan_collections(batch integer, at timestamptz) returns integer
+language plpgsql set search_path = ''
+as $$
+declare
+  policy private.dunning_policy;
+  item record;
+  invoice public.invoices;
+  planned integer := 0;
+begin
+  if not exists (select from private.payment_accounts as account where account.is_active) then
+    return 0;
+  end if;
+  select own.* into policy from private.dunning_policy as own;
+
+  -- On its due date, for whoever has a mandate.
+  for invoice in
+    select own.*
+    from public.invoices as own
+    join public.payment_methods as saved
+      on saved.organization_id = own.organization_id and saved.is_default and saved.removed_at is null
+    cross join lateral private.mandate_of(own, at) as way
+    where own.status = 'open' and own.past_due_at is null and own.due_date <= (at + interval '3 days')::date and way.obstacle is null
+      and not exists (
+        select
+        from private.gateway_requests as known
+        where known.organization_id = own.organization_id and known.invoice_id = own.id and known.kind = 'charge'
+          and (known.state <> 'cancelled' or known.finished_at > at - interval '1 hour')
+      )
+    order by own.due_date, own.id
+    limit batch
+  loop
+    perform private.plan_charge(invoice, 0, (invoice.due_date + policy.retry_time) at time zone (invoice.issuer ->> 'timezone'), null, at);
+    planned := planned + 1;
+  end loop;
+
+  -- As the dunning schedule says; a link is not sent before its day, and nothing is planned while a charge is on its way.
+  for item in
+    select retry.number, retry.due_at, own as invoice, way.obstacle
+    from private.payment_retries as retry
+    join public.invoices as own on own.organization_id = retry.organization_id and own.id = retry.invoice_id
+    cross join lateral private.mandate_of(own, at) as way
+    where retry.planned_at is null and retry.due_at <= at + interval '49 hours'
+      and (
+        way.obstacle = 'nothing_due'
+        or (way.obstacle is null or retry.due_at <= at) and not exists (
+          select
+          from private.gateway_requests as known
+          where known.organization_id = own.organization_id and known.invoice_id = own.id and known.kind = 'charge'
+            and known.state in ('waiting', 'submitting', 'open', 'unknown')
+        )
+      )
+    order by retry.due_at, retry.invoice_id, retry.number
+    limit batch
+    for no key update of retry skip locked
+  loop
+    invoice := item.invoice;
+    if item.obstacle is null then
+      -- The one before may have been planned in this very run.
+      continue when (private.plan_charge(invoice, item.number, item.due_at, null, at)).id is null;
+    elsif item.obstacle <> 'nothing_due' then
+      perform private.plan_link(invoice, null, at);
+    end if;
+    update private.payment_retries as retry
+    set planned_at = at
+    where retry.organization_id = invoice.organization_id and retry.invoice_id = invoice.id and retry.number = item.number;
+    planned := planned + 1;
+  end loop;
+  return planned;
+end
+$$;
+comment on function private.plan_collections(integer, timestamptz) is
+  'Plans the charges and links that the due dates and the dunning schedule ask for: by mandate where the rules allow it, else by a link.';
+
+
+-- How it ends ---------------------------------------------------------------------------------------------------------------------
+
+create function private.end_charge(request_id uuid, code text, at timestamptz) returns void
+language plpgsql set search_path = ''
+as $$
+declare
+  ended private.gateway_requests;
+  invoice public.invoices;
+begin
+  update private.gateway_requests as own
+  set
+    state = 'failed', finished_at = at, lease_until = null, failure_code = left(coalesce(code, 'unknown'), 100),
+    failure_kind = coalesce((
+      select known.kind from private.decline_codes as known where known.gateway = own.gateway and known.code = end_charge.code
+    ), 'soft')
+  where own.id = request_id and own.state in ('submitting', 'open', 'unknown')
+  returning own.* into ended;
+  if not found or ended.kind <> 'charge' then
+    return;
+  end if;
+  if ended.failure_kind = 'hard' then
+    update public.payment_methods as method set is_default = false where method.id = ended.payment_method_id and method.is_default;
+    perform private.emit(
+      ended.organization_id, 'payment_method.failed', ended.id::text,
+      jsonb_build_object('payment_method_id', ended.payment_method_id, 'invoice_id', ended.invoice_id, 'code', ended.failure_code), at
+    );
+  end if;
+  if ended.failure_kind in ('hard', 'authentication') then
+    -- Its holder is needed, and is asked at once: for another method, or to take part.
+    select own.* into invoice
+    from public.invoices as own
+    where own.organization_id = ended.organization_id and own.id = ended.invoice_id and own.status = 'open'
+      and own.total_minor > own.amount_paid_minor + own.credited_minor;
+    if found then
+      perform private.plan_link(invoice, null, at);
+    end if;
+  end if;
+end
+$$;
+comment on function private.end_charge(uuid, text, timestamptz) is
+  'A charge was declined. Hard: the method is charged no more; hard or for its holder: a link is made; soft: the schedule goes on.';
+
+create function private.follow_payment() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  item record;
+begin
+  -- Whoever records the same outcome has the row already, and ends it.
+  for item in
+    select own.id, own.kind, own.state
+    from private.gateway_requests as own
+    where own.organization_id = new.organization_id and own.invoice_id = new.invoice_id
+      and own.gateway = new.gateway and own.kind in ('charge', 'link') and own.state in ('submitting', 'open', 'unknown')
+      and (own.reference in (new.gateway_payment_id, new.gateway_order_id) or own.order_ref = new.gateway_order_id)
+    for no key update skip locked
+  loop
+    if new.status >= 'captured' then
+      update private.gateway_requests as own
+      set state = 'succeeded', finished_at = new.captured_at, lease_until = null
+      where own.id = item.id;
+    elsif new.status = 'failed' and item.kind = 'charge' then
+      perform private.end_charge(item.id, new.failure_code, new.status_at);
+    end if;
+  end loop;
+  -- By whatever way it was paid: what else is asked for is looked at now, and not when its lease ends.
+  if new.status in ('captured', 'failed') then
+    update private.gateway_requests as own
+    set lease_until = now()
+    where own.id in (
+      select other.id
+      from private.gateway_requests as other
+      where other.organization_id = new.organization_id and other.invoice_id = new.invoice_id and other.kind in ('charge', 'link')
+        and other.state in ('open', 'unknown') and other.lease_until > now()
+      for no key update skip locked
+    );
+  end if;
+  return null;
+end
+$$;
+comment on function private.follow_payment() is
+  'Trigger: a gateway''s news of a payment ends the request that it answers, and has the others of its invoice looked at.';
+create trigger follow_payment_inserted after insert on public.payments
+  for each row when (new.invoice_id is not null and new.status <> 'pending') execute function private.follow_payment();
+create trigger follow_payment_changed after update of status on public.payments
+  for each row when (new.invoice_id is not null and new.status <> old.status) execute function private.follow_payment();
+
+create function private.follow_refund() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update private.gateway_requests as own
+  set
+    state = case new.status when 'processed' then 'succeeded' else 'failed' end, finished_at = private.clock_now(), lease_until = null,
+    failure_code = case new.status when 'failed' then 'refund_failed' end
+  where own.id in (
+    select known.id
+    from private.gateway_requests as known
+    where known.organization_id = new.organization_id and known.payment_id = new.payment_id and known.kind = 'refund'
+      and known.reference = new.gateway_refund_id and known.state in ('submitting', 'open', 'unknown')
+    for no key update skip locked
+  );
+  return null;
+end
+$$;
+comment on function private.follow_refund() is 'Trigger: a gateway''s news of a refund ends the request for it.';
+create trigger follow_refund_inserted after insert on public.refunds
+  for each row when (new.status <> 'pending') execute function private.follow_refund();
+create trigger follow_refund_changed after update of status on public.refunds
+  for each row when (new.status <> old.status) execute function private.follow_refund();
+
+
+create function private.follow_payment_method() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update private.gateway_requests as own
+  set state = 'succeeded', finished_at = new.created_at, lease_until = null
+  where own.id in (
+    select setup.id
+    from private.gateway_requests as setup
+    where setup.organization_id = new.organization_id and setup.gateway = new.gateway and setup.kind = 'setup'
+      and setup.state in ('submitting', 'open', 'unknown')
+    for no key update skip locked
+  );
+  return null;
+end
+$$;
+comment on function private.follow_payment_method() is 'Trigger: a method that was saved ends the request for a page to save it on.';
+create trigger follow_payment_method after insert on public.payment_methods
+  for each row execute function private.follow_payment_method();
+
+create function private.plan_retry_again() returns trigger
+language plpgsql security definer set search_path = ''
+as $$
+begin
+  update private.payment_retries as retry
+  set planned_at = null
+  where retry.organization_id = new.organization_id and retry.invoice_id = new.invoice_id and retry.number = new.retry_number;
+  return null;
+end
+$$;
+comment on function private.plan_retry_again() is
+  'Trigger: a charge of the dunning schedule that was called off before it was sent is planned again, as things are now.';
+create trigger plan_retry_again after update of state on private.gateway_requests
+  for each row when (new.state = 'cancelled' and new.kind = 'charge' and new.retry_number > 0)
+  execute function private.plan_retry_again();
+
+
+-- What the handler does -----------------------------------------------------------------------------------------------------------
+
+create function private.describe_request(own private.gateway_requests, action text, at timestamptz) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select jsonb_build_object(
+    'id', own.id, 'do', action, 'kind', own.kind, 'gateway', own.gateway, 'organization_id', own.organization_id,
+    'account', jsonb_build_object(
+      'id', account.id, 'credentials_sealed', account.credentials_sealed, 'api_base', account.api_base, 'return_url', account.return_url
+    ),
+    'submission', own.submission, 'invoice_id', own.invoice_id, 'invoice_number', invoice.invoice_number,
+    'amount_minor', own.amount_minor, 'currency', own.currency, 'method', coalesce(method.type::text, own.method),
+    'customer_id', method.gateway_customer_id, 'token', method.gateway_payment_method_id,
+    'reference', own.reference, 'order_ref', own.order_ref, 'refund_of', payment.gateway_payment_id,
+    'earlier_orders', coalesce((
+      select jsonb_agg(past.order_ref order by past.created_at desc)
+      from private.gateway_requests as past
+      where past.organization_id = own.organization_id and past.invoice_id = own.invoice_id and past.kind = 'charge'
+        and past.id <> own.id and past.order_ref is not null and past.gateway = own.gateway
+    ), '[]'),
+    -- Gateways live in real time.
+    'debit_at', extract(epoch from now() + (own.not_before - at))::bigint,
+    'since', extract(epoch from now() + (own.created_at - at))::bigint - 86400,
+    'expires_at', extract(epoch from now())::bigint + case own.gateway when 'stripe' then 82800 else 604800 end,
+    'name', organization.name,
+    'contact', organization.contact_number,
+    'email', (
+      select profile.email
+      from public.profiles as profile
+      where profile.organization_id = own.organization_id and profile.system_role = 'owner' and profile.status = 'active'
+      order by profile.created_at
+      limit 1
+    ),
+    'mandate_limit', (
+      select max(rule.limit_minor) from private.mandate_rules as rule where rule.gateway = own.gateway and rule.currency = 'INR'
+    )
+  )
+  from private.payment_accounts as account
+  join public.organizations as organization on organization.id = own.organization_id
+  left join public.invoices as invoice on invoice.organization_id = own.organization_id and invoice.id = own.invoice_id
+  left join public.payment_methods as method on method.organization_id = own.organization_id and method.id = own.payment_method_id
+  left join public.payments as payment on payment.organization_id = own.organization_id and payment.id = own.payment_id
+  where account.gateway = own.gateway
+$$;
+comment on function private.describe_request(private.gateway_requests, text, timestamptz) is
+  'All that it takes to do one thing at a gateway, the account''s keys still sealed.';
+
+create function private.claim_collections(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 10), 1), 50);
+  only_one uuid := private.read_uuid(request, 'id');
+  candidate record;
+  own private.gateway_requests;
+  claimed jsonb := jsonb_build_array();
+begin
+  if only_one is null then
+    perform private.plan_collections(batch * 5, at);
+    -- What is no longer due, or no longer so much, or would come from a method that is used no more, is not asked for.
+    update private.gateway_requests as late
+    set state = 'cancelled', finished_at = at, lease_until = null
+    where late.id in (
+      select waiting.id
+      from private.gateway_requests as waiting
+      join public.invoices as invoice on invoice.organization_id = waiting.organization_id and invoice.id = waiting.invoice_id
+      where waiting.state = 'waiting' and waiting.kind in ('charge', 'link')
+        and (
+          invoice.status <> 'open' or invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor <> waiting.amount_minor
+          or waiting.kind = 'charge' and not exists (
+            select
+            from public.payment_methods as method
+            where method.organization_id = waiting.organization_id and method.id = waiting.payment_method_id and method.is_default
+          )
+        )
+        and (waiting.lease_until is null or waiting.lease_until <= now())
+      for no key update of waiting skip locked
+    );
+    -- A page on which nobody agreed in time, or that nobody was ever shown.
+    update private.gateway_requests as setup
+    set state = 'cancelled', finished_at = at, lease_until = null
+    where setup.id in (
+      select old.id
+      from private.gateway_requests as old
+      where old.kind = 'setup' and old.state in ('submitting', 'open', 'unknown')
+        and coalesce(old.url_expires_at, old.asked_at + interval '1 day') <= now()
+      for no key update skip locked
+    );
+    update private.gateway_requests as link
+    set cancel_wanted = true, lease_until = now()
+    where link.id in (
+      select open.id
+      from private.gateway_requests as open
+      join public.invoices as invoice on invoice.organization_id = open.organization_id and invoice.id = open.invoice_id
+      where open.kind = 'link' and open.state = 'open' and not open.cancel_wanted
+        and (
+          invoice.status <> 'open' or invoice.total_minor - invoice.amount_paid_minor - invoice.credited_minor <> open.amount_minor
+          -- Where a debit is due, a link that somebody could pay at the same time goes first.
+          or exists (
+            select
+            from private.gateway_requests as charge
+            where charge.organization_id = open.organization_id and charge.invoice_id = open.invoice_id and charge.kind = 'charge'
+              and charge.state = 'waiting' and charge.not_before <= at
+          )
+        )
+      for no key update of open skip locked
+    );
+  end if;
+
+  for candidate in
+    with ready_ones as (
+      select
+        ready.id,
+        case when ready.not_before <= at and (ready.notify_at is null or ready.noticed_at is not null) then 'submit' else 'notify' end as action
+      from private.gateway_requests as ready
+      where ready.state = 'waiting' and (only_one is null or ready.id = only_one)
+        and (ready.lease_until is null or ready.lease_until <= now())
+        and (
+          ready.notify_at is not null and ready.noticed_at is null and ready.notify_at <= at
+          or ready.not_before <= at and (ready.notify_at is null or ready.noticed_at is not null)
+        )
+        and not (ready.kind in ('charge', 'link') and ready.not_before <= at and exists (
+          select
+          from private.gateway_requests as other
+          where other.organization_id = ready.organization_id and other.invoice_id = ready.invoice_id and other.id <> ready.id
+            and other.kind in ('charge', 'link') and other.state in ('submitting', 'open', 'unknown')
+        ))
+      order by ready.not_before
+      limit batch
+      for no key update skip locked
+    ),
+    silent_ones as (
+      select silent.id, case when silent.cancel_wanted and silent.state = 'open' then 'cancel' else 'look_up' end as action
+      from private.gateway_requests as silent
+      where silent.state in ('submitting', 'open', 'unknown') and silent.lease_until <= now() and (only_one is null or silent.id = only_one)
+        and silent.kind <> 'setup'
+      order by silent.lease_until
+      limit batch
+      for no key update skip locked
+    )
+    select one.id, one.action from silent_ones as one union all select one.id, one.action from ready_ones as one
+  loop
+    begin
+      update private.gateway_requests as mine
+      set
+        state = case candidate.action when 'submit' then 'submitting' else mine.state end,
+        submission = mine.submission + (candidate.action = 'submit')::integer,
+        submitted_at = case candidate.action when 'submit' then coalesce(mine.submitted_at, at) else mine.submitted_at end,
+        asked_at = case candidate.action when 'submit' then now() else mine.asked_at end,
+        not_before = case candidate.action when 'notify' then private.noticed_debit(mine, at) else mine.not_before end,
+        lease_until = now() + interval '2 minutes'
+      where mine.id = candidate.id
+      returning mine.* into own;
+    exception when unique_violation then
+      -- Another way of paying the same invoice was taken at this moment.
+      continue;
+    end;
+    claimed := claimed || coalesce(private.describe_request(own, candidate.action, at), '[]');
+  end loop;
+  return jsonb_build_object('requests', claimed, 'more', jsonb_array_length(claimed) >= batch);
+end
+$$;
+comment on function private.claim_collections(jsonb, timestamptz) is
+  'Plans what is due, and hands a handler what is to be done at the gateways: announced, sent, looked up or taken back. Nobody else has it '
+  'for two minutes; what was sent and not answered is looked up, and never sent again before.';
+
+create function private.record_collection(result jsonb, at timestamptz) returns text
+language plpgsql set search_path = ''
+as $$
+declare
+  outcome text := private.read_choice(result, 'outcome', array[
+    'notified', 'accepted', 'paid', 'declined', 'refused', 'deferred', 'unknown', 'not_found', 'cancelled', 'processed'
+  ]);
+  code text := result ->> 'code';
+  own private.gateway_requests;
+  payment public.payments;
+  paid jsonb;
+begin
+  select known.* into own
+  from private.gateway_requests as known
+  where known.id = private.read_uuid(result, 'id')
+  for no key update;
+  if not found or own.state in ('succeeded', 'failed', 'cancelled') and outcome <> 'paid' then
+    return 'ignored';
+  end if;
+  -- Money that came is told whoever tells it; anything else only of the sending that it is about.
+  if own.submission <> (result ->> 'submission')::integer and outcome <> 'paid' then
+    return 'ignored';
+  end if;
+  update private.gateway_requests as known
+  set
+    reference = coalesce(result ->> 'reference', known.reference),
+    order_ref = coalesce(result ->> 'order_ref', known.order_ref),
+    url = coalesce(result ->> 'url', known.url),
+    url_expires_at = coalesce(to_timestamp((result ->> 'expires_at')::bigint), known.url_expires_at)
+  where known.id = own.id
+  returning known.* into own;
+  if result ->> 'customer_id' is not null and own.kind = 'setup' then
+    insert into private.payment_customers (gateway, customer_id, organization_id, created_at)
+    values (own.gateway, private.read_token(result, 'customer_id'), own.organization_id, at)
+    on conflict do nothing;
+  end if;
+
+  case outcome
+    when 'notified' then
+      if own.state = 'waiting' then
+        update private.gateway_requests as known set noticed_at = at, lease_until = null where known.id = own.id;
+        perform private.emit(
+          own.organization_id, 'invoice.debit_notice', own.id::text,
+          jsonb_build_object(
+            'invoice_id', own.invoice_id, 'amount_minor', own.amount_minor, 'currency', own.currency, 'debit_at', own.not_before
+          ), at
+        );
+      end if;
+
+    when 'accepted' then
+      update private.gateway_requests as known
+      set
+        state = case when known.kind = 'revoke' then 'succeeded' else 'open' end,
+        finished_at = case when known.kind = 'revoke' then at end,
+        lease_until = case when known.kind <> 'revoke' then now() + case known.kind when 'charge' then interval '15 minutes' else interval '1 hour' end end
+      where known.id = own.id;
+      if own.kind = 'link' then
+        perform private.emit(
+          own.organization_id, 'invoice.payment_link', own.id::text,
+          jsonb_build_object(
+            'invoice_id', own.invoice_id, 'url', own.url, 'amount_minor', own.amount_minor, 'currency', own.currency,
+            'expires_at', own.url_expires_at
+          ), at
+        );
+      end if;
+
+    when 'paid' then
+      paid := private.record_payment(
+        jsonb_build_object(
+          'gateway', own.gateway, 'payment_id', coalesce(result ->> 'payment_id', own.reference),
+          'order_id', coalesce(own.order_ref, result ->> 'payment_id', own.reference), 'invoice_id', own.invoice_id, 'status', 'captured',
+          'amount_minor', result -> 'amount_minor', 'currency', result -> 'currency'
+        ), at
+      );
+      update private.gateway_requests as known
+      set state = 'succeeded', finished_at = at, lease_until = null, failure_code = null, failure_kind = null
+      where known.id = own.id and known.state <> 'succeeded';
+
+    when 'declined' then
+      if own.kind = 'charge' and result ->> 'payment_id' is not null then
+        perform private.record_payment(
+          jsonb_build_object(
+            'gateway', own.gateway, 'payment_id', result ->> 'payment_id',
+            'order_id', coalesce(own.order_ref, result ->> 'payment_id'), 'invoice_id', own.invoice_id, 'status', 'failed',
+            'amount_minor', own.amount_minor, 'currency', own.currency,
+            'failure', jsonb_build_object('code', code, 'message', result ->> 'message')
+          ), at
+        );
+      elsif own.kind = 'charge' then
+        perform private.emit(
+          own.organization_id, 'invoice.payment_failed', own.id::text,
+          jsonb_build_object('invoice_id', own.invoice_id, 'payment_id', null, 'code', left(code, 100)), at
+        );
+      end if;
+      perform private.end_charge(own.id, code, at);
+
+    when 'refused' then
+      -- The gateway did not take the request at all: ours to mend.
+      update private.gateway_requests as known
+      set
+        state = 'failed', finished_at = at, lease_until = null, failure_kind = 'refused',
+        failure_code = left(coalesce(code, 'refused'), 100)
+      where known.id = own.id;
+
+    when 'deferred' then
+      update private.gateway_requests as known
+      set state = 'waiting', lease_until = now() + interval '1 minute'
+      where known.id = own.id and known.state in ('submitting', 'waiting');
+      update private.gateway_requests as known
+      set lease_until = now() + interval '5 minutes'
+      where known.id = own.id and known.state in ('open', 'unknown');
+
+    when 'unknown' then
+      update private.gateway_requests as known
+      set state = case known.state when 'submitting' then 'unknown' else known.state end, lease_until = now() + interval '1 minute'
+      where known.id = own.id;
+
+    when 'not_found' then
+      -- What is on its way may still arrive; after ten minutes nothing is, and the same key is sent again.
+      update private.gateway_requests as known
+      set
+        state = case when known.asked_at < now() - interval '10 minutes' then 'waiting' else 'unknown' end,
+        lease_until = case when known.asked_at >= now() - interval '10 minutes' then now() + interval '1 minute' end
+      where known.id = own.id and known.state <> 'waiting';
+
+    when 'cancelled' then
+      update private.gateway_requests as known
+      set state = 'cancelled', finished_at = at, lease_until = null
+      where known.id = own.id;
+
+    when 'processed' then
+      select known.* into payment from public.payments as known where known.id = own.payment_id;
+      perform private.record_refund(
+        jsonb_build_object(
+          'gateway', own.gateway, 'refund_id', own.reference, 'payment_id', payment.gateway_payment_id, 'status', 'processed',
+          'amount_minor', own.amount_minor, 'currency', own.currency
+        ), at
+      );
+      update private.gateway_requests as known
+      set state = 'succeeded', finished_at = at, lease_until = null
+      where known.id = own.id and known.state <> 'succeeded';
+  end case;
+  return coalesce(paid ->> 'result', 'applied');
+end
+$$;
+comment on function private.record_collection(jsonb, timestamptz) is
+  'What one request came to, as the handler saw it; a payment is written down as the gateway''s own webhook writes it, whichever is first.';
+
+create function private.record_collections(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  item jsonb;
+  results jsonb := jsonb_build_array();
+begin
+  for item in select given.value from jsonb_array_elements(request -> 'results') as given (value) order by given.value ->> 'id' loop
+    results := results || jsonb_build_array(jsonb_build_object('id', item ->> 'id', 'result', private.record_collection(item, at)));
+  end loop;
+  return jsonb_build_object('results', results);
+end
+$$;
+comment on function private.record_collections(jsonb, timestamptz) is 'What a handler''s requests came to, all of them or none.';
+
+create function private.request_refund(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  note public.credit_notes;
+  invoice public.invoices;
+  payment public.payments;
+  owed bigint;
+  share bigint;
+  asked jsonb := jsonb_build_array();
+  made uuid;
+begin
+  select own.* into note
+  from public.credit_notes as own
+  where own.id = private.read_uuid(request, 'credit_note_id') and own.status = 'issued';
+  if not found then
+    perform private.raise_error(404, 'credit_note_not_found', 'There is no such credit note', 'credit_note_id');
+  end if;
+  select own.* into invoice
+  from public.invoices as own
+  where own.organization_id = note.organization_id and own.id = note.invoice_id
+  for no key update;
+  -- What was paid and is not owed any more, less what is on its way back or was sent back.
+  owed := least(note.total_minor, invoice.amount_paid_minor + invoice.credited_minor - invoice.total_minor);
+  owed := owed - coalesce((
+    select sum(known.amount_minor)
+    from private.gateway_requests as known
+    where known.organization_id = note.organization_id and known.credit_note_id = note.id and known.kind = 'refund'
+      and known.state not in ('failed', 'cancelled')
+  ), 0);
+  if owed <= 0 then
+    return jsonb_build_object('requests', asked, 'amount_minor', 0);
+  end if;
+  for payment in
+    select own.*
+    from public.payments as own
+    join private.payment_accounts as account on account.gateway = own.gateway and account.is_active
+    where own.organization_id = note.organization_id and own.invoice_id = note.invoice_id and own.status = 'captured' and own.applied_minor > 0
+    order by own.captured_at desc, own.id
+  loop
+    share := least(owed, payment.amount_minor - payment.refunded_minor - coalesce((
+      select sum(known.amount_minor)
+      from private.gateway_requests as known
+      where known.organization_id = payment.organization_id and known.payment_id = payment.id and known.kind = 'refund'
+        and known.state in ('waiting', 'submitting', 'open', 'unknown')
+    ), 0));
+    continue when share <= 0;
+    insert into private.gateway_requests (
+      organization_id, kind, gateway, invoice_id, payment_id, credit_note_id, amount_minor, currency, not_before, created_at
+    )
+    values (
+      note.organization_id, 'refund', payment.gateway, note.invoice_id, payment.id, note.id, share, note.currency, at, at
+    )
+    on conflict do nothing
+    returning id into made;
+    if found then
+      asked := asked || to_jsonb(made);
+      owed := owed - share;
+    end if;
+    exit when owed <= 0;
+  end loop;
+  perform private.audit(
+    note.organization_id, 'credit_note.refund_requested', 'credit_note', note.id,
+    jsonb_build_object('requests', jsonb_array_length(asked), 'left_minor', owed), at
+  );
+  return jsonb_build_object('requests', asked, 'left_minor', owed);
+end
+$$;
+comment on function private.request_refund(jsonb, timestamptz) is
+  'Asks for the money of a credit note to be paid back by the way it came, as far as more was paid than is owed now; once, however often.';
+
+
+-- What users do -------------------------------------------------------------------------------------------------------------------
+
+create function private.open_invoice_of(organization uuid, invoice_id uuid) returns public.invoices
+language plpgsql set search_path = ''
+as $$
+declare
+  invoice public.invoices;
+begin
+  select own.* into invoice
+  from public.invoices as own
+  where own.organization_id = open_invoice_of.organization and own.id = open_invoice_of.invoice_id and own.status <> 'draft'
+  for no key update;
+  if not found then
+    perform private.raise_error(404, 'not_found', 'There is no such invoice, or it is not yours to see', 'id');
+  end if;
+  if invoice.status <> 'open' or invoice.total_minor <= invoice.amount_paid_minor + invoice.credited_minor then
+    perform private.raise_error(409, 'invoice_not_open', 'Nothing is due on the invoice', 'id');
+  end if;
+  return invoice;
+end
+$$;
+comment on function private.open_invoice_of(uuid, uuid) is 'An invoice of an organization on which something is due, locked; else the request ends with 404 or 409.';
+
+create function private.request_payment_link(invoice_id uuid, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  invoice public.invoices := private.open_invoice_of(organization, invoice_id);
+  link private.gateway_requests;
+begin
+  if exists (
+    select
+    from private.gateway_requests as charge
+    where charge.organization_id = organization and charge.invoice_id = invoice.id and charge.kind = 'charge'
+      and charge.state in ('submitting', 'open', 'unknown')
+  ) then
+    perform private.raise_error(409, 'collection_in_progress', 'The saved payment method is being charged', 'id');
+  end if;
+  link := private.plan_link(invoice, (select auth.uid()), at);
+  if link.id is null and exists (
+    select
+    from private.gateway_requests as old
+    where old.organization_id = organization and old.invoice_id = invoice.id and old.kind = 'link'
+      and old.state in ('waiting', 'submitting', 'open', 'unknown')
+  ) then
+    perform private.raise_error(409, 'collection_in_progress', 'An older link is being taken back', 'id');
+  end if;
+  if link.id is null then
+    perform private.raise_error(422, 'no_payment_gateway', 'No payment gateway takes this currency here', 'id');
+  end if;
+  return jsonb_build_object(
+    'id', link.id, 'state', link.state, 'url', link.url, 'expires_at', link.url_expires_at, 'amount_minor', link.amount_minor,
+    'currency', link.currency
+  );
+end
+$$;
+comment on function private.request_payment_link(uuid, timestamptz) is
+  'The link by which an invoice of the caller''s organization is paid: the one that there is, or one that the handler makes now. Needs billing.manage.';
+
+create function private.collect_invoice(invoice_id uuid, idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request jsonb := jsonb_build_object('action', 'collect', 'invoice_id', collect_invoice.invoice_id);
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+  invoice public.invoices;
+  obstacle text;
+  charge private.gateway_requests;
+begin
+  if answer is not null then
+    return answer;
+  end if;
+  invoice := private.open_invoice_of(organization, collect_invoice.invoice_id);
+  if exists (
+    select
+    from private.gateway_requests as known
+    where known.organization_id = organization and known.invoice_id = invoice.id and known.kind = 'charge'
+      and known.state in ('waiting', 'submitting', 'open', 'unknown')
+  ) then
+    perform private.raise_error(409, 'collection_in_progress', 'The saved payment method is being charged', 'id');
+  end if;
+  obstacle := (private.mandate_of(invoice, at)).obstacle;
+  if obstacle = 'no_mandate' then
+    perform private.raise_error(422, 'no_mandate', 'There is no payment method that may be charged', 'id');
+  elsif obstacle = 'method_expired' then
+    perform private.raise_error(422, 'method_expired', 'The payment method has expired', 'id');
+  elsif obstacle = 'above_mandate_limit' then
+    perform private.raise_error(422, 'above_mandate_limit', 'The amount is above what a mandate pays without its holder', 'id');
+  elsif obstacle is not null then
+    perform private.raise_error(422, 'attempts_used', 'The payment method was tried as often as its rules allow', 'id');
+  end if;
+  charge := private.plan_charge(invoice, null, at, (select auth.uid()), at);
+  return private.answer_request(organization, idempotency_key, request, jsonb_build_object(
+    'id', charge.id, 'state', charge.state, 'debit_at', charge.not_before, 'amount_minor', charge.amount_minor, 'currency', charge.currency
+  ), at);
+end
+$$;
+comment on function private.collect_invoice(uuid, text, timestamptz) is
+  'Plans to charge an invoice of the caller''s organization by its mandate, as soon as the mandate''s rules allow. Needs billing.manage.';
+
+create function private.request_mandate(gateway text, method text, idempotency_key text, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  request jsonb := jsonb_build_object('action', 'mandate', 'gateway', request_mandate.gateway, 'method', request_mandate.method);
+  answer jsonb := private.repeated_request(organization, idempotency_key, request);
+  money text := (select tenant.currency from public.organizations as tenant where tenant.id = organization);
+  via public.payment_gateway;
+  setup private.gateway_requests;
+begin
+  if answer is not null then
+    return answer;
+  end if;
+  if coalesce(request_mandate.method, 'card') not in ('card', 'upi', 'emandate') then
+    perform private.raise_error(400, 'invalid_request', 'method must be one of card, upi, emandate', 'method');
+  end if;
+  select account.gateway into via
+  from private.payment_accounts as account
+  where account.is_active and (account.currencies is null or money = any (account.currencies))
+    and (request_mandate.gateway is null or account.gateway::text = request_mandate.gateway)
+  order by account.priority, account.gateway
+  limit 1;
+  if not found then
+    perform private.raise_error(422, 'no_payment_gateway', 'No payment gateway takes this currency here', 'gateway');
+  end if;
+  insert into private.gateway_requests (organization_id, kind, gateway, method, currency, not_before, created_by, created_at)
+  values (organization, 'setup', via, coalesce(request_mandate.method, 'card'), money, at, (select auth.uid()), at)
+  returning * into setup;
+  return private.answer_request(
+    organization, idempotency_key, request, jsonb_build_object('id', setup.id, 'gateway', setup.gateway, 'method', setup.method), at
+  );
+end
+$$;
+comment on function private.request_mandate(text, text, text, timestamptz) is
+  'Begins to save a payment method of the caller''s organization: the handler makes the page on which its holder agrees. Needs billing.manage.';
+
+create function private.forget_payment_method(payment_method_id uuid, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  organization uuid := private.require_org('billing.manage');
+  gone public.payment_methods;
+  revocation uuid;
+begin
+  select own.* into gone
+  from public.payment_methods as own
+  where own.organization_id = organization and own.id = forget_payment_method.payment_method_id
+  for no key update;
+  if not found then
+    perform private.raise_error(404, 'not_found', 'There is no such payment method, or it is not yours', 'id');
+  end if;
+  if exists (
+    select
+    from private.gateway_requests as known
+    where known.organization_id = organization and known.payment_method_id = gone.id and known.kind = 'charge'
+      and known.state in ('submitting', 'open', 'unknown')
+  ) then
+    perform private.raise_error(409, 'collection_in_progress', 'The saved payment method is being charged', 'id');
+  end if;
+  if gone.removed_at is null then
+    update public.payment_methods as own set removed_at = at, is_default = false where own.id = gone.id;
+    update private.gateway_requests as known
+    set state = 'cancelled', finished_at = at, lease_until = null
+    where known.organization_id = organization and known.payment_method_id = gone.id and known.kind = 'charge' and known.state = 'waiting';
+    insert into private.gateway_requests (organization_id, kind, gateway, payment_method_id, not_before, created_by, created_at)
+    select organization, 'revoke', gone.gateway, gone.id, at, (select auth.uid()), at
+    where exists (select from private.payment_accounts as account where account.gateway = gone.gateway)
+    returning id into revocation;
+    perform private.audit(organization, 'payment_method.removed', 'payment_method', gone.id, '{}', at);
+  end if;
+  return jsonb_build_object('removed', gone.removed_at is null, 'id', revocation);
+end
+$$;
+comment on function private.forget_payment_method(uuid, timestamptz) is
+  'A payment method of the caller''s organization is used no more, and the gateway is told. Needs billing.manage.';
+
+create function private.payment_link_of(invoice_id uuid) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select jsonb_build_object('url', link.url, 'expires_at', link.url_expires_at)
+  from private.gateway_requests as link
+  join public.invoices as invoice on invoice.organization_id = link.organization_id and invoice.id = link.invoice_id
+  where link.invoice_id = $1 and link.kind = 'link' and link.state = 'open' and not link.cancel_wanted
+    and invoice.status = 'open' and (link.url_expires_at is null or link.url_expires_at > now())
+$$;
+comment on function private.payment_link_of(uuid) is 'Where an invoice is paid online now; null without a link.';
+
+create function public.claim_collections(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.claim_collections($1, private.clock_now())
+$$;
+comment on function public.claim_collections(jsonb) is
+  'For invoice-generation. {"v":1,"limit":10,"id"?} gives {"requests":[{"id","do":"notify|submit|look_up|cancel","kind","gateway","account",…}],"more":bool}.';
+
+create function public.record_collections(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.record_collections($1, private.clock_now())
+$$;
+comment on function public.record_collections(jsonb) is
+  'For invoice-generation. {"v":1,"results":[{"id","submission","outcome":"notified|accepted|paid|declined|refused|deferred|unknown|not_found|'
+  'cancelled|processed","reference"?,"order_ref"?,"payment_id"?,"amount_minor"?,"currency"?,"url"?,"expires_at"?,"code"?,"message"?}]} gives {"results"}.';
+
+create function public.request_refund(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.request_refund($1, private.clock_now())
+$$;
+comment on function public.request_refund(jsonb) is
+  'For the operator''s own systems. {"v":1,"credit_note_id"} gives {"requests":[ids],"left_minor"}: what no gateway can pay back is left.';
+
+create function public.request_payment_link(invoice_id uuid) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.request_payment_link(invoice_id, private.clock_now())
+$$;
+comment on function public.request_payment_link(uuid) is
+  'The link by which an invoice is paid: {"id","state","url","expires_at","amount_minor","currency"}. Called by POST invoices/{id}/payment-link, '
+  'which makes it. Needs billing.manage.';
+
+create function public.collect_invoice(invoice_id uuid, idempotency_key text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.collect_invoice(invoice_id, idempotency_key, private.clock_now())
+$$;
+comment on function public.collect_invoice(uuid, text) is
+  'Charges an invoice by the organization''s mandate: {"id","state","debit_at","amount_minor","currency"}. Needs billing.manage.';
+
+create function public.request_mandate(gateway text default null, method text default null, idempotency_key text default null) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.request_mandate(gateway, method, idempotency_key, private.clock_now())
+$$;
+comment on function public.request_mandate(text, text, text) is
+  'Begins to save a payment method: {"id","gateway","method"}. Called by POST payment-methods, which makes the page. Needs billing.manage.';
+
+create function public.forget_payment_method(payment_method_id uuid) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.forget_payment_method(payment_method_id, private.clock_now())
+$$;
+comment on function public.forget_payment_method(uuid) is 'A payment method is used no more: {"removed","id"}. Needs billing.manage.';
+
+revoke all on function
+  private.after_closed_hours(timestamptz, text[], text), private.mandate_of(public.invoices, timestamptz),
+  private.plan_charge(public.invoices, integer, timestamptz, uuid, timestamptz),
+  private.noticed_debit(private.gateway_requests, timestamptz), private.plan_link(public.invoices, uuid, timestamptz),
+  private.plan_collections(integer, timestamptz), private.end_charge(uuid, text, timestamptz), private.follow_payment(),
+  private.follow_refund(), private.follow_payment_method(), private.plan_retry_again(),
+  private.describe_request(private.gateway_requests, text, timestamptz),
+  private.claim_collections(jsonb, timestamptz), private.record_collection(jsonb, timestamptz),
+  private.record_collections(jsonb, timestamptz), private.request_refund(jsonb, timestamptz), private.open_invoice_of(uuid, uuid),
+  private.request_payment_link(uuid, timestamptz), private.collect_invoice(uuid, text, timestamptz),
+  private.request_mandate(text, text, text, timestamptz), private.forget_payment_method(uuid, timestamptz), private.payment_link_of(uuid),
+  public.claim_collections(jsonb), public.record_collections(jsonb), public.request_refund(jsonb), public.request_payment_link(uuid),
+  public.collect_invoice(uuid, text), public.request_mandate(text, text, text), public.forget_payment_method(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function
+  private.claim_collections(jsonb, timestamptz), private.record_collections(jsonb, timestamptz), private.request_refund(jsonb, timestamptz),
+  public.claim_collections(jsonb), public.record_collections(jsonb), public.request_refund(jsonb)
+to service_role;
+grant execute on function
+  private.request_payment_link(uuid, timestamptz), private.collect_invoice(uuid, text, timestamptz),
+  private.request_mandate(text, text, text, timestamptz), private.forget_payment_method(uuid, timestamptz),
+  public.request_payment_link(uuid), public.collect_invoice(uuid, text), public.request_mandate(text, text, text),
+  public.forget_payment_method(uuid)
+to authenticated;
+-- 27_functions_usage_holds.sql
+
+-- Units held ahead of their use: an organization's own system asks for room, works, and then reports the event, which settles the hold.
+--
+-- A hold has the source and the id of the event that it is for, so that a repetition holds nothing twice and the event finds it. The locks
+-- are the event's key, the hold, then the counters by meter and period, as everywhere.
+
+create function private.usage_reporter(request jsonb) returns uuid
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  reporter record;
+begin
+  if request ? 'organization_id' and not request ? 'api_key' then
+    -- From the platform itself.
+    select tenant.id as organization_id, array['usage.write'] as scopes
+    into reporter
+    from public.organizations as tenant
+    where tenant.id = private.read_uuid(request, 'organization_id');
+    if not found then
+      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+    end if;
+  else
+    select key.organization_id, key.scopes
+    into reporter
+    from public.api_keys as key
+    where key.prefix = request #>> '{api_key,prefix}'
+      and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
+      and key.revoked_at is null;
+    if not found then
+      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
+    end if;
+  end if;
+  if not 'usage.write' = any (reporter.scopes) then
+    perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
+  end if;
+  return reporter.organization_id;
+end
+$$;
+revoke all on function private.usage_reporter(jsonb) from public;
+comment on function private.usage_reporter(jsonb) is
+  'Whose usage a request reports: the organization of its API key, which has to have the scope usage.write, or the one that the platform names.';
+
+create function private.lock_usage_counters(organizations uuid[], meters text[]) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  perform
+  from public.usage_logs as log
+  where (log.organization_id, log.feature_key) in (
+      select wanted.organization_id, wanted.meter from unnest(organizations, meters) as wanted (organization_id, meter)
+    )
+  order by log.organization_id, log.feature_key, log.period_start
+  for no key update;
+end
+$$;
+revoke all on function private.lock_usage_counters(uuid[], text[]) from public;
+comment on function private.lock_usage_counters(uuid[], text[]) is
+  'Locks every counter of some meters in the order that all keep, before some of them are changed in another.';
+
+create function private.give_back_usage(holds private.usage_holds[], at timestamptz) returns void
+language plpgsql set search_path = ''
+as $$
+declare
+  part record;
+begin
+  perform private.lock_usage_counters(array_agg(held.organization_id), array_agg(held.meter_key)) from unnest(holds) as held;
+  for part in
+    select held.organization_id, held.meter_key, sum(held.counted)::bigint as counted
+    from unnest(holds) as held
+    group by held.organization_id, held.meter_key
+    order by held.organization_id, held.meter_key
+  loop
+    perform private.release_usage(part.organization_id, part.meter_key, part.counted, at);
+  end loop;
+end
+$$;
+revoke all on function private.give_back_usage(private.usage_holds[], timestamptz) from public;
+comment on function private.give_back_usage(private.usage_holds[], timestamptz) is
+  'Gives back the units of holds whose rows the caller has taken out: whoever takes a row out is the one who gives it back.';
+
+create function private.settle_usage_holds(organization_id uuid, sources text[], keys text[], meters text[], at timestamptz) returns void
+language plpgsql set search_path = ''
+as $$
+declare
+  settled private.usage_holds[];
+begin
+  if not exists (select from private.usage_holds as held where held.organization_id = settle_usage_holds.organization_id) then
+    return;
+  end if;
+  with gone as (
+    delete from private.usage_holds as held
+    using unnest(sources, keys, meters) as event (source, key, meter)
+    where held.organization_id = settle_usage_holds.organization_id
+      and held.source = event.source and held.key = event.key and held.meter_key = event.meter
+    returning held.*
+  )
+  select array_agg(gone::private.usage_holds) into settled from gone;
+  if settled is null then
+    return;
+  end if;
+  -- With those of the other events of the batch, which are counted next.
+  perform private.lock_usage_counters(array_agg(settle_usage_holds.organization_id), array_agg(event.meter))
+  from (select distinct given.meter from unnest(meters) as given (meter)) as event;
+  perform private.give_back_usage(settled, at);
+end
+$$;
+revoke all on function private.settle_usage_holds(uuid, text[], text[], text[], timestamptz) from public;
+comment on function private.settle_usage_holds(uuid, text[], text[], text[], timestamptz) is
+  'Lets go of what was held for events that are counted in the same transaction: whoever asks what is left sees the one or the other.';
+
+create function private.hold_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  owner constant uuid := private.usage_reporter(request);
+  said_source constant text := case when jsonb_typeof(request -> 'source') = 'string' then request ->> 'source' end;
+  said_id constant text := case when jsonb_typeof(request -> 'id') = 'string' then request ->> 'id' end;
+  said_type constant text := case when jsonb_typeof(request -> 'type') = 'string' then request ->> 'type' end;
+  units constant bigint := case
+    when jsonb_typeof(request -> 'quantity') = 'number' and request ->> 'quantity' ~ '^[0-9]{1,15}$' then (request ->> 'quantity')::bigint
+  end;
+  seconds constant integer := case
+    when coalesce(jsonb_typeof(request -> 'seconds'), 'null') = 'null' then 600
+    when jsonb_typeof(request -> 'seconds') = 'number' and request ->> 'seconds' ~ '^[0-9]{1,5}$' then (request ->> 'seconds')::integer
+  end;
+  meter public.meters;
+  wanted bigint;
+  held private.usage_holds;
+begin
+  if coalesce(said_source, '') = '' or length(said_source) > 255 then
+    perform private.raise_error(422, 'invalid_source', 'source must be a text of 1 to 255 characters', 'source');
+  end if;
+  if said_source in ('call', 'call_rate') then
+    perform private.raise_error(422, 'reserved_source', 'The sources "call" and "call_rate" belong to the platform', 'source');
+  end if;
+  if coalesce(said_id, '') = '' or length(said_id) > 255 then
+    perform private.raise_error(422, 'invalid_id', 'id must be a text of 1 to 255 characters', 'id');
+  end if;
+  select known.* into meter from public.meters as known where known.key = said_type and known.is_active;
+  if meter.key is null then
+    perform private.raise_error(422, 'unknown_type', 'type is not the key of an active meter', 'type');
+  end if;
+  if meter.is_reserved or meter.aggregation not in ('sum', 'count') then
+    perform private.raise_error(422, 'reserved_type', 'Units are held of meters whose events add up, and the platform holds its own itself', 'type');
+  end if;
+  if coalesce(units, 0) = 0 then
+    perform private.raise_error(422, 'invalid_quantity', 'quantity must be a whole number from 1 to 999999999999999', 'quantity');
+  end if;
+  if seconds is null or seconds not between 1 and 86400 then
+    perform private.raise_error(422, 'invalid_seconds', 'seconds must be a whole number from 1 to 86400, or be left out', 'seconds');
+  end if;
+  wanted := case meter.rounding when 'event' then private.whole_pulses(units, meter.pulse) else units end;
+
+  -- The row is the lock of its key. One that is over is as good as gone, whoever has not swept it up yet.
+  for try in 1..3 loop
+    insert into private.usage_holds as own (organization_id, source, key, meter_key, quantity, counted, held_at, expires_at)
+    values (owner, said_source, said_id, meter.key, units, wanted, at, at + make_interval(secs => seconds))
+    on conflict on constraint usage_holds_pkey do nothing
+    returning own.* into held;
+    exit when held.key is not null;
+    select known.*
+    into held
+    from private.usage_holds as known
+    where known.organization_id = owner and known.source = said_source and known.key = said_id
+    for update;
+    continue when held.key is null;
+    if held.expires_at > at then
+      if (held.meter_key, held.quantity) <> (meter.key, units) then
+        perform private.raise_error(409, 'idempotency_conflict', 'Other units are held under this source and id', 'id');
+      end if;
+      return jsonb_build_object('status', 'held', 'expires_at', held.expires_at);
+    end if;
+    perform private.drop_usage_hold(held, at);
+    held := null;
+  end loop;
+  if held.key is null then
+    raise exception 'a hold came and went' using errcode = '40001';
+  end if;
+
+  if not private.reserve_usage(owner, meter.key, wanted, at) then
+    -- What is over and still counts as held makes room first.
+    if private.give_back_due_usage(owner, meter.key, 500, at) = 0 or not private.reserve_usage(owner, meter.key, wanted, at) then
+      perform private.raise_error(402, 'quota_exhausted', 'The plan leaves no room for so many units', 'quantity');
+    end if;
+  end if;
+  if exists (
+    select
+    from private.usage_keys as known
+    where known.organization_id = owner and known.source = said_source and known.key = said_id
+  ) then
+    perform private.raise_error(409, 'already_counted', 'The event of this source and id is counted: there is nothing to hold for it', 'id');
+  end if;
+  return jsonb_build_object('status', 'held', 'expires_at', held.expires_at);
+end
+$$;
+revoke all on function private.hold_usage(jsonb, timestamptz) from public;
+grant execute on function private.hold_usage(jsonb, timestamptz) to service_role;
+comment on function private.hold_usage(jsonb, timestamptz) is
+  'Holds units for an event to come, for as long as it says. Errors: 402 quota_exhausted, 409 idempotency_conflict and already_counted, 422.';
+
+create function private.drop_usage_hold(hold private.usage_holds, at timestamptz) returns void
+language plpgsql set search_path = ''
+as $$
+begin
+  delete from private.usage_holds as held
+  where held.organization_id = hold.organization_id and held.source = hold.source and held.key = hold.key;
+  if found then
+    perform private.give_back_usage(array[hold], at);
+  end if;
+end
+$$;
+revoke all on function private.drop_usage_hold(private.usage_holds, timestamptz) from public;
+comment on function private.drop_usage_hold(private.usage_holds, timestamptz) is 'Takes one hold out, whose row the caller has locked, and gives its units back.';
+
+create function private.give_back_due_usage(organization_id uuid, meter text, batch integer, at timestamptz) returns integer
+language plpgsql set search_path = ''
+as $$
+declare
+  gone private.usage_holds[];
+begin
+  -- Whoever has one locked is settling it or giving it back.
+  with due as (
+    select held.organization_id, held.source, held.key
+    from private.usage_holds as held
+    where held.expires_at <= at
+      and (held.organization_id = give_back_due_usage.organization_id or give_back_due_usage.organization_id is null)
+      and (held.meter_key = meter or meter is null)
+    order by held.expires_at
+    limit batch
+    for update skip locked
+  ),
+  taken as (
+    delete from private.usage_holds as held
+    using due
+    where held.organization_id = due.organization_id and held.source = due.source and held.key = due.key
+    returning held.*
+  )
+  select array_agg(taken::private.usage_holds) into gone from taken;
+  if gone is not null then
+    perform private.give_back_usage(gone, at);
+  end if;
+  return coalesce(cardinality(gone), 0);
+end
+$$;
+revoke all on function private.give_back_due_usage(uuid, text, integer, timestamptz) from public;
+comment on function private.give_back_due_usage(uuid, text, integer, timestamptz) is
+  'Gives back what was held and never used, of one organization and meter or of all, so many at once, and says how many it was.';
+
+create function private.expire_usage_holds(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  batch constant integer := least(greatest(coalesce((request ->> 'limit')::integer, 500), 1), 2000);
+  expired constant integer := private.give_back_due_usage(null, null, batch, at);
+begin
+  return jsonb_build_object('expired', expired, 'more', expired = batch);
+end
+$$;
+revoke all on function private.expire_usage_holds(jsonb, timestamptz) from public;
+grant execute on function private.expire_usage_holds(jsonb, timestamptz) to service_role;
+comment on function private.expire_usage_holds(jsonb, timestamptz) is 'Gives back what was held for longer than was said, of all organizations.';
+
+create function private.release_usage_hold(request jsonb, at timestamptz) returns jsonb
+language plpgsql security definer set search_path = ''
+as $$
+declare
+  owner constant uuid := private.usage_reporter(request);
+  held private.usage_holds;
+begin
+  select known.*
+  into held
+  from private.usage_holds as known
+  where known.organization_id = owner and known.source = request ->> 'source' and known.key = request ->> 'id'
+  for update;
+  if held.key is not null then
+    perform private.drop_usage_hold(held, at);
+  end if;
+  return jsonb_build_object('released', held.key is not null);
+end
+$$;
+revoke all on function private.release_usage_hold(jsonb, timestamptz) from public;
+grant execute on function private.release_usage_hold(jsonb, timestamptz) to service_role;
+comment on function private.release_usage_hold(jsonb, timestamptz) is
+  'Gives back what is held under a source and id, and says whether anything was: not after its event, not twice, and not after its time.';
+
+create function private.check_usage_holds(organization_id uuid default null) returns table (organization uuid, problem text)
+language sql stable security definer set search_path = ''
+as $$
+  with held as (
+    select own.organization_id, own.meter_key, sum(own.counted) as units
+    from private.usage_holds as own
+    where own.organization_id = $1 or $1 is null
+    group by own.organization_id, own.meter_key
+  ),
+  counted as (
+    select log.organization_id, log.feature_key as meter_key, sum(log.reserved) as units
+    from public.usage_logs as log
+    join public.meters as meter on meter.key = log.feature_key and not meter.is_reserved
+    where log.organization_id = $1 or $1 is null
+    group by log.organization_id, log.feature_key
+  )
+  select
+    coalesce(held.organization_id, counted.organization_id),
+    format('%s of %s held, %s counted', coalesce(held.units, 0), coalesce(held.meter_key, counted.meter_key), coalesce(counted.units, 0))
+  from held
+  full join counted on counted.organization_id = held.organization_id and counted.meter_key = held.meter_key
+  where coalesce(held.units, 0) <> coalesce(counted.units, 0)
+$$;
+revoke all on function private.check_usage_holds(uuid) from public;
+comment on function private.check_usage_holds(uuid) is
+  'Compares what is held for events with the counters and returns what disagrees: nothing, ever. For one organization or all.';
+
+create function public.hold_usage(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.hold_usage($1, private.clock_now())
+$$;
+comment on function public.hold_usage(jsonb) is
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","source","id","type","quantity","seconds"?} gives '
+  '{"status":"held","expires_at"}.';
+
+create function public.release_usage_hold(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.release_usage_hold($1, private.clock_now())
+$$;
+comment on function public.release_usage_hold(jsonb) is
+  'For usage-metering. {"v":1,"api_key":{"prefix","sha256"} or "organization_id","source","id"} gives {"released":bool}.';
+
+create function public.expire_usage_holds(jsonb) returns jsonb
+language sql set search_path = ''
+as $$
+  select private.expire_usage_holds($1, private.clock_now())
+$$;
+comment on function public.expire_usage_holds(jsonb) is 'For usage-metering, by schedule. {"v":1,"limit":500} gives {"expired":n,"more":bool}.';
+
+revoke all on function public.hold_usage(jsonb), public.release_usage_hold(jsonb), public.expire_usage_holds(jsonb)
+from public, anon, authenticated;
+grant execute on function public.hold_usage(jsonb), public.release_usage_hold(jsonb), public.expire_usage_holds(jsonb) to service_role;
+-- 28_functions_transfers.sql
+
+-- Where a call may be transferred to, and calls that have ended while nobody has told how many seconds they had.
+
+create table private.unsettled_calls (
+  organization_id uuid not null,
+  attempt_id      uuid not null,
+  due_at          timestamptz not null,
+  tries           smallint not null default 0 check (tries >= 0),
+  primary key (organization_id, attempt_id),
+  foreign key (organization_id, attempt_id) references public.call_logs (organization_id, id) on delete cascade
+);
+create index idx_unsettled_calls_due on private.unsettled_calls (due_at);
+select private.close_table('private.unsettled_calls');
+comment on table private.unsettled_calls is
+  'Calls of a carrier that tells no seconds with the end, and whose answer or bill was never told: it is asked a few times while it still knows.';
+comment on column private.unsettled_calls.due_at is 'Real time at which the carrier is asked.';
+
+create function private.await_seconds(attempt public.call_logs) returns void
+language sql volatile security definer set search_path = '' as $$
+  insert into private.unsettled_calls as own (organization_id, attempt_id, due_at)
+  values (attempt.organization_id, attempt.id, now() + interval '60 seconds')
+  on conflict do nothing
+$$;
+comment on function private.await_seconds(public.call_logs) is 'Has the carrier asked for the seconds of a call, unless they are told within a minute.';
+
+create function private.take_unsettled(most integer) returns setof public.call_logs
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+  -- Five times, a minute apart: what the carrier has not said by then its records of the day say.
+  delete from private.unsettled_calls as own
+  where own.due_at < now() and own.tries >= 5;
+  return query
+  with due as (
+    select waiting.organization_id, waiting.attempt_id
+    from private.unsettled_calls as waiting
+    where waiting.due_at < now()
+    order by waiting.due_at
+    limit most
+    for no key update skip locked
+  ),
+  taken as (
+    update private.unsettled_calls as own
+    set due_at = now() + interval '60 seconds', tries = own.tries + 1
+    from due
+    where own.organization_id = due.organization_id and own.attempt_id = due.attempt_id
+    returning own.organization_id, own.attempt_id
+  )
+  select log.*
+  from taken
+  join public.call_logs as log on log.organization_id = taken.organization_id and log.id = taken.attempt_id
+  where log.status = 'ended' and log.call_sid is not null;
+end
+$$;
+comment on function private.take_unsettled(integer) is 'Ended calls whose seconds the carrier is to be asked for now; each is given out again a minute later, five times at most.';
+
+create function private.transfer_number(told text) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select (regexp_match(
+    regexp_replace(regexp_replace(regexp_replace(told, '^\s*(tel|sips?):', '', 'i'), '[@;].*$', ''), '[\s().-]', '', 'g'), '^\+?[0-9*#]{2,20}$'
+  ))[1]
+$$;
+comment on function private.transfer_number(text) is
+  'The number that a transfer''s destination is, however it is written (also as tel: or sip:); null for one that names none, as a department.';
+
+create function private.transfer_refusal(tenant_id uuid, told text, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  phone  constant text := private.transfer_number(told);
+  tenant public.organizations;
+begin
+  if phone is null then
+    return null;
+  end if;
+  select own.* into tenant from public.organizations as own where own.id = tenant_id;
+  return case
+    -- Without its country nobody knows where it leads: short codes and emergency calls are among those.
+    when tenant.id is null or phone not like '+%' or not (private.destination(phone, tenant.dial_countries)).is_callable then 'destination_blocked'
+    when tenant.max_price_micros is not null and coalesce(private.destination_price(phone) > tenant.max_price_micros, true) then 'price_ceiling'
+    when tenant.max_hourly_cost_micros is not null and (
+      select
+        coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+        or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+      from public.call_logs as log
+      where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+        and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+    )
+    then 'spend_ceiling'
+  end;
+end
+$$;
+comment on function private.transfer_refusal(uuid, text, timestamptz) is
+  'Why a call of an organization may not be transferred there, by the rules and in the words of a dial: destination_blocked, price_ceiling, spend_ceiling. '
+  'Null where it may, and for a destination that is no number.';
+
+create function private.destination_of_transfer(arguments jsonb) returns text
+language sql immutable parallel safe set search_path = '' as $$
+  select named.told
+  from unnest(array[
+    arguments ->> 'destination', arguments ->> 'phone_number', arguments ->> 'phoneNumber', arguments ->> 'transfer_to', arguments ->> 'number',
+    arguments ->> 'to', arguments #>> '{destination,number}', arguments #>> '{destination,sipUri}', arguments ->> 'sip_uri'
+  ]) with ordinality as named (told, place)
+  where private.transfer_number(named.told) is not null
+  order by named.place
+  limit 1
+$$;
+comment on function private.destination_of_transfer(jsonb) is 'The number in what a voice agent calls its transfer with, under any of the names that agents give it.';
+
+create function private.judge_transfer(request jsonb, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  destination constant text := btrim(request ->> 'to');
+  attempt public.call_logs;
+  refusal text;
+begin
+  if coalesce(destination, '') = '' or length(destination) > 200 then
+    perform private.raise_error(400, 'malformed_request', 'to is the number to transfer to', 'to');
+  end if;
+  select log.* into attempt from public.call_logs as log where log.id = private.to_uuid(request ->> 'attempt_id') for key share;
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'attempt_id');
+  end if;
+  if attempt.status = 'ended' then
+    perform private.raise_error(409, 'call_ended', 'The call has ended', 'attempt_id');
+  end if;
+  -- Whoever asks means a number: what is none leads nowhere that is known.
+  refusal := case
+    when private.transfer_number(destination) is null then 'destination_blocked'
+    else private.transfer_refusal(attempt.organization_id, destination, at)
+  end;
+  if refusal is not null then
+    perform private.note_activity(
+      attempt, 'transfer|' || destination, 'transfer', jsonb_build_object('arguments', jsonb_build_object('destination', destination), 'refused', refusal), at
+    );
+  end if;
+  return jsonb_build_object('allowed', refusal is null, 'reason', refusal);
+end
+$$;
+comment on function private.judge_transfer(jsonb, timestamptz) is 'Whether a call under way may be transferred to a number. A refusal is noted with its lead.';
+
+create function public.judge_transfer(jsonb) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.judge_transfer($1, private.clock_now())
+$$;
+comment on function public.judge_transfer(jsonb) is
+  '{"v":1,"attempt_id":uuid,"to":text} -> {"allowed":bool,"reason":"destination_blocked|price_ceiling|spend_ceiling"|null}.';
+
+revoke all on function
+  private.await_seconds(public.call_logs), private.take_unsettled(integer), private.transfer_number(text),
+  private.transfer_refusal(uuid, text, timestamptz), private.destination_of_transfer(jsonb), private.judge_transfer(jsonb, timestamptz),
+  public.judge_transfer(jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function private.judge_transfer(jsonb, timestamptz), public.judge_transfer(jsonb) to service_role;
+-- 29_functions_campaign_leads.sql
+
+-- Whom a campaign is about, and whom one of its calls may be handed on to.
+
+
+-- Lead filters --------------------------------------------------------------------------------------------------------------------
+
+alter table public.campaigns add column lead_filter jsonb not null default '{}';
+alter table public.campaigns add constraint campaigns_lead_filter_object check (jsonb_typeof(lead_filter) = 'object');
+comment on column public.campaigns.lead_filter is
+  'Which leads of its project it is about, as create_campaign() was told; empty is all of them. Checked by private.check_lead_filter().';
+
+create function private.check_lead_filter(filter jsonb) returns jsonb
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  most constant integer := 5000;
+  part record;
+begin
+  filter := coalesce(nullif(filter, 'null'), '{}');
+  if jsonb_typeof(filter) <> 'object' then
+    perform private.raise_error(422, 'invalid_setting', 'leads is an object', 'leads');
+  end if;
+  for part in select item.key, item.value from jsonb_each(filter) as item
+  loop
+    -- What is not understood must not mean everybody.
+    if part.key <> all (array['lead_ids', 'stage_ids', 'assigned_to', 'statuses', 'sources', 'min_score', 'never_called']) then
+      perform private.raise_error(422, 'invalid_setting', format('leads has no %s', left(part.key, 50)), 'leads');
+    elsif part.key = 'min_score' then
+      if jsonb_typeof(part.value) <> 'number' or (part.value)::numeric not between -2147483648 and 2147483647 then
+        perform private.raise_error(422, 'invalid_setting', 'min_score is a number', 'leads');
+      end if;
+    elsif part.key = 'never_called' then
+      if jsonb_typeof(part.value) <> 'boolean' then
+        perform private.raise_error(422, 'invalid_setting', 'never_called is true or false', 'leads');
+      end if;
+    elsif jsonb_typeof(part.value) <> 'array' or jsonb_array_length(part.value) not between 1 and most
+      or jsonb_path_exists(part.value, '$[*] ? (@.type() != "string")')
+    then
+      perform private.raise_error(422, 'invalid_setting', format('%s is a list of 1 to %s strings', part.key, most), 'leads');
+    elsif part.key in ('lead_ids', 'stage_ids', 'assigned_to') and exists (
+      select
+      from jsonb_array_elements_text(part.value) as element (id)
+      where element.id !~* '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$'
+    ) then
+      perform private.raise_error(422, 'invalid_setting', format('%s are ids', part.key), 'leads');
+    end if;
+  end loop;
+  return filter;
+end
+$$;
+comment on function private.check_lead_filter(jsonb) is
+  'A filter of leads: {"lead_ids","stage_ids","assigned_to","statuses","sources": lists,"min_score","never_called"}, all of which hold at once; '
+  'anything else in it is 422.';
+
+
+-- Transfers -----------------------------------------------------------------------------------------------------------------------
+
+create function private.check_transfer(call_id uuid, phone_number text, at timestamptz) returns jsonb
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+  organization uuid := private.require_org('call.control');
+  attempt      public.call_logs;
+  obstacle     text;
+  reason       text;
+begin
+  select log.* into attempt from public.call_logs as log where log.organization_id = organization and log.id = check_transfer.call_id;
+  if attempt.id is null then
+    perform private.raise_error(404, 'call_not_found', 'There is no such call', 'call_id');
+  end if;
+  if attempt.status = 'ended' then
+    perform private.raise_error(409, 'invalid_transition', 'A call that is over goes to nobody', 'call_id');
+  end if;
+  obstacle := private.dispatch_obstacle(organization, at);
+  reason := case
+    when private.transfer_number(phone_number) is null then 'destination_blocked'
+    else coalesce(
+      private.transfer_refusal(organization, phone_number, at),
+      case when obstacle in ('platform_disabled', 'dialling_disabled', 'spend_ceiling') then obstacle end
+    )
+  end;
+  perform private.audit(
+    organization, 'call.transfer_checked', 'call_log', attempt.id,
+    jsonb_strip_nulls(jsonb_build_object('allowed', reason is null, 'reason', reason)), at
+  );
+  return jsonb_build_object('call_id', attempt.id, 'allowed', reason is null, 'reason', reason);
+end
+$$;
+comment on function private.check_transfer(uuid, text, timestamptz) is
+  'Whether a call under way may be handed on to a number: what may be dialled may be transferred to, and nothing else. Put on record without the number.';
+
+create function public.check_transfer(call_id uuid, phone_number text) returns jsonb
+language sql volatile security invoker set search_path = '' as $$
+  select private.check_transfer(call_id, phone_number, private.clock_now())
+$$;
+comment on function public.check_transfer(uuid, text) is
+  'Asked before a call is transferred: {"call_id","allowed","reason"}, where the reason is destination_blocked, price_ceiling, spend_ceiling or a '
+  'switch; 409 when the call is over. Needs call.control.';
+
+
+-- Who may call what ---------------------------------------------------------------------------------------------------------------
+
+revoke execute on function private.check_lead_filter(jsonb), private.check_transfer(uuid, text, timestamptz)
+from public, anon, authenticated, service_role;
+revoke execute on function public.check_transfer(uuid, text) from public, anon, authenticated, service_role;
+grant execute on function private.check_transfer(uuid, text, timestamptz), public.check_transfer(uuid, text) to authenticated;
 $trunkline_schema$;
   execute format('comment on schema private is %L', 'Trunkline ' || version);
 end

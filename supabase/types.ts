@@ -354,14 +354,14 @@ isOneToOne: false
                   ]
                 },"campaigns": {
                   Row: {
-                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"credit_cap": number | null,"credit_spent": number,"description": string | null,"dialling_enabled": boolean,"end_date": string | null,"id": string,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"pause_reason": string | null,"paused_at": string | null,"project_id": string | null,"purpose": string,"record_calls": boolean,"retry_rules": NonNullable<Json>,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
+                    "agent_id": string | null,"ai_script": string | null,"answered_calls": number,"archived_at": string | null,"auto_complete": boolean,"call_settings": NonNullable<Json>,"cancelled_at": string | null,"completed_at": string | null,"created_at": string,"created_by": string | null,"credit_cap": number | null,"credit_spent": number,"description": string | null,"dialling_enabled": boolean,"end_date": string | null,"id": string,"lead_filter": NonNullable<Json>,"max_attempts": number,"max_call_seconds": number,"max_concurrent_calls": number,"metadata": NonNullable<Json>,"name": string,"open_leads": number,"organization_id": string,"pause_reason": string | null,"paused_at": string | null,"project_id": string | null,"purpose": string,"record_calls": boolean,"retry_rules": NonNullable<Json>,"ring_timeout_seconds": number,"start_date": string | null,"started_at": string | null,"status": Database["public"]['Enums']["campaign_status"],"time_end": string,"time_start": string,"timezone": string,"total_calls": number,"total_enrolled": number,"transferred_calls": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"pause_reason"?: string | null,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"lead_filter"?: NonNullable<Json>,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name": string,"open_leads"?: number,"organization_id"?: string,"pause_reason"?: string | null,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Update: {
-                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"pause_reason"?: string | null,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
+                    "agent_id"?: string | null,"ai_script"?: string | null,"answered_calls"?: number,"archived_at"?: string | null,"auto_complete"?: boolean,"call_settings"?: NonNullable<Json>,"cancelled_at"?: string | null,"completed_at"?: string | null,"created_at"?: string,"created_by"?: string | null,"credit_cap"?: number | null,"credit_spent"?: number,"description"?: string | null,"dialling_enabled"?: boolean,"end_date"?: string | null,"id"?: string,"lead_filter"?: NonNullable<Json>,"max_attempts"?: number,"max_call_seconds"?: number,"max_concurrent_calls"?: number,"metadata"?: NonNullable<Json>,"name"?: string,"open_leads"?: number,"organization_id"?: string,"pause_reason"?: string | null,"paused_at"?: string | null,"project_id"?: string | null,"purpose"?: string,"record_calls"?: boolean,"retry_rules"?: NonNullable<Json>,"ring_timeout_seconds"?: number,"start_date"?: string | null,"started_at"?: string | null,"status"?: Database["public"]['Enums']["campaign_status"],"time_end"?: string,"time_start"?: string,"timezone"?: string,"total_calls"?: number,"total_enrolled"?: number,"transferred_calls"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -764,14 +764,14 @@ isOneToOne: false
                   ]
                 },"invoice_lines": {
                   Row: {
-                    "amount_minor": number,"description": string,"first_day": string | null,"id": string,"invoice_id": string,"kind": string,"last_day": string | null,"meter_key": string | null,"organization_id": string,"position": number,"price_units": number,"quantity": number,"unit": string,"unit_price_minor": number
+                    "amount_minor": number,"description": string,"discount_minor": number,"first_day": string | null,"id": string,"invoice_id": string,"kind": string,"last_day": string | null,"meter_key": string | null,"organization_id": string,"position": number,"price_units": number,"quantity": number,"unit": string,"unit_price_minor": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "amount_minor": number,"description": string,"first_day"?: string | null,"id"?: string,"invoice_id": string,"kind": string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id": string,"position": number,"price_units"?: number,"quantity": number,"unit": string,"unit_price_minor": number
+                    "amount_minor": number,"description": string,"discount_minor"?: number,"first_day"?: string | null,"id"?: string,"invoice_id": string,"kind": string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id": string,"position": number,"price_units"?: number,"quantity": number,"unit": string,"unit_price_minor": number
                   }
                   Update: {
-                    "amount_minor"?: number,"description"?: string,"first_day"?: string | null,"id"?: string,"invoice_id"?: string,"kind"?: string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id"?: string,"position"?: number,"price_units"?: number,"quantity"?: number,"unit"?: string,"unit_price_minor"?: number
+                    "amount_minor"?: number,"description"?: string,"discount_minor"?: number,"first_day"?: string | null,"id"?: string,"invoice_id"?: string,"kind"?: string,"last_day"?: string | null,"meter_key"?: string | null,"organization_id"?: string,"position"?: number,"price_units"?: number,"quantity"?: number,"unit"?: string,"unit_price_minor"?: number
                   }
                   Relationships: [
                     {
@@ -790,14 +790,14 @@ isOneToOne: false
                   ]
                 },"invoice_taxes": {
                   Row: {
-                    "amount_minor": number,"id": string,"invoice_id": string,"name": string,"organization_id": string,"position": number,"rate_bp": number,"taxable_minor": number
+                    "amount_minor": number,"id": string,"invoice_id": string,"name": string,"note": string | null,"organization_id": string,"position": number,"rate_bp": number,"taxable_minor": number,"treatment": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "amount_minor": number,"id"?: string,"invoice_id": string,"name": string,"organization_id": string,"position": number,"rate_bp": number,"taxable_minor": number
+                    "amount_minor": number,"id"?: string,"invoice_id": string,"name": string,"note"?: string | null,"organization_id": string,"position": number,"rate_bp": number,"taxable_minor": number,"treatment"?: string
                   }
                   Update: {
-                    "amount_minor"?: number,"id"?: string,"invoice_id"?: string,"name"?: string,"organization_id"?: string,"position"?: number,"rate_bp"?: number,"taxable_minor"?: number
+                    "amount_minor"?: number,"id"?: string,"invoice_id"?: string,"name"?: string,"note"?: string | null,"organization_id"?: string,"position"?: number,"rate_bp"?: number,"taxable_minor"?: number,"treatment"?: string
                   }
                   Relationships: [
                     {
@@ -810,14 +810,14 @@ isOneToOne: false
                   ]
                 },"invoices": {
                   Row: {
-                    "ack_no": string | null,"amount_paid_minor": number,"created_at": string,"credited_minor": number,"currency": string,"customer": NonNullable<Json>,"due_date": string | null,"finalized_at": string | null,"first_day": string,"id": string,"invoice_date": string | null,"invoice_number": string | null,"irn": string | null,"issuer": NonNullable<Json>,"kind": string,"last_day": string,"metadata": NonNullable<Json>,"organization_id": string,"paid_at": string | null,"past_due_at": string | null,"period_end": string,"period_start": string,"signed_qr": string | null,"status": Database["public"]['Enums']["invoice_status"],"subscription_id": string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at": string
+                    "ack_no": string | null,"amount_paid_minor": number,"created_at": string,"credited_minor": number,"currency": string,"customer": NonNullable<Json>,"discount_minor": number,"discounts": NonNullable<Json>,"due_date": string | null,"finalized_at": string | null,"first_day": string,"id": string,"invoice_date": string | null,"invoice_number": string | null,"irn": string | null,"issuer": NonNullable<Json>,"kind": string,"last_day": string,"metadata": NonNullable<Json>,"organization_id": string,"paid_at": string | null,"past_due_at": string | null,"period_end": string,"period_start": string,"signed_qr": string | null,"status": Database["public"]['Enums']["invoice_status"],"subscription_id": string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency": string,"customer": NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day": string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer": NonNullable<Json>,"kind"?: string,"last_day": string,"metadata"?: NonNullable<Json>,"organization_id": string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end": string,"period_start": string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at"?: string
+                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency": string,"customer": NonNullable<Json>,"discount_minor"?: number,"discounts"?: NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day": string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer": NonNullable<Json>,"kind"?: string,"last_day": string,"metadata"?: NonNullable<Json>,"organization_id": string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end": string,"period_start": string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor": number,"tax_minor": number,"timezone": string,"total_minor": number,"updated_at"?: string
                   }
                   Update: {
-                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency"?: string,"customer"?: NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day"?: string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer"?: NonNullable<Json>,"kind"?: string,"last_day"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end"?: string,"period_start"?: string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor"?: number,"tax_minor"?: number,"timezone"?: string,"total_minor"?: number,"updated_at"?: string
+                    "ack_no"?: string | null,"amount_paid_minor"?: number,"created_at"?: string,"credited_minor"?: number,"currency"?: string,"customer"?: NonNullable<Json>,"discount_minor"?: number,"discounts"?: NonNullable<Json>,"due_date"?: string | null,"finalized_at"?: string | null,"first_day"?: string,"id"?: string,"invoice_date"?: string | null,"invoice_number"?: string | null,"irn"?: string | null,"issuer"?: NonNullable<Json>,"kind"?: string,"last_day"?: string,"metadata"?: NonNullable<Json>,"organization_id"?: string,"paid_at"?: string | null,"past_due_at"?: string | null,"period_end"?: string,"period_start"?: string,"signed_qr"?: string | null,"status"?: Database["public"]['Enums']["invoice_status"],"subscription_id"?: string | null,"subtotal_minor"?: number,"tax_minor"?: number,"timezone"?: string,"total_minor"?: number,"updated_at"?: string
                   }
                   Relationships: [
                     {
@@ -1016,14 +1016,14 @@ isOneToOne: false
                   ]
                 },"organizations": {
                   Row: {
-                    "address_line_1": string | null,"address_line_2": string | null,"business_type": string | null,"caller_id": string | null,"city": string | null,"company_name": string | null,"contact_number": string | null,"country": string,"country_code": string,"created_at": string,"currency": string,"dial_countries": (string)[] | null,"dialling_enabled": boolean,"dispatch_weight": number,"gstin": string | null,"hourly_cost_currency": string,"id": string,"max_concurrent_calls": number,"max_hourly_cost_micros": number | null,"max_price_micros": number | null,"name": string,"onboarding_status": string,"pincode": string | null,"sector": string,"settings": NonNullable<Json>,"slug": string | null,"state": string | null,"state_code": string | null,"tier": Database["public"]['Enums']["org_tier"],"timezone": string,"updated_at": string
+                    "address_line_1": string | null,"address_line_2": string | null,"business_type": string | null,"caller_id": string | null,"city": string | null,"company_name": string | null,"contact_number": string | null,"country": string,"country_code": string,"created_at": string,"currency": string,"dial_countries": (string)[] | null,"dialling_enabled": boolean,"dispatch_weight": number,"gstin": string | null,"hourly_cost_currency": string,"id": string,"max_concurrent_calls": number,"max_hourly_cost_micros": number | null,"max_price_micros": number | null,"name": string,"onboarding_status": string,"pincode": string | null,"sector": string,"settings": NonNullable<Json>,"slug": string | null,"state": string | null,"state_code": string | null,"tax_id": string | null,"tier": Database["public"]['Enums']["org_tier"],"timezone": string,"updated_at": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"hourly_cost_currency"?: string,"id"?: string,"max_concurrent_calls"?: number,"max_hourly_cost_micros"?: number | null,"max_price_micros"?: number | null,"name": string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
+                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"hourly_cost_currency"?: string,"id"?: string,"max_concurrent_calls"?: number,"max_hourly_cost_micros"?: number | null,"max_price_micros"?: number | null,"name": string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tax_id"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
                   }
                   Update: {
-                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"hourly_cost_currency"?: string,"id"?: string,"max_concurrent_calls"?: number,"max_hourly_cost_micros"?: number | null,"max_price_micros"?: number | null,"name"?: string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
+                    "address_line_1"?: string | null,"address_line_2"?: string | null,"business_type"?: string | null,"caller_id"?: string | null,"city"?: string | null,"company_name"?: string | null,"contact_number"?: string | null,"country"?: string,"country_code"?: string,"created_at"?: string,"currency"?: string,"dial_countries"?: (string)[] | null,"dialling_enabled"?: boolean,"dispatch_weight"?: number,"gstin"?: string | null,"hourly_cost_currency"?: string,"id"?: string,"max_concurrent_calls"?: number,"max_hourly_cost_micros"?: number | null,"max_price_micros"?: number | null,"name"?: string,"onboarding_status"?: string,"pincode"?: string | null,"sector"?: string,"settings"?: NonNullable<Json>,"slug"?: string | null,"state"?: string | null,"state_code"?: string | null,"tax_id"?: string | null,"tier"?: Database["public"]['Enums']["org_tier"],"timezone"?: string,"updated_at"?: string
                   }
                   Relationships: [
                     
@@ -1148,14 +1148,14 @@ isOneToOne: false
                   ]
                 },"plan_price_meters": {
                   Row: {
-                    "credit_price_minor": number | null,"credit_pulse": number,"credit_unit": number,"hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string,"pricing_model": string,"tiers": Json | null
+                    "credit_price_minor": number | null,"credit_pulse": number,"credit_unit": number,"hard": boolean,"included_units": number | null,"limit_units": number | null,"meter_key": string,"overage_price_minor": number | null,"overage_unit": number,"plan_price_id": string,"pricing_model": string,"rate_deck": string | null,"tiers": Json | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string,"pricing_model"?: string,"tiers"?: Json | null
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key": string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id": string,"pricing_model"?: string,"rate_deck"?: string | null,"tiers"?: Json | null
                   }
                   Update: {
-                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string,"pricing_model"?: string,"tiers"?: Json | null
+                    "credit_price_minor"?: number | null,"credit_pulse"?: number,"credit_unit"?: number,"hard"?: boolean,"included_units"?: number | null,"limit_units"?: number | null,"meter_key"?: string,"overage_price_minor"?: number | null,"overage_unit"?: number,"plan_price_id"?: string,"pricing_model"?: string,"rate_deck"?: string | null,"tiers"?: Json | null
                   }
                   Relationships: [
                     {
@@ -1658,14 +1658,14 @@ isOneToOne: false
                   ]
                 },"tax_rates": {
                   Row: {
-                    "country_code": string,"created_at": string,"id": string,"name": string,"position": number,"rate_bp": number,"scope": string,"valid_from": string,"valid_to": string | null
+                    "buyer": string,"country_code": string,"created_at": string,"id": string,"name": string,"note": string | null,"position": number,"rate_bp": number,"scope": string,"supplier_country_code": string | null,"treatment": string,"valid_from": string,"valid_to": string | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "country_code": string,"created_at"?: string,"id"?: string,"name": string,"position"?: number,"rate_bp": number,"scope"?: string,"valid_from"?: string,"valid_to"?: string | null
+                    "buyer"?: string,"country_code": string,"created_at"?: string,"id"?: string,"name": string,"note"?: string | null,"position"?: number,"rate_bp": number,"scope"?: string,"supplier_country_code"?: string | null,"treatment"?: string,"valid_from"?: string,"valid_to"?: string | null
                   }
                   Update: {
-                    "country_code"?: string,"created_at"?: string,"id"?: string,"name"?: string,"position"?: number,"rate_bp"?: number,"scope"?: string,"valid_from"?: string,"valid_to"?: string | null
+                    "buyer"?: string,"country_code"?: string,"created_at"?: string,"id"?: string,"name"?: string,"note"?: string | null,"position"?: number,"rate_bp"?: number,"scope"?: string,"supplier_country_code"?: string | null,"treatment"?: string,"valid_from"?: string,"valid_to"?: string | null
                   }
                   Relationships: [
                     
@@ -1877,7 +1877,13 @@ isOneToOne: false
 "check_feature_quota":
 { Args: { "current_usage"?: number,"feature_key": string }; Returns: boolean
                            },
+"check_transfer":
+{ Args: { "call_id": string,"phone_number": string }; Returns: Json
+                           },
 "claim_carrier_check":
+{ Args: { "": Json }; Returns: Json
+                           },
+"claim_collections":
 { Args: { "": Json }; Returns: Json
                            },
 "claim_deletions":
@@ -1897,6 +1903,9 @@ isOneToOne: false
                            },
 "close_websocket":
 { Args: { "": Json }; Returns: Json
+                           },
+"collect_invoice":
+{ Args: { "idempotency_key"?: string,"invoice_id": string }; Returns: Json
                            },
 "complete_campaign":
 { Args: { "campaign_id": string }; Returns: Json
@@ -1946,6 +1955,9 @@ isOneToOne: false
 "expire_reservations":
 { Args: { "": Json }; Returns: Json
                            },
+"expire_usage_holds":
+{ Args: { "": Json }; Returns: Json
+                           },
 "export_gstr1":
 { Args: { "from_day": string,"to_day": string }; Returns: Json
                            },
@@ -1960,6 +1972,9 @@ isOneToOne: false
                            },
 "export_payments":
 { Args: { "from_day": string,"to_day": string }; Returns: Json
+                           },
+"forget_payment_method":
+{ Args: { "payment_method_id": string }; Returns: Json
                            },
 "get_auth_org_id":
 { Args: Record<PropertyKey, never>; Returns: string
@@ -2006,10 +2021,16 @@ isOneToOne: false
 "hang_up_call":
 { Args: { "call_id": string }; Returns: Json
                            },
+"hold_usage":
+{ Args: { "": Json }; Returns: Json
+                           },
 "ingest_leads":
 { Args: { "": Json }; Returns: Json
                            },
 "issue_credit_note":
+{ Args: { "": Json }; Returns: Json
+                           },
+"judge_transfer":
 { Args: { "": Json }; Returns: Json
                            },
 "leave_organization":
@@ -2043,6 +2064,9 @@ isOneToOne: false
 { Args: { "call_id": string }; Returns: Json
                            },
 "open_source":
+{ Args: { "": Json }; Returns: Json
+                           },
+"open_usage":
 { Args: { "": Json }; Returns: Json
                            },
 "open_websocket":
@@ -2084,6 +2108,9 @@ isOneToOne: false
 "reconcile_usage":
 { Args: { "": Json }; Returns: Json
                            },
+"record_collections":
+{ Args: { "": Json }; Returns: Json
+                           },
 "record_deletions":
 { Args: { "": Json }; Returns: Json
                            },
@@ -2105,6 +2132,9 @@ isOneToOne: false
 "record_usage":
 { Args: { "": Json }; Returns: Json
                            },
+"redeem_coupon":
+{ Args: { "code": string,"idempotency_key"?: string }; Returns: Json
+                           },
 "redrive_events":
 { Args: { "": Json }; Returns: Json
                            },
@@ -2112,6 +2142,9 @@ isOneToOne: false
 { Args: { "filter"?: Json,"ids"?: (string)[] }; Returns: Json
                            },
 "release_calls":
+{ Args: { "": Json }; Returns: Json
+                           },
+"release_usage_hold":
 { Args: { "": Json }; Returns: Json
                            },
 "remove_member":
@@ -2128,6 +2161,15 @@ isOneToOne: false
                            },
 "replay_delivery":
 { Args: { "delivery_id": string }; Returns: Json
+                           },
+"request_mandate":
+{ Args: { "gateway"?: string,"idempotency_key"?: string,"method"?: string }; Returns: Json
+                           },
+"request_payment_link":
+{ Args: { "invoice_id": string }; Returns: Json
+                           },
+"request_refund":
+{ Args: { "": Json }; Returns: Json
                            },
 "reserve_property":
 { Args: { "held_until"?: string,"lead_id"?: string,"property_id": string }; Returns: Json

@@ -1,26 +1,54 @@
 //! The invoice run: whole batches a transaction, as the function asks for them, against one transaction an invoice; the same database
-//! function, the same data, the same number of runners.
+//! function, the same data, the same number of runners. And the preview of an invoice, through the handler, as a user asks for it.
 
+use crate::{figures::Times, intake::payload};
 use anyhow::{Result, ensure};
+use invoice_generation::Invoicing;
 use local::{
     parts::{
         folder::RunFolder,
+        gateway::Listening,
         install,
+        keys::Keys,
         postgres::{Postgres, PostgresOptions, Role, Server},
+        postgrest::{Postgrest, PostgrestOptions},
         progress::Progress,
         supabase,
     },
     stack::DATABASE,
 };
-use std::time::{Duration, Instant};
+use serde_json::json;
+use shared::{
+    config::Config,
+    secrets::SecretStore,
+    trigger::{self, Invocation},
+};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 /// When the periods are over.
 const AFTER: &str = "2026-02-01 00:05+05:30";
 /// What 10,000 invoices may take, in seconds.
 const LIMIT: f64 = 4.0;
+/// How long a request may take.
+const REQUEST_LIMIT: Duration = Duration::from_secs(30);
+/// During the period.
+const DURING: &str = "2026-01-20 12:00+05:30";
 /// How many times one transaction an invoice has to be slower.
 const TIMES: f64 = 15.0;
+/// How much slower each invoice of a larger run may be than of the smallest one, and still count as linear.
+const SLOWER: f64 = 1.25;
+/// What a preview may take at the 99th percentile.
+const PREVIEW_LIMIT: Duration = Duration::from_millis(50);
+/// Previews that are asked for, one after the other.
+const PREVIEWS: usize = 1_000;
+/// Connections of PostgREST.
+const POOL: u32 = 4;
+const PREVIEW_PATH: &str = "/functions/v1/invoice-generation/invoices/preview";
 
 /// Organizations with one subscription each, on a plan with a base price and overage, that used it every day of January.
 const DATA: &str = "
@@ -53,8 +81,8 @@ pub struct Options {
     /// Organizations, and so invoices; every number gives a database of its own.
     #[arg(long, value_delimiter = ',', default_values_t = [10_000, 100_000])]
     organizations: Vec<usize>,
-    /// Subscriptions of one transaction; the function asks for 500.
-    #[arg(long, default_value_t = 500)]
+    /// Subscriptions of one transaction; the function asks for 1,000.
+    #[arg(long, default_value_t = 1_000)]
     batch: usize,
     /// Invoices that are made one by one.
     #[arg(long, default_value_t = 1_000)]
@@ -79,6 +107,7 @@ pub async fn run(options: &Options) -> Result<()> {
         "PostgreSQL {}, {} runners, {} subscriptions a transaction",
         server.version, options.runners, options.batch
     );
+    let mut smallest = None;
     for &organizations in &options.organizations {
         let (many, one) = (format!("many_{organizations}"), format!("one_{organizations}"));
         postgres.clone_database(DATABASE, &many).await?;
@@ -95,18 +124,90 @@ pub async fn run(options: &Options) -> Result<()> {
         check(&postgres, &many, organizations).await?;
         let rate = |count: usize, time: Duration| count as f64 / time.as_secs_f64();
         let (many_rate, one_rate) = (rate(by_many, quick), rate(by_one, slow));
-        let (took, limit) = (quick.as_secs_f64(), LIMIT * organizations as f64 / 10_000.0);
-        let times = many_rate / one_rate;
-        println!(
-            "  {organizations:>7} invoices in {took:6.2} s, at most {limit:.1} ({many_rate:6.0} a second){}",
-            if took > limit { "  MISSED" } else { "" }
-        );
-        println!(
-            "          one by one {one_rate:6.0} a second: {times:.1} times slower, at least {TIMES:.0}{}",
-            if times < TIMES { "  MISSED" } else { "" }
-        );
+        println!("  {organizations} invoices: {many_rate:.0} a second, one by one {one_rate:.0}");
+        verdict("seconds", quick.as_secs_f64(), LIMIT * organizations as f64 / 10_000.0, false);
+        verdict("times as fast as one by one", many_rate / one_rate, TIMES, true);
+        let each = quick.as_secs_f64() / organizations as f64;
+        let smallest = *smallest.get_or_insert(each);
+        verdict("times the smallest run's time for each", each / smallest, SLOWER, false);
+        if organizations == options.organizations[0] {
+            preview(&postgres, &one, run.path()).await?;
+        }
+        for database in [many, one] {
+            postgres.drop_database(&database).await?;
+        }
     }
     postgres.stop().await
+}
+
+/// Says a figure, what it may be, and whether it is.
+fn verdict(name: &str, figure: f64, limit: f64, at_least: bool) {
+    let (word, holds) = if at_least { ("at least", figure >= limit) } else { ("at most", figure <= limit) };
+    println!("    {figure:9.2} {name}, {word} {limit:.2}: {}", if holds { "held" } else { "MISSED" });
+}
+
+/// Previews of the period under way, of one organization after the other, through the handler.
+async fn preview(postgres: &Postgres, database: &str, folder: &Path) -> Result<()> {
+    let admin = postgres.connect(Role::Admin, database).await?;
+    admin
+        .batch_execute(&format!("insert into private.clock_offset (shift) values (timestamptz '{DURING}' - now())"))
+        .await?;
+    let users = admin
+        .query(
+            "with customer as (
+               select own.organization_id, gen_random_uuid() as id
+               from public.subscriptions as own
+               where own.current_period_start = '2026-01-01 00:00+05:30'
+               limit $1
+             ),
+             account as (
+               insert into auth.users (id, email) select customer.id, customer.id || '@example.com' from customer returning id
+             )
+             select customer.id, customer.organization_id from customer join account using (id)",
+            &[&i64::try_from(PREVIEWS)?],
+        )
+        .await?;
+    for user in &users {
+        admin
+            .execute(
+                "update public.profiles set organization_id = $2, system_role = 'owner' where id = $1",
+                &[&user.get::<_, Uuid>(0), &user.get::<_, Uuid>(1)],
+            )
+            .await?;
+    }
+    let listening = Listening::bind(None).await?;
+    let origin = listening.origin_text();
+    let keys = Keys::generate(&origin)?;
+    let binary = install::postgrest(&Progress::visible()).await?;
+    let postgrest = PostgrestOptions { binary, database_url: postgres.url(Role::Authenticator, database), pool: POOL };
+    let postgrest = Postgrest::start(&postgrest, &keys, folder, folder).await?;
+    let gateway = listening.serve(keys.clone(), postgrest.url.clone(), None)?;
+    let config = Config::from_vars(
+        [
+            ("SUPABASE_URL", origin.as_str()),
+            ("SUPABASE_PUBLISHABLE_KEY", &keys.publishable_key),
+            ("PUBLIC_ORIGIN", "https://api.example.com"),
+            ("SECRET_ARN", "not asked for in process"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned())),
+    )?;
+    let http = shared::supabase::http_client()?;
+    let invoicing = Invoicing::with_secrets(config, http, SecretStore::fixed(keys.secrets()?));
+    let mut times = Times::default();
+    for user in &users {
+        let jwt = keys.user_jwt(user.get(0), "bench@example.com")?;
+        let headers = json!({ "content-type": "application/json", "authorization": format!("Bearer {jwt}") });
+        let request = payload(PREVIEW_PATH, &headers, "{}");
+        let began = Instant::now();
+        let answer = trigger::handle(&invoicing, request, &Invocation::with_limit("bench", REQUEST_LIMIT)).await?;
+        times.push(began.elapsed());
+        let body = answer["body"].as_str().unwrap_or_default();
+        ensure!(answer["statusCode"] == 200 && body.contains("\"preview\""), "a preview was answered {answer}");
+    }
+    println!("  {} previews through the handler: median {:.1} ms", users.len(), times.median());
+    verdict("ms at the 99th percentile", times.percentile(99), PREVIEW_LIMIT.as_secs_f64() * 1_000.0, false);
+    drop(gateway);
+    postgrest.stop().await
 }
 
 /// Closes periods until nothing is left, or at least so many are; how many invoices that made, and how long it took.

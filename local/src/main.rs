@@ -27,6 +27,9 @@ enum Arguments {
     /// Look at what came in from outside, and have it applied again.
     #[command(subcommand)]
     Events(operate::events::Events),
+    /// Enter accounts at carriers and payment gateways, and seal credentials anew.
+    #[command(subcommand)]
+    Accounts(operate::accounts::Accounts),
     /// See what stops dialling, and stop it or let it go on: everybody's, an account's, an organization's, a campaign's.
     #[command(subcommand)]
     Dialling(operate::dialling::Dialling),
@@ -45,6 +48,9 @@ enum Arguments {
     /// Look at queues, and send through again what a function gave up on.
     #[command(subcommand)]
     Queues(operate::queues::Queues),
+    /// Load rate decks and exchange rates, and see what calls leave.
+    #[command(subcommand)]
+    Rates(operate::rates::Rates),
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +75,10 @@ async fn main() -> Result<()> {
         Arguments::Generate => generate().await,
         Arguments::Events(command) => {
             print!("{}", operate::events::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Accounts(command) => {
+            print!("{}", operate::accounts::run(&command, std::io::stdin()).await?);
             Ok(())
         }
         Arguments::Dialling(command) => {
@@ -98,6 +108,10 @@ async fn main() -> Result<()> {
         }
         Arguments::Queues(command) => {
             print!("{}", operate::queues::run(&command).await?);
+            Ok(())
+        }
+        Arguments::Rates(command) => {
+            print!("{}", operate::rates::run(&command).await?);
             Ok(())
         }
     }

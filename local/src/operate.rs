@@ -1,5 +1,6 @@
 //! What an operator does by hand: finds what is wrong, looks at events and at queues, and sends through again what got stuck.
 
+pub mod accounts;
 pub mod attempts;
 pub mod aws;
 pub mod billing;
@@ -9,6 +10,7 @@ pub mod dialling;
 pub mod doctor;
 pub mod events;
 pub mod queues;
+pub mod rates;
 pub mod restored;
 
 /// Rows under headings, each column as wide as what is in it. The last column is left as it is.

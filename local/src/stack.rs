@@ -53,6 +53,8 @@ pub struct StackOptions {
     pub automatic: bool,
     /// How many times faster than `template.yaml` says schedules fire; at least 1. Business time is not sped up by it.
     pub speed: f64,
+    /// How many things due a jump of the business clock gathers; see [`ClockOptions::gather`].
+    pub gather: u32,
     /// The folder of the functions' binaries; built first when none.
     pub binaries: Option<PathBuf>,
     /// How the database server is set up.
@@ -78,6 +80,7 @@ impl Default for StackOptions {
             pool: 20,
             automatic: true,
             speed: 1.0,
+            gather: 1,
             binaries: None,
             postgres: PostgresOptions::default(),
             agent_origins: BTreeMap::from([("default".to_owned(), "wss://voice.example.com".to_owned())]),
@@ -171,8 +174,12 @@ impl Stack {
         let admin_database_url = postgres.url(Role::Admin, DATABASE);
         let relay = Relay::start(admin_database_url.clone()).await?;
         let poller = Poller::start(&template, &sqs.client(), &queue_urls, &functions, options.message_faults)?;
-        let clock =
-            ClockOptions { database_url: admin_database_url.clone(), speed: options.speed, backlog: poller.backlog() };
+        let clock = ClockOptions {
+            database_url: admin_database_url.clone(),
+            speed: options.speed,
+            backlog: poller.backlog(),
+            gather: options.gather,
+        };
         let clock = Clock::start(&template, functions.invoker(), clock).await?;
         let poller = if options.automatic {
             Some(poller)

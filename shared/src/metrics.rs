@@ -41,6 +41,10 @@ pub enum Metric {
     UsageMismatches,
     /// Invoices made.
     InvoicesMade,
+    /// What payment gateways were asked for.
+    PaymentsAsked,
+    /// Of these, those of which nobody knows yet what became of them.
+    PaymentsUnknown,
     /// Deliveries that arrived.
     DeliveriesMade,
     /// Deliveries that did not.

@@ -328,7 +328,7 @@ comment on table public.call_queue is
 comment on column public.call_queue.priority is '9 first, 0 last, within a campaign.';
 comment on column public.call_queue.next_retry_at is 'Business time from which the row may be released.';
 comment on column public.call_queue.wait_reason is
-  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
+  'Why it waits: outside_window, bad_timezone, campaign_over, min_gap, daily_cap, monthly_cap, number_in_call, caller_number_cap, register_stale, credit_cap, no_caller_series, quota_exhausted, credit_exhausted, callback, retry_<outcome>.';
 comment on column public.call_queue.dispatch_count is 'Attempts made of this row, counted or not; numbers them.';
 
 create table private.dispatch_holds (
@@ -1349,6 +1349,13 @@ comment on column private.platform_dialling.retry_jitter is
 insert into private.platform_dialling (single)
 values
   (true);
+alter table private.platform_dialling
+  add column monthly_dials smallint not null default 15,
+  add column lifetime_dials smallint not null default 60;
+alter table private.platform_dialling
+  add constraint platform_dialling_dials_range check (monthly_dials between 1 and 60 and lifetime_dials between monthly_dials and 1000);
+comment on column private.platform_dialling.monthly_dials is 'Dials of one number by one organization in any 30 days at most, over all its campaigns.';
+comment on column private.platform_dialling.lifetime_dials is 'Dials of one number by one organization at most, ever; beyond, the lead is over.';
 
 alter table public.campaigns add column dialling_enabled boolean not null default true;
 comment on column public.campaigns.dialling_enabled is 'The operator''s switch: off, nothing of this campaign is begun, whatever its users do.';
@@ -1724,6 +1731,11 @@ alter table private.dial_evidence
   add column registration_id text;
 comment on column private.dial_evidence.caller_series is 'The prefix of private.caller_series that allowed the number it was made from; null where any will do.';
 comment on column private.dial_evidence.registration_id is 'The registration that the number was used under at the time.';
+alter table private.dial_evidence
+  add column dials_in_30_days smallint,
+  add column dials_ever integer;
+comment on column private.dial_evidence.dials_in_30_days is 'How often the organization had called the number in the 30 days before: monthly_dials was judged by this.';
+comment on column private.dial_evidence.dials_ever is 'How often the organization had called the number at all: lifetime_dials was judged by this.';
 
 -- Ceilings on what calls cost, and calls that nobody speaks on -----------------------------------------------------------------------
 

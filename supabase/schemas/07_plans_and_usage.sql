@@ -25,7 +25,7 @@ create table public.meters (
   constraint meters_name_present check (btrim(name) <> ''),
   constraint meters_unit_format check (unit ~ '^[a-z][a-z ]{0,30}$'),
   constraint meters_aggregation_known check (aggregation in ('sum', 'count', 'max', 'unique', 'latest')),
-  constraint meters_source_known check (source in ('events', 'calls', 'rows')),
+  constraint meters_source_known check (source in ('events', 'calls', 'rows', 'rates')),
   constraint meters_source_is_reserved check (source = 'events' or is_reserved),
   constraint meters_rounding_known check (rounding in ('none', 'event', 'period')),
   constraint meters_rounding_of_sums check (rounding = 'none' or aggregation = 'sum'),
@@ -66,7 +66,8 @@ comment on column public.meters.aggregation is
   'What a day and a period make of its events: sum of their quantities, count of them, the largest quantity, how many different values, or '
   'the latest quantity.';
 comment on column public.meters.source is
-  'Who counts: events of an organization''s own systems, the database for each call that ends, or the rows that are there now.';
+  'Who counts: events of an organization''s own systems, the database for each call that ends, what such a call comes to by rate deck, or the '
+  'rows that are there now.';
 comment on column public.meters.rounding is
   'none counts by the unit, event counts each event (each call) up to started pulses, period bills the period''s sum up to started pulses.';
 comment on column public.meters.pulse is 'How many units a pulse has: 60 makes started minutes of seconds.';
@@ -358,7 +359,7 @@ create policy "Members who may see billing see the subscriptions" on public.subs
   for select to authenticated using (organization_id = (select private.org_with('billing.view')));
 
 create trigger update_modified_column before update on public.subscriptions
-  for each row execute function private.update_modified_column();
+  for each row when (new.updated_at is not distinct from old.updated_at) execute function private.update_modified_column();
 
 create function private.follow_tier() returns trigger
 language plpgsql security definer set search_path = '' as $$
@@ -1127,6 +1128,32 @@ comment on column private.call_holds.credit_seconds is 'How many seconds of the 
 comment on column private.call_holds.is_beyond is 'The call itself was beyond the included calls when it was released.';
 comment on column private.call_holds.currency is 'The wallet that the credit is held in; null without credit.';
 comment on column private.call_holds.credit_minor is 'What is held of it.';
+
+create table private.usage_holds (
+  organization_id uuid not null,
+  source          text collate "C" not null,
+  key             text collate "C" not null,
+  meter_key       text not null,
+  quantity        bigint not null,
+  counted         bigint not null,
+  held_at         timestamptz not null,
+  expires_at      timestamptz not null,
+  constraint usage_holds_pkey primary key (organization_id, source, key),
+  constraint usage_holds_quantity_positive check (quantity > 0 and counted >= quantity),
+  constraint usage_holds_end_after_their_start check (expires_at > held_at)
+);
+
+create index idx_usage_holds_due on private.usage_holds (expires_at);
+create index idx_usage_holds_meter on private.usage_holds (organization_id, meter_key, expires_at);
+select private.close_table('private.usage_holds');
+
+comment on table private.usage_holds is
+  'Units that an organization''s own system holds for what it is about to do. Gone when the event of the same source and id is counted, when '
+  'they are given back, or when their time is over. The counters'' `reserved` are the sums of these rows, and of the calls'' for their meters.';
+comment on column private.usage_holds.key is 'The id of the event that will tell what was used.';
+comment on column private.usage_holds.quantity is 'What was asked for.';
+comment on column private.usage_holds.counted is 'What is held: the same, up to started pulses where the meter counts each event so.';
+comment on column private.usage_holds.expires_at is 'From when on they are no longer held, in business time.';
 
 create table public.call_charges (
   call_log_id       uuid not null,

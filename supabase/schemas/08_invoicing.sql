@@ -4,6 +4,13 @@
 -- add up to its subtotal and its taxes to its tax, and nothing but its payment changes. The database enforces each of these; no
 -- client writes here at all.
 
+-- Who is billed -------------------------------------------------------------------------------------------------------------------
+
+alter table public.organizations add column tax_id text;
+alter table public.organizations add constraint organizations_tax_id_format check (tax_id ~ '^[A-Z0-9][A-Z0-9 .-]{1,29}$');
+grant update (tax_id) on public.organizations to authenticated;
+comment on column public.organizations.tax_id is 'The number of a business abroad, as its VAT number; India''s is gstin. Printed on invoices.';
+
 -- Who sends the invoices ----------------------------------------------------------------------------------------------------------
 
 create table private.billing_logos (
@@ -103,9 +110,18 @@ create table public.tax_rates (
   valid_to     date,
   position     integer not null default 10,
   created_at   timestamptz not null default private.clock_now(),
-  constraint tax_rates_version_key unique (country_code, scope, name, valid_from),
+  buyer        text not null default 'any',
+  supplier_country_code text,
+  treatment    text not null default 'standard',
+  note         text,
+  constraint tax_rates_version_key unique nulls not distinct (country_code, scope, buyer, supplier_country_code, name, valid_from),
   constraint tax_rates_country_code_format check (country_code ~ '^[A-Z]{2}$'),
-  constraint tax_rates_scope_known check (scope in ('any', 'intra_state', 'inter_state')),
+  constraint tax_rates_scope_known check (scope in ('any', 'intra_state', 'inter_state', 'domestic', 'cross_border')),
+  constraint tax_rates_buyer_known check (buyer in ('any', 'business', 'consumer')),
+  constraint tax_rates_supplier_format check (supplier_country_code ~ '^[A-Z]{2}$'),
+  constraint tax_rates_treatment_known check (treatment in ('standard', 'zero_rated', 'reverse_charge', 'exempt')),
+  constraint tax_rates_treatment_charges check (treatment = 'standard' or rate_bp = 0 and btrim(note) <> ''),
+  constraint tax_rates_note_length check (length(note) <= 300),
   constraint tax_rates_name_present check (btrim(name) <> ''),
   constraint tax_rates_rate_range check (rate_bp between 0 and 10000),
   constraint tax_rates_validity_ordered check (valid_from < valid_to)
@@ -118,9 +134,17 @@ alter table public.tax_rates force row level security;
 create policy "Anyone signed in may read the tax rates" on public.tax_rates
   for select to authenticated using (true);
 
-comment on table public.tax_rates is 'Tax by the customer''s country: one row a component. A country without rows is not taxed.';
+comment on table public.tax_rates is
+  'Tax by the customer''s country: one row a component. ZZ holds for every country that has no row of its own that fits; where that has none '
+  'either, nothing is taxed and nothing is said.';
 comment on column public.tax_rates.scope is
-  'any; or in a country that taxes by state, intra_state (customer in the issuer''s state) and inter_state.';
+  'any; in a country that taxes by state, intra_state (customer in the issuer''s state) and inter_state; domestic (customer in the issuer''s '
+  'country) and cross_border.';
+comment on column public.tax_rates.buyer is 'business: a customer that gave a tax number (tax_id, or gstin in India); consumer: one that did not; or any.';
+comment on column public.tax_rates.supplier_country_code is 'Holds for an issuer in this country alone; null for any.';
+comment on column public.tax_rates.treatment is
+  'standard: the rate is charged. zero_rated (an export), reverse_charge (the customer owes it), exempt: nothing is, and the note says why.';
+comment on column public.tax_rates.note is 'Printed on the invoice: what the law wants said where nothing is charged.';
 comment on column public.tax_rates.rate_bp is 'Hundredths of a percent: 900 is 9 %.';
 comment on column public.tax_rates.valid_to is 'The first day on which it no longer holds; null as long as it holds.';
 
@@ -169,6 +193,8 @@ create table public.invoices (
   created_at        timestamptz not null default private.clock_now(),
   updated_at        timestamptz not null default private.clock_now(),
   past_due_at       timestamptz,
+  discount_minor    bigint not null default 0,
+  discounts         jsonb not null default '[]',
   constraint invoices_tenant_key unique (organization_id, id),
   constraint invoices_number_key unique (invoice_number),
   constraint invoices_period_key unique (subscription_id, kind, period_start),
@@ -183,7 +209,7 @@ create table public.invoices (
   constraint invoices_currency_format check (currency ~ '^[A-Z]{3}$'),
   constraint invoices_period_ordered check (period_start < period_end),
   constraint invoices_days_ordered check (first_day <= last_day),
-  constraint invoices_total_adds_up check (total_minor = subtotal_minor + tax_minor),
+  constraint invoices_total_adds_up check (total_minor = subtotal_minor - discount_minor + tax_minor),
   constraint invoices_total_not_negative check (total_minor >= 0),
   constraint invoices_paid_range check (amount_paid_minor between 0 and total_minor),
   constraint invoices_credited_range check (credited_minor between 0 and total_minor),
@@ -191,6 +217,7 @@ create table public.invoices (
     status <> 'paid' or (amount_paid_minor + credited_minor >= total_minor and paid_at is not null)
   ),
   constraint invoices_void_unpaid check (status <> 'void' or (amount_paid_minor = 0 and credited_minor = 0)),
+  constraint invoices_discounts_array check (jsonb_typeof(discounts) = 'array'),
   constraint invoices_issuer_object check (jsonb_typeof(issuer) = 'object'),
   constraint invoices_customer_object check (jsonb_typeof(customer) = 'object')
 ) with (fillfactor = 80);
@@ -216,7 +243,10 @@ comment on column public.invoices.invoice_number is
 comment on column public.invoices.timezone is 'The zone in which the period''s days are read.';
 comment on column public.invoices.first_day is 'The first day that is billed, by that zone.';
 comment on column public.invoices.last_day is 'The last day that is billed.';
-comment on column public.invoices.subtotal_minor is 'Sum of the lines, in the currency''s minor unit.';
+comment on column public.invoices.subtotal_minor is 'Sum of the lines before discounts, in the currency''s minor unit.';
+comment on column public.invoices.discount_minor is 'Sum of the lines'' discounts: taken off before tax.';
+comment on column public.invoices.discounts is
+  'Which discounts they are: [{"name","percent_bp","amount_minor","discount_id"}]. Their amounts make discount_minor.';
 comment on column public.invoices.tax_minor is 'Sum of the taxes, each rounded alone.';
 comment on column public.invoices.amount_paid_minor is 'Sum of the payments that were counted on it (payments.applied_minor).';
 comment on column public.invoices.credited_minor is 'Sum of the credit notes issued against it. What is due is the total less both.';
@@ -240,6 +270,7 @@ create table public.invoice_lines (
   amount_minor     bigint not null,
   first_day        date,
   last_day         date,
+  discount_minor   bigint not null default 0,
   constraint invoice_lines_tenant_key unique (organization_id, id),
   constraint invoice_lines_position_key unique (organization_id, invoice_id, position),
   constraint invoice_lines_invoice_fkey foreign key (organization_id, invoice_id)
@@ -249,7 +280,10 @@ create table public.invoice_lines (
   ),
   constraint invoice_lines_description_present check (btrim(description) <> ''),
   constraint invoice_lines_price_units_positive check (price_units > 0),
-  constraint invoice_lines_days_ordered check (first_day <= last_day)
+  constraint invoice_lines_days_ordered check (first_day <= last_day),
+  constraint invoice_lines_discount_within check (
+    case when amount_minor < 0 then discount_minor between amount_minor and 0 else discount_minor between 0 and amount_minor end
+  )
 );
 
 create index idx_invoice_lines_meter on public.invoice_lines (meter_key) where meter_key is not null;
@@ -268,6 +302,8 @@ comment on column public.invoice_lines.kind is 'base: the plan; included: used w
   'that was taken; item: something of its own; adjustment: what a period that was billed '
   'before used more or less beyond its allowance, at its own price.';
 comment on column public.invoice_lines.unit_price_minor is 'The price of `price_units` units, in the minor unit: 600 for 60 seconds.';
+comment on column public.invoice_lines.discount_minor is
+  'What of the amount is taken off, before tax: its part of the invoice''s discounts, and of a credit the discount of the line that it gives back.';
 comment on column public.invoice_lines.first_day is 'The first day that it is for, where that is not the invoice''s.';
 comment on column public.invoice_lines.amount_minor is 'quantity × unit_price_minor / price_units, rounded once; of packages, by started ones; of a part of a period, its part; of an adjustment the difference of two such amounts, so that a period costs '
   'the same however late its usage comes.';
@@ -281,11 +317,15 @@ create table public.invoice_taxes (
   rate_bp         integer not null,
   taxable_minor   bigint not null,
   amount_minor    bigint not null,
+  treatment       text not null default 'standard',
+  note            text,
   constraint invoice_taxes_tenant_key unique (organization_id, id),
   constraint invoice_taxes_name_key unique (organization_id, invoice_id, name),
   constraint invoice_taxes_invoice_fkey foreign key (organization_id, invoice_id)
     references public.invoices (organization_id, id) on delete restrict,
-  constraint invoice_taxes_rate_range check (rate_bp between 0 and 10000)
+  constraint invoice_taxes_rate_range check (rate_bp between 0 and 10000),
+  constraint invoice_taxes_treatment_known check (treatment in ('standard', 'zero_rated', 'reverse_charge', 'exempt')),
+  constraint invoice_taxes_treatment_charges check (treatment = 'standard' or amount_minor = 0)
 );
 
 revoke all on public.invoice_taxes from anon, authenticated, service_role;
@@ -297,7 +337,8 @@ create policy "Members who may see billing see the invoices' taxes" on public.in
 
 comment on table public.invoice_taxes is
   'The taxes of an invoice, one row a component, each rounded once and alone: CGST and SGST may differ from IGST by one paisa.';
-comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal.';
+comment on column public.invoice_taxes.taxable_minor is 'What the rate was applied to: the subtotal less discounts.';
+comment on column public.invoice_taxes.treatment is 'As in tax_rates; where it is not standard, nothing is charged and the note is printed.';
 
 create table private.usage_adjustments (
   event_id        uuid not null,
@@ -349,6 +390,9 @@ create table private.invoice_items (
   number           bigint generated always as identity,
   created_at       timestamptz not null,
   settled_at       timestamptz,
+  taken_minor      bigint not null default 0,
+  discount_minor   bigint,
+  discount_taken_minor bigint not null default 0,
   constraint invoice_items_subscription_fkey foreign key (organization_id, subscription_id)
     references public.subscriptions (organization_id, id) on delete restrict,
   constraint invoice_items_key unique (organization_id, idempotency_key),
@@ -357,7 +401,11 @@ create table private.invoice_items (
   constraint invoice_items_description_present check (btrim(description) <> ''),
   constraint invoice_items_price_units_positive check (price_units > 0),
   constraint invoice_items_days_ordered check (first_day <= last_day),
-  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end)
+  constraint invoice_items_sign_fits check (case kind when 'credit' then amount_minor <= 0 else amount_minor >= 0 end),
+  constraint invoice_items_taken_within check (
+    case when amount_minor < 0 then taken_minor between amount_minor and 0 else taken_minor between 0 and amount_minor end
+  ),
+  constraint invoice_items_discount_within check (discount_minor between amount_minor and 0 and discount_taken_minor between discount_minor and 0)
 );
 
 create index idx_invoice_items_open on private.invoice_items (organization_id, subscription_id) where settled_at is null;
@@ -366,10 +414,85 @@ select private.close_table('private.invoice_items');
 
 comment on table private.invoice_items is
   'What waits for the next invoice of a subscription and becomes a line of it, with the same id: the two sides of a plan that changed within '
-  'its period, and what an operator adds once. What an invoice would have to give back more than it charges waits for the next one.';
+  'its period, and what an operator adds once. Of a credit an invoice takes no more than it charges; the rest waits for the next one.';
 comment on column private.invoice_items.number is 'Their order on the invoice.';
 comment on column private.invoice_items.idempotency_key is 'Whoever adds the same again under this key adds nothing.';
-comment on column private.invoice_items.settled_at is 'When an invoice took it; null while it waits.';
+comment on column private.invoice_items.settled_at is 'When an invoice took it, or the last of it; null while it waits.';
+comment on column private.invoice_items.taken_minor is 'What invoices have taken of it so far.';
+comment on column private.invoice_items.discount_minor is
+  'Of a credit for what an earlier invoice charged: the discount that was taken off there, given back with it. Null takes part in the '
+  'discounts of the invoice that it comes on.';
+comment on column private.invoice_items.discount_taken_minor is 'What invoices have taken of that so far.';
+
+create table private.coupons (
+  code            text primary key,
+  name            text not null,
+  percent_bp      integer,
+  amount_minor    bigint,
+  currency        text,
+  invoices        integer,
+  max_redemptions integer,
+  redeemed        integer not null default 0,
+  valid_from      timestamptz not null,
+  valid_to        timestamptz,
+  created_at      timestamptz not null,
+  constraint coupons_code_format check (code ~ '^[A-Z0-9][A-Z0-9_-]{0,39}$'),
+  constraint coupons_name_present check (btrim(name) <> '' and length(name) <= 100),
+  constraint coupons_percent_or_amount check ((percent_bp is null) <> (amount_minor is null)),
+  constraint coupons_percent_range check (percent_bp between 1 and 10000),
+  constraint coupons_amount_positive check (amount_minor > 0),
+  constraint coupons_amount_has_currency check ((amount_minor is null) = (currency is null)),
+  constraint coupons_currency_format check (currency ~ '^[A-Z]{3}$'),
+  constraint coupons_invoices_positive check (invoices > 0),
+  constraint coupons_redeemed_range check (redeemed between 0 and coalesce(max_redemptions, redeemed)),
+  constraint coupons_validity_ordered check (valid_from < valid_to)
+);
+select private.close_table('private.coupons');
+
+comment on table private.coupons is
+  'What a code takes off: a percentage, or an amount of one currency. Its row counts redemptions, and is what two of them wait for.';
+comment on column private.coupons.percent_bp is 'Hundredths of a percent.';
+comment on column private.coupons.invoices is 'Of how many invoices: 1 is once; null is for ever.';
+comment on column private.coupons.max_redemptions is 'How many organizations may redeem it; null is any number.';
+
+create table private.discounts (
+  id              uuid primary key default gen_random_uuid(),
+  organization_id uuid not null,
+  subscription_id uuid not null,
+  coupon_code     text references private.coupons (code) on delete restrict,
+  name            text not null,
+  percent_bp      integer,
+  amount_minor    bigint,
+  currency        text,
+  invoices        integer,
+  applied         integer not null default 0,
+  idempotency_key text,
+  number          bigint generated always as identity,
+  created_at      timestamptz not null,
+  ended_at        timestamptz,
+  constraint discounts_subscription_fkey foreign key (organization_id, subscription_id)
+    references public.subscriptions (organization_id, id) on delete restrict,
+  constraint discounts_coupon_key unique (organization_id, coupon_code),
+  constraint discounts_key unique (organization_id, idempotency_key),
+  constraint discounts_name_present check (btrim(name) <> '' and length(name) <= 100),
+  constraint discounts_percent_or_amount check ((percent_bp is null) <> (amount_minor is null)),
+  constraint discounts_percent_range check (percent_bp between 1 and 10000),
+  constraint discounts_amount_positive check (amount_minor > 0),
+  constraint discounts_amount_has_currency check ((amount_minor is null) = (currency is null)),
+  constraint discounts_invoices_positive check (invoices > 0),
+  constraint discounts_applied_range check (applied between 0 and coalesce(invoices, applied))
+);
+create index idx_discounts_live on private.discounts (subscription_id, number) where ended_at is null;
+create index idx_discounts_subscription on private.discounts (organization_id, subscription_id);
+create index idx_discounts_coupon on private.discounts (coupon_code) where coupon_code is not null;
+select private.close_table('private.discounts');
+
+comment on table private.discounts is
+  'What is taken off a subscription''s invoices, in this order, before tax: from a coupon, or given by the operator. An amount on one invoice '
+  'is one with `invoices` 1.';
+comment on column private.discounts.invoices is 'Of how many invoices; null is for ever.';
+comment on column private.discounts.applied is 'Of how many it was taken off. Invoices of a change within a period take percentages and do not count.';
+comment on column private.discounts.ended_at is 'Since when nothing more is taken off.';
 
 create table private.billing_requests (
   organization_id uuid not null references public.organizations (id) on delete cascade,
@@ -441,14 +564,16 @@ comment on column private.payment_retries.told_at is 'When `invoice.payment_due`
 -- Numbers -------------------------------------------------------------------------------------------------------------------------
 
 create function private.invoice_number(month text, number integer) returns text
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select case
+begin
+  return case
     when number between 1 and 99999 then 'INV-' || month || '-' || lpad(number::text, 5, '0')
     -- A sixth digit would break the 16 characters of Rule 46, so the month goes on in further series: INA, INB, to INU.
     when number between 100000 and 2199999 then
       'IN' || chr(64 + number / 100000) || '-' || month || '-' || lpad((number % 100000)::text, 5, '0')
-  end
+  end;
+end
 $$;
 comment on function private.invoice_number(text, integer) is
   'The text of a month''s n-th number: INV-202601-00001 to INV-202601-99999, then INA-202601-00000 and on; null when the month is full.';
@@ -539,41 +664,94 @@ end
 $$;
 comment on function private.guard_invoice_parts() is 'Trigger: lines and taxes change only while their invoice is a draft.';
 
+create function private.named_discounts(discounts jsonb) returns bigint
+language plpgsql immutable set search_path = ''
+as $$
+begin
+  return coalesce((select sum((given.item ->> 'amount_minor')::bigint) from jsonb_array_elements(discounts) as given (item)), 0)::bigint;
+end
+$$;
+comment on function private.named_discounts(jsonb) is 'What the discounts that an invoice names come to.';
+
 create function private.check_invoice_sums() returns trigger
 language plpgsql set search_path = ''
 as $$
 declare
   lines bigint;
+  discounts bigint;
   taxes bigint;
 begin
-  select coalesce(sum(line.amount_minor), 0)::bigint
-  into lines
+  select coalesce(sum(line.amount_minor), 0)::bigint, coalesce(sum(line.discount_minor), 0)::bigint
+  into lines, discounts
   from public.invoice_lines as line
   where line.organization_id = new.organization_id and line.invoice_id = new.id;
   select coalesce(sum(tax.amount_minor), 0)::bigint
   into taxes
   from public.invoice_taxes as tax
   where tax.organization_id = new.organization_id and tax.invoice_id = new.id;
-  if lines <> new.subtotal_minor or taxes <> new.tax_minor then
-    raise exception 'invoice %: lines of % and taxes of % do not make a subtotal of % and a tax of %',
-      new.invoice_number, lines, taxes, new.subtotal_minor, new.tax_minor using errcode = '23514';
+  if lines <> new.subtotal_minor or taxes <> new.tax_minor or discounts <> new.discount_minor
+    or new.discount_minor <> private.named_discounts(new.discounts) then
+    raise exception 'invoice %: lines of %, discounts of % and taxes of % do not make a subtotal of %, a discount of % and a tax of %',
+      new.invoice_number, lines, discounts, taxes, new.subtotal_minor, new.discount_minor, new.tax_minor using errcode = '23514';
   end if;
   return null;
 end
 $$;
 comment on function private.check_invoice_sums() is
-  'Trigger, at the end of the transaction: an open invoice''s lines make its subtotal, and its taxes its tax.';
+  'Trigger, at the end of the transaction: an open invoice''s lines make its subtotal and its discount, and its taxes its tax.';
 
-create trigger guard_invoice before update or delete on public.invoices
+create function private.check_changed_sums() returns trigger
+language plpgsql set search_path = ''
+as $$
+declare
+  wrong record;
+begin
+  -- An invoice is a draft when it is made and its lines change only while it is one, so that it adds up when the statement that opens it
+  -- ends, or never.
+  select changed.invoice_number, line.amount, line.discount, tax.amount as tax, changed.subtotal_minor, changed.discount_minor, changed.tax_minor
+  into wrong
+  from changed
+  cross join lateral (
+    select coalesce(sum(own.amount_minor), 0) as amount, coalesce(sum(own.discount_minor), 0) as discount
+    from public.invoice_lines as own
+    where own.organization_id = changed.organization_id and own.invoice_id = changed.id
+  ) as line
+  cross join lateral (
+    select coalesce(sum(own.amount_minor), 0) as amount
+    from public.invoice_taxes as own
+    where own.organization_id = changed.organization_id and own.invoice_id = changed.id
+  ) as tax
+  where changed.status <> 'draft'
+    and (
+      (line.amount, line.discount, tax.amount) <> (changed.subtotal_minor, changed.discount_minor, changed.tax_minor)
+      or changed.discounts <> '[]' and changed.discount_minor <> private.named_discounts(changed.discounts)
+      or changed.discounts = '[]' and changed.discount_minor <> 0
+    )
+  limit 1;
+  if found then
+    raise exception 'invoice %: lines of %, discounts of % and taxes of % do not make a subtotal of %, a discount of % and a tax of %',
+      wrong.invoice_number, wrong.amount, wrong.discount, wrong.tax, wrong.subtotal_minor, wrong.discount_minor, wrong.tax_minor
+      using errcode = '23514';
+  end if;
+  return null;
+end
+$$;
+comment on function private.check_changed_sums() is 'Trigger, of a whole statement: as check_invoice_sums, for all that it opened or changed.';
+
+-- What the run does to its own drafts, thousands at a time, is judged by the statement; whatever else happens, row by row.
+create trigger guard_invoice before update on public.invoices
+  for each row when (old.status <> 'draft' or new.status not in ('draft', 'open')) execute function private.guard_invoice();
+create trigger guard_deleted_invoice before delete on public.invoices
   for each row execute function private.guard_invoice();
 create trigger set_invoice_number_trigger before insert or update of status on public.invoices
-  for each row execute function private.set_invoice_number();
+  for each row when (new.status <> 'draft' and new.invoice_number is null) execute function private.set_invoice_number();
 create trigger update_modified_column before update on public.invoices
-  for each row execute function private.update_modified_column();
-create constraint trigger invoices_add_up after insert or update on public.invoices
+  for each row when (old.status <> 'draft') execute function private.update_modified_column();
+create trigger changed_invoices_add_up after update on public.invoices
+  referencing new table as changed for each statement execute function private.check_changed_sums();
+create constraint trigger invoices_add_up after insert on public.invoices
   deferrable initially deferred
   for each row when (new.status <> 'draft') execute function private.check_invoice_sums();
-
 create trigger invoice_lines_inserted after insert on public.invoice_lines
   referencing new table as changed for each statement execute function private.guard_invoice_parts();
 create trigger invoice_lines_updated after update on public.invoice_lines
@@ -593,7 +771,8 @@ create trigger invoice_taxes_deleted after delete on public.invoice_taxes
 
 revoke all on function
   private.invoice_number(text, integer), private.take_invoice_numbers(text, integer), private.set_invoice_number(),
-  private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums()
+  private.guard_invoice(), private.guard_invoice_parts(), private.check_invoice_sums(), private.named_discounts(jsonb),
+  private.check_changed_sums()
 from public;
 
 
@@ -1065,7 +1244,7 @@ begin
       and line.credit_note_id = new.id
       and (
         billed.invoice_id <> new.invoice_id
-        or billed.amount_minor < (
+        or billed.amount_minor - billed.discount_minor < (
           select sum(other.amount_minor)
           from public.credit_note_lines as other
           join public.credit_notes as note on note.organization_id = other.organization_id and note.id = other.credit_note_id

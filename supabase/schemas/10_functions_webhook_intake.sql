@@ -28,7 +28,16 @@ begin
       'provider', source.provider,
       'organization_id', source.organization_id,
       'store_id', source.store_id,
-      'settings', source.settings,
+      'settings', source.settings || case
+        when source.organization_id is not null and source.settings ? 'transfer_destination' then jsonb_build_object(
+          'transfer_refused', private.transfer_refusal(
+            source.organization_id,
+            coalesce(private.destination_of_transfer(source.settings -> 'transfer_destination'), private.destination_of_transfer(jsonb_build_object('to', source.settings ->> 'transfer_destination'))),
+            at
+          )
+        )
+        else '{}'
+      end,
       'secrets_sealed', case
         when source.previous_until <= now() then to_jsonb(source.secrets_sealed[1:1])
         else to_jsonb(source.secrets_sealed)
@@ -383,10 +392,20 @@ begin
     return;
   end if;
 
+  if attempt.call_sid is null and exists (
+    select from public.call_logs as other where other.call_sid = call_id and other.id <> attempt.id
+  ) then
+    -- That call is another attempt's, and stays it.
+    result := 'orphan';
+    error := 'call_id_reused';
+    perform private.raise_alarm(attempt, 'call_id_reused', jsonb_build_object('provider_call_id', call_id), at);
+    return;
+  end if;
+
   -- What is known is kept, what is new is added, and the status only moves forward.
   updated := private.merge_call(attempt, call, at);
-  if apply_call_event.source = 'reconcile' and status = 'ended' and call ->> 'bill_duration_seconds' is not null then
-    -- Of the seconds that are billed the carrier's own record has the last word, also after an event told others.
+  if (apply_call_event.source = 'reconcile' and status = 'ended' or (call ->> 'settles')::boolean) and call ->> 'bill_duration_seconds' is not null then
+    -- Of the seconds that are billed the carrier's own record or bill has the last word, also after an event told others.
     updated.bill_duration_seconds := (call ->> 'bill_duration_seconds')::integer;
   end if;
   has_ended := status = 'ended' and attempt.status <> 'ended';
@@ -439,8 +458,16 @@ begin
     ));
     perform private.end_attempt(updated, outcome, at);
     result := 'applied';
+    if (call ->> 'bill_talk')::boolean and apply_call_event.source <> 'reconcile' and outcome in ('answered', 'machine', 'our_fault')
+      and coalesce(updated.bill_duration_seconds, 0) = 0
+    then
+      perform private.await_seconds(updated);
+    end if;
   elsif attempt.status = 'ended' then
     result := case when private.amend_attempt(attempt, updated, outcome, at) then 'applied' else 'ignored' end::public.event_status;
+    if (call ->> 'settles')::boolean or updated.bill_duration_seconds is distinct from attempt.bill_duration_seconds then
+      delete from private.unsettled_calls as own where own.organization_id = attempt.organization_id and own.attempt_id = attempt.id;
+    end if;
   else
     if status > attempt.status then
       updated.status := status;

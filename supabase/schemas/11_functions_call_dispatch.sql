@@ -127,6 +127,32 @@ $$;
 comment on function private.recent_dials(text, timestamptz) is
   'When a number was last dialled, and the time before, by whichever organization: 60 minutes lie between two dials, and two are all in 24 hours.';
 
+create function private.dial_cap(organization uuid, callee text, at timestamptz, out verdict text, out due timestamptz)
+language plpgsql stable security definer set search_path = '' as $$
+declare
+  platform private.platform_dialling;
+  dials    timestamptz[];
+begin
+  select known.* into platform from private.platform_dialling as known;
+  -- Newest first, and no more than it takes to tell: nearly always a handful.
+  dials := array(
+    select log.submitted_at
+    from public.call_logs as log
+    where log.callee_number = callee and log.dialled and log.direction = 'outbound' and log.organization_id = organization
+    order by log.submitted_at desc
+    limit platform.lifetime_dials
+  );
+  if cardinality(dials) >= platform.lifetime_dials then
+    verdict := 'lifetime_cap';
+  elsif dials[platform.monthly_dials] > at - interval '30 days' then
+    verdict := 'monthly_cap';
+    due := dials[platform.monthly_dials] + interval '30 days';
+  end if;
+end
+$$;
+comment on function private.dial_cap(uuid, text, timestamptz) is
+  'Whether an organization has called a number as often as it may in 30 days, and when it may again, or ever, whichever campaigns the calls were of.';
+
 create function private.whole_minute(moment timestamptz) returns timestamptz
 language plpgsql stable set search_path = '' as $$
 begin
@@ -790,9 +816,18 @@ begin
     -- Of the budget as large a part as of the calls: no organization is short of rows when the calls are given out.
     select
       campaign.*, waiting.caller_id, waiting.dial_countries, waiting.max_price_micros,
-      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most
+      greatest(ceil(budget * waiting.weight / sum(waiting.weight) over ()), 5)::integer as most, selling.is_by_deck,
+      case when selling.is_by_deck then private.selling_version(campaign.organization_id, at) end as version_id
     from waiting
     join public.campaigns as campaign on campaign.id = waiting.id
+    cross join lateral (
+      select exists (
+        select
+        from public.subscriptions as subscription
+        join public.plan_price_meters as term on term.plan_price_id = subscription.plan_price_id and term.meter_key = 'rated_calls'
+        where subscription.organization_id = campaign.organization_id and subscription.status not in ('cancelled', 'inactive')
+      ) as is_by_deck
+    ) as selling
   ),
   picked as materialized (
     select queue.id
@@ -840,7 +875,7 @@ begin
   locked as materialized (
     select
       queue.id, queue.organization_id, queue.campaign_id, queue.lead_id, queue.dial_class, queue.priority, queue.next_retry_at,
-      queue.dispatch_count,
+      queue.dispatch_count, queue.wait_reason,
       lead.project_id, lead.phone, lead.timezone, lead.recording_consent, lead.do_not_call, lead.abuse_flag, lead.archived_at
     from public.call_queue as queue
     join public.leads as lead on lead.organization_id = queue.organization_id and lead.id = queue.lead_id
@@ -862,7 +897,8 @@ begin
       locked.*, private.callee_zones(locked.timezone, callee.zones, ready.timezone) as zones, callee.country, callee.region, callee.is_callable,
       ready.purpose,
       case when ready.max_price_micros is not null then coalesce(private.destination_price(locked.phone) > ready.max_price_micros, true) else false end
-        as is_dear
+        as is_dear,
+      case when ready.is_by_deck then (private.find_rate(ready.version_id, locked.phone)).price_micros is null else false end as is_unpriced
     from locked
     join ready on ready.id = locked.campaign_id
     cross join lateral private.destination(locked.phone, ready.dial_countries) as callee
@@ -878,6 +914,7 @@ begin
   seen as materialized (
     select
       zoned.*, stretches.opens_at, stretches.closes_at, private.recent_dials(zoned.phone, at) as dials,
+      capped.verdict as cap, capped.due as cap_due,
       private.lacks_consent(zoned.organization_id, zoned.phone, zoned.country, zoned.purpose, at) as lacks_consent,
       (private.check_dnc(zoned.phone, at)).verdict as register,
       exists (
@@ -896,6 +933,7 @@ begin
         where live.callee_number = zoned.phone and live.direction = 'outbound' and live.status <> 'ended'
       ) as in_call
     from zoned
+    cross join lateral private.dial_cap(zoned.organization_id, zoned.phone, at) as capped
     left join stretches
       on stretches.campaign_id = zoned.campaign_id and stretches.zones = zoned.zones
       and stretches.country = zoned.country and stretches.region is not distinct from zoned.region
@@ -910,12 +948,14 @@ begin
         when seen.phone is null then 'no_phone'
         when not seen.is_callable then 'destination_blocked'
         when seen.is_dear then 'price_ceiling'
+        when seen.is_unpriced then 'no_rate'
         when seen.register is not null then seen.register
         when seen.lacks_consent then 'no_consent'
         when seen.zones is null then 'bad_timezone'
         when seen.opens_at is null then 'campaign_over'
         when seen.opens_at > at then 'outside_window'
         when seen.in_call then 'number_in_call'
+        when seen.cap is not null then seen.cap
         when seen.dials[2] + interval '24 hours' > at then 'daily_cap'
         when seen.dials[1] + interval '60 minutes' > at then 'min_gap'
       end as verdict
@@ -940,9 +980,11 @@ begin
       numbered.record_call, numbered.ring_timeout_seconds, numbered.max_call_seconds,
       numbered.closes_at, numbered.final_verdict,
       case numbered.final_verdict
-        when 'bad_timezone' then at + interval '1 day'
+        -- A day to put it right. Once the campaign is over, or nobody else is left in it, that was the end.
+        when 'bad_timezone' then case when not numbered.is_last then at + interval '1 day' end
         when 'register_stale' then private.whole_minute(at + interval '1 hour')
-        when 'campaign_over' then at + interval '1 day'
+        when 'campaign_over' then case when not numbered.is_past then at + interval '1 day' end
+        when 'monthly_cap' then private.whole_minute(numbered.cap_due)
         when 'outside_window' then numbered.opens_at
         when 'number_in_call' then private.whole_minute(at + interval '15 minutes')
         when 'caller_number_cap' then private.whole_minute(at + interval '15 minutes')
@@ -960,7 +1002,18 @@ begin
       single.id, single.organization_id, single.campaign_id, single.lead_id, coalesce(single.project_id, ready.project_id) as project_id,
       single.phone, number.phone_number as caller_number, number.carrier_account_id, single.dispatch_count, ready.agent_id,
       ready.record_calls and single.recording_consent as record_call, ready.ring_timeout_seconds, ready.max_call_seconds,
-      single.opens_at, single.closes_at, single.dials, single.dial_class, single.priority, single.next_retry_at,
+      single.opens_at, single.closes_at, single.dials, single.cap_due, single.dial_class, single.priority, single.next_retry_at,
+      -- A day later it is past everywhere.
+      coalesce((at at time zone 'UTC')::date > ready.end_date + 1, false) as is_past,
+      case when single.final_verdict = 'bad_timezone' then
+        coalesce((at at time zone 'UTC')::date > ready.end_date + 1, false)
+        or single.wait_reason = 'bad_timezone' and not exists (
+          select
+          from public.call_queue as other
+          where other.campaign_id = single.campaign_id and other.status in ('queued', 'processing')
+            and other.wait_reason is distinct from 'bad_timezone'
+        )
+      end as is_last,
       case
         when single.final_verdict is null and number.phone_number is null then case
           when exists (
@@ -1323,7 +1376,7 @@ language plpgsql volatile security definer set search_path = '' as $$
 begin
   insert into private.dial_evidence (
     attempt_id, organization_id, consent_id, register_key, register_version, country, region, purpose, zones, zone_source, dials_before,
-    caller_series, registration_id
+    caller_series, registration_id, dials_in_30_days, dials_ever
   )
   select
     log.id, log.organization_id, consent.id, register.register_key, register.version, callee.country, callee.region, campaign.purpose,
@@ -1337,13 +1390,19 @@ begin
       order by length(series.prefix) desc
       limit 1
     ),
-    number.registration_id
+    number.registration_id, before.in_30_days, before.ever
   from public.call_logs as log
   join public.caller_numbers as number on number.phone_number = log.caller_number
   join public.campaigns as campaign on campaign.organization_id = log.organization_id and campaign.id = log.campaign_id
   join public.leads as lead on lead.organization_id = log.organization_id and lead.id = log.lead_id
   cross join lateral private.destination(log.callee_number, null) as callee
   cross join lateral private.check_dnc(log.callee_number, at) as register
+  cross join lateral (
+    select count(*) filter (where earlier.submitted_at > at - interval '30 days') as in_30_days, count(*) as ever
+    from public.call_logs as earlier
+    where earlier.callee_number = log.callee_number and earlier.dialled and earlier.direction = 'outbound'
+      and earlier.organization_id = log.organization_id
+  ) as before
   left join lateral (
     select known.id
     from public.consents as known
@@ -1371,6 +1430,7 @@ begin
           'caller_number', log.caller_number, 'purpose', seen.purpose, 'country', seen.country, 'region', seen.region,
           'zones', seen.zones, 'zone_source', seen.zone_source, 'register', seen.register_key, 'register_version', seen.register_version,
           'register_obtained_at', version.obtained_at, 'dials_before', seen.dials_before,
+          'dials_in_30_days', seen.dials_in_30_days, 'dials_ever', seen.dials_ever,
           'caller_series', seen.caller_series, 'registration_id', seen.registration_id,
           'consent', case
             when consent.id is not null then jsonb_build_object(
@@ -1908,25 +1968,35 @@ begin
       'from', claimed.caller_number,
       'to', claimed.callee_number,
       'status', claimed.status,
-      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer
+      'age_seconds', greatest(floor(extract(epoch from now() - claimed.begun_at)), 0)::integer,
+      -- Asked for by its numbers, the carrier may tell of another call to them.
+      'others', case when claimed.call_sid is null then array(
+        select other.call_sid
+        from public.call_logs as other
+        where other.callee_number = claimed.callee_number and other.dialled and other.direction = 'outbound'
+          and other.call_sid is not null and other.id <> claimed.id
+        order by other.submitted_at desc
+        limit 20
+      ) else '{}' end
     )
   )
   into stale
-  from claimed
+  from (select claimed.* from claimed union all select unsettled.* from private.take_unsettled(most) as unsettled) as claimed
   join public.carrier_accounts as account on account.id = claimed.carrier_account_id;
   return jsonb_build_object('attempts', coalesce(stale, '[]'), 'agentless', private.reap_websockets('{"v": 1}', at) -> 'calls');
 end
 $$;
 comment on function private.reconcile_calls(jsonb, timestamptz) is
   'Claims for a minute the attempts that nobody has moved on in time, for the carrier to be asked. None of them is ever dialled again. '
-  'Also ends those that were never begun and may not be any more, and forgets the sockets that nobody has heard of.';
+  'Also ends those that were never begun and may not be any more, forgets the sockets that nobody has heard of, and has the carrier asked for the '
+  'seconds of ended calls that nobody has told.';
 
 create function public.reconcile_calls(jsonb) returns jsonb
 language sql volatile security invoker set search_path = '' as $$
   select private.reconcile_calls($1, private.clock_now())
 $$;
 comment on function public.reconcile_calls(jsonb) is
-  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds"}],"agentless":[{"organization_id",'
+  '{"v":1,"limit":50} -> {"attempts":[{"attempt_id",…,"provider_call_id"|null,"from","to","status","age_seconds","others"}],"agentless":[{"organization_id",'
   '"attempt_id"}]}; the age is real, since it was begun.';
 
 
@@ -1942,8 +2012,7 @@ begin
   insert into private.carrier_checks (carrier_account_id, day)
   select account.id, yesterday
   from public.carrier_accounts as account
-  -- Telnyx keeps its records where no adapter reads them yet.
-  where account.is_active and account.created_at < at and account.provider <> 'telnyx'
+  where account.is_active and account.created_at < at
   on conflict do nothing;
   with due as (
     select waiting.carrier_account_id, waiting.day
@@ -2150,7 +2219,7 @@ begin
     'start_date', campaign.start_date, 'end_date', campaign.end_date, 'time_start', campaign.time_start, 'time_end', campaign.time_end,
     'max_concurrent_calls', campaign.max_concurrent_calls, 'max_attempts', campaign.max_attempts,
     'record_calls', campaign.record_calls, 'auto_complete', campaign.auto_complete, 'purpose', campaign.purpose,
-    'retry_rules', campaign.retry_rules, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
+    'retry_rules', campaign.retry_rules, 'lead_filter', campaign.lead_filter, 'credit_cap', campaign.credit_cap, 'credit_spent', campaign.credit_spent,
     'total_enrolled', campaign.total_enrolled, 'open_leads', campaign.open_leads,
     'total_calls', campaign.total_calls, 'answered_calls', campaign.answered_calls,
     'created_at', campaign.created_at, 'started_at', campaign.started_at, 'paused_at', campaign.paused_at, 'pause_reason', campaign.pause_reason,
@@ -2176,6 +2245,15 @@ begin
         group by 1
       ) as reasoned
     ),
+    'skipped', (
+      select coalesce(jsonb_object_agg(reasoned.reason, reasoned.number), '{}')
+      from (
+        select coalesce(member.skip_reason, member.status::text) as reason, count(*) as number
+        from public.campaign_leads as member
+        where member.campaign_id = campaign.id and member.status in ('skipped', 'opted_out')
+        group by 1
+      ) as reasoned
+    ),
     'next_due_at', (
       select greatest(min(queue.next_retry_at), hold)
       from public.call_queue as queue
@@ -2185,7 +2263,7 @@ begin
 end
 $$;
 comment on function private.campaign_json(uuid, timestamptz) is
-  'A campaign as its users see it: what it is, how many leads are in which state, and what the others wait for.';
+  'A campaign as its users see it: what it is, how many leads are in which state, what the others wait for, and why some are never called.';
 
 create function private.claim_campaign(campaign_id uuid, permission text) returns public.campaigns
 language plpgsql volatile security definer set search_path = '' as $$
@@ -2228,7 +2306,7 @@ language sql stable security invoker set search_path = '' as $$
   select private.get_campaign(campaign_id, private.clock_now())
 $$;
 comment on function public.get_campaign(uuid) is
-  'A campaign: {"id","name","status",…,"counts":{state:n},"waiting":{reason:n},"next_due_at"}. Needs campaign.view.';
+  'A campaign: {"id","name","status",…,"counts":{state:n},"waiting":{reason:n},"skipped":{reason:n},"next_due_at"}. Needs campaign.view.';
 
 create function private.create_campaign(name text, project_id uuid, settings jsonb, at timestamptz) returns jsonb
 language plpgsql volatile security definer set search_path = '' as $$
@@ -2304,16 +2382,17 @@ begin
   if campaign.credit_cap <= 0 then
     perform private.raise_error(422, 'invalid_setting', 'credit_cap is above 0', 'credit_cap');
   end if;
+  campaign.lead_filter := private.check_lead_filter(settings -> 'leads');
 
   insert into public.campaigns (
     organization_id, project_id, name, description, timezone, start_date, end_date, time_start, time_end, max_concurrent_calls,
-    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, created_by, created_at, updated_at
+    max_attempts, agent_id, record_calls, auto_complete, purpose, retry_rules, credit_cap, lead_filter, created_by, created_at, updated_at
   )
   values (
     organization, create_campaign.project_id, btrim(create_campaign.name), campaign.description, campaign.timezone,
     campaign.start_date, campaign.end_date, campaign.time_start, campaign.time_end, campaign.max_concurrent_calls,
     campaign.max_attempts, campaign.agent_id, campaign.record_calls, campaign.auto_complete, campaign.purpose, campaign.retry_rules,
-    campaign.credit_cap, me, at, at
+    campaign.credit_cap, campaign.lead_filter, me, at, at
   )
   returning * into campaign;
   enrolled := private.enrol_leads(campaign, me, at);
@@ -2324,11 +2403,13 @@ begin
 end
 $$;
 comment on function private.create_campaign(text, uuid, jsonb, timestamptz) is
-  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none.';
+  'Drafts a campaign and enrols the leads of its project, or of the organization when it has none, as far as its filter takes them.';
 
 create function private.enrol_leads(campaign public.campaigns, enrolled_by uuid, at timestamptz) returns integer
 language plpgsql volatile security definer set search_path = '' as $$
 declare
+  filter   constant jsonb := campaign.lead_filter;
+  ids      constant uuid[] := array(select element.id::uuid from jsonb_array_elements_text(filter -> 'lead_ids') as element (id));
   enrolled integer;
 begin
   insert into public.campaign_leads (organization_id, campaign_id, lead_id, enrolled_by, enrolled_at, created_at, updated_at)
@@ -2337,6 +2418,13 @@ begin
   where lead.organization_id = campaign.organization_id
     and (campaign.project_id is null or lead.project_id = campaign.project_id)
     and lead.archived_at is null
+    and (not filter ? 'lead_ids' or lead.id = any (ids))
+    and (not filter ? 'stage_ids' or lower(filter ->> 'stage_ids')::jsonb ? lead.stage_id::text)
+    and (not filter ? 'assigned_to' or lower(filter ->> 'assigned_to')::jsonb ? lead.assigned_to::text)
+    and (not filter ? 'statuses' or filter -> 'statuses' ? lead.status)
+    and (not filter ? 'sources' or filter -> 'sources' ? lead.source)
+    and (not filter ? 'min_score' or lead.score >= (filter ->> 'min_score')::numeric)
+    and (not coalesce((filter ->> 'never_called')::boolean, false) or lead.call_status is null)
   on conflict (organization_id, campaign_id, lead_id) do nothing;
   get diagnostics enrolled = row_count;
   update public.campaigns as mine
@@ -2345,7 +2433,7 @@ begin
   return enrolled;
 end
 $$;
-comment on function private.enrol_leads(public.campaigns, uuid, timestamptz) is 'Enrols every lead of a campaign''s project that is not archived; returns how many are new.';
+comment on function private.enrol_leads(public.campaigns, uuid, timestamptz) is 'Enrols every lead of a campaign''s project that its filter takes and that is not archived; returns how many are new.';
 
 create function public.create_campaign(name text, project_id uuid default null, settings jsonb default '{}') returns jsonb
 language sql volatile security invoker set search_path = '' as $$
@@ -2353,7 +2441,8 @@ language sql volatile security invoker set search_path = '' as $$
 $$;
 comment on function public.create_campaign(text, uuid, jsonb) is
   'Drafts a campaign. settings: timezone, start_date, end_date, time_start, time_end, max_concurrent_calls, max_attempts, record_calls, '
-  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap. Needs campaign.edit; returns the campaign as get_campaign() does.';
+  'agent_id, auto_complete, description, purpose, retry_rules, credit_cap, leads ({"lead_ids","stage_ids","assigned_to","statuses","sources",'
+  '"min_score","never_called"}: which of the project''s). Needs campaign.edit; returns the campaign as get_campaign() does.';
 
 create function private.check_startable(campaign public.campaigns, at timestamptz) returns void
 language plpgsql volatile security definer set search_path = '' as $$
@@ -2696,7 +2785,7 @@ begin
   from public.campaign_leads as member
   where queue.organization_id = organization and queue.campaign_id = campaign.id and queue.status = 'failed'
     and member.organization_id = organization and member.campaign_id = campaign.id and member.lead_id = queue.lead_id
-    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed', 'campaign_over', 'bad_timezone');
   update public.campaign_leads as member
   set
     skip_reason = null,
@@ -2710,7 +2799,7 @@ begin
       else 'enrolled'
     end::public.campaign_lead_status
   where member.organization_id = organization and member.campaign_id = campaign.id
-    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed');
+    and member.status = 'skipped' and member.skip_reason in ('campaign_cancelled', 'campaign_completed', 'campaign_over', 'bad_timezone');
   get diagnostics reopened = row_count;
   update public.campaigns as mine
   set

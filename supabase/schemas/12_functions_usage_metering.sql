@@ -450,7 +450,15 @@ declare
   days date[];
   starts date[];
   ends date[];
-  summed bigint[] := quantities;
+  part_meters text[];
+  part_said_days date[];
+  part_days date[];
+  part_starts date[];
+  part_ends date[];
+  part_quantities bigint[];
+  part_events bigint[];
+  is_moved boolean;
+  is_read boolean;
   changed_meters text[];
   changed_days date[];
   changed_starts date[];
@@ -474,25 +482,31 @@ begin
     -- Clocks of other systems run ahead: what is said to come from the future counts now. A correction counts on the day of what it
     -- corrects.
     with event as (
-      select given.position, coalesce(known_days[given.position], (least(given.occurred_at, at) at time zone zone)::date) as day
-      from unnest(occurred) with ordinality as given (occurred_at, position)
-    ),
-    -- Kept, so that a period is looked for once a day and not once an event.
-    placed as materialized (
+      -- Sorted once: an aggregate that is told to sort does it for itself.
+      select given.position, coalesce(given.day, (least(given.occurred_at, at) at time zone zone)::date) as day
+      from unnest(occurred, known_days) with ordinality as given (occurred_at, day, position)
+      order by given.position
+    )
+    select array_agg(event.day)
+    into days
+    from event;
+    -- From here on it is about meters and days, of which there are few, and not about events. A period is looked for once a day.
+    with placed as materialized (
       select distinct_day.day, period.*
-      from (select distinct event.day from event) as distinct_day,
+      from (select distinct event.day from unnest(days) as event (day)) as distinct_day,
         lateral private.usage_period(subscription, count_usage.organization_id, zone, distinct_day.day, at) as period
     ),
-    -- Sorted once: an aggregate that is told to sort does it for itself.
-    ordered as (
-      select placed.counted_on, placed.period_start, placed.period_end
-      from event
-      join placed using (day)
-      order by event.position
+    part as (
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, count(*) as events
+      from unnest(meters, days, quantities) as event (meter, day, quantity)
+      group by event.meter, event.day
     )
-    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
-    into days, starts, ends
-    from ordered;
+    select
+      array_agg(part.meter), array_agg(placed.day), array_agg(placed.counted_on), array_agg(placed.period_start), array_agg(placed.period_end),
+      array_agg(part.quantity), array_agg(part.events), bool_or(placed.counted_on <> placed.day)
+    into part_meters, part_said_days, part_days, part_starts, part_ends, part_quantities, part_events, is_moved
+    from part
+    join placed on placed.day = part.day;
 
     insert into public.usage_logs (organization_id, feature_key, period_start, period_end, closed_at)
     select
@@ -500,7 +514,7 @@ begin
       case when event.period_start < first_day then at end
     from (
       select distinct given.meter, given.period_start, given.period_end
-      from unnest(meters, starts, ends) as given (meter, period_start, period_end)
+      from unnest(part_meters, part_starts, part_ends) as given (meter, period_start, period_end)
     ) as event
     where not exists (
       select
@@ -518,7 +532,7 @@ begin
       where log.organization_id = count_usage.organization_id
         and (log.feature_key, log.period_start) in (
           select distinct event.meter, event.period_start
-          from unnest(meters, starts) as event (meter, period_start)
+          from unnest(part_meters, part_starts) as event (meter, period_start)
         )
       order by log.feature_key, log.period_start
       for no key update
@@ -527,7 +541,7 @@ begin
       -- A period before the current one is closed, and takes what comes late.
       count(*) filter (where counter.closed_at is null or counter.period_start < first_day or first_day is null) = (
         select count(*)
-        from (select distinct event.meter, event.period_start from unnest(meters, starts) as event (meter, period_start)) as wanted
+        from (select distinct event.meter, event.period_start from unnest(part_meters, part_starts) as event (meter, period_start)) as wanted
       ),
       coalesce(bool_or(counter.closed_at is not null), false)
     into is_open, is_late
@@ -539,10 +553,27 @@ begin
     raise exception 'no open billing period for organization %', organization_id using errcode = '40001';
   end if;
 
+  -- Each event is told where it counts only where that is not the day it says, or where it is needed below.
+  is_read := exists (
+    select from public.meters as known where known.key = any (part_meters) and known.aggregation in ('max', 'unique', 'latest')
+  );
+  if is_moved or is_read or is_late then
+    with ordered as (
+      select placed.counted_on, placed.period_start, placed.period_end
+      from unnest(days) with ordinality as event (day, position)
+      join (
+        select distinct given.day, given.counted_on, given.period_start, given.period_end
+        from unnest(part_said_days, part_days, part_starts, part_ends) as given (day, counted_on, period_start, period_end)
+      ) as placed on placed.day = event.day
+      order by event.position
+    )
+    select array_agg(ordered.counted_on), array_agg(ordered.period_start), array_agg(ordered.period_end)
+    into days, starts, ends
+    from ordered;
+  end if;
+
   -- What is not summed changes its day and period by something else than its quantity.
-  if exists (
-    select from public.meters as known where known.key = any (meters) and known.aggregation in ('max', 'unique', 'latest')
-  ) then
+  if is_read then
     select
       array_agg(reading.meter), array_agg(reading.day), array_agg(reading.period_start), array_agg(reading.on_day),
       array_agg(reading.in_period)
@@ -550,9 +581,9 @@ begin
     from private.take_readings(
       organization_id, sources, keys, meters, quantities, occurred, corrected, value_hashes, days, starts, ends
     ) as reading;
-    summed := array(
+    part_quantities := array(
       select case when known.aggregation in ('max', 'unique', 'latest') then 0 else event.quantity end
-      from unnest(meters, quantities) with ordinality as event (meter, quantity, position)
+      from unnest(part_meters, part_quantities) with ordinality as event (meter, quantity, position)
       left join public.meters as known on known.key = event.meter
       order by event.position
     );
@@ -562,7 +593,7 @@ begin
     select event.meter, event.period_start, sum(event.quantity)::bigint as quantity
     from (
       select given.meter, given.period_start, given.quantity
-      from unnest(meters, starts, summed) as given (meter, period_start, quantity)
+      from unnest(part_meters, part_starts, part_quantities) as given (meter, period_start, quantity)
       union all
       select change.meter, change.period_start, change.quantity
       from unnest(changed_meters, changed_starts, changes_in_period) as change (meter, period_start, quantity)
@@ -602,10 +633,10 @@ begin
   on conflict do nothing;
 
   insert into public.usage_days as total (organization_id, meter_key, day, quantity, events)
-  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)
+  select count_usage.organization_id, event.meter, event.day, sum(event.quantity)::bigint, sum(event.events)::bigint
   from (
-    select given.meter, given.day, given.quantity, 1 as events
-    from unnest(meters, days, summed) as given (meter, day, quantity)
+    select given.meter, given.day, given.quantity, given.events
+    from unnest(part_meters, part_days, part_quantities, part_events) as given (meter, day, quantity, events)
     union all
     select change.meter, change.day, change.quantity, 0
     from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
@@ -621,10 +652,10 @@ begin
     update public.usage_days as total
     set quantity = total.quantity + less.quantity, events = total.events + less.events
     from (
-      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events) as events
+      select event.meter, event.day, sum(event.quantity)::bigint as quantity, sum(event.events)::bigint as events
       from (
-        select given.meter, given.day, given.quantity, 1 as events
-        from unnest(meters, days, summed) as given (meter, day, quantity)
+        select given.meter, given.day, given.quantity, given.events
+        from unnest(part_meters, part_days, part_quantities, part_events) as given (meter, day, quantity, events)
         union all
         select change.meter, change.day, change.quantity, 0
         from unnest(changed_meters, changed_days, changes_on_day) as change (meter, day, quantity)
@@ -714,6 +745,7 @@ declare
   is_new boolean;
   hold private.call_holds;
   charged bigint := 0;
+  rated bigint;
 begin
   if attempt.ended_at is null then
     return;
@@ -765,13 +797,14 @@ begin
     perform private.release_usage(attempt.organization_id, 'call_seconds', hold.seconds, at);
   end if;
   if is_new then
+    rated := private.rate_call(attempt, billed, at);
     perform private.count_usage(
       attempt.organization_id,
-      array['call', 'call'],
-      array[attempt.id::text, attempt.id::text],
-      array['ai_calls', 'call_seconds'],
-      array[1, billed],
-      array[attempt.ended_at, attempt.ended_at],
+      array['call', 'call'] || case when rated is not null then array['call_rate'] end,
+      array[attempt.id::text, attempt.id::text] || case when rated is not null then array[attempt.id::text] end,
+      array['ai_calls', 'call_seconds'] || case when rated is not null then array['rated_calls'] end,
+      array[1, billed] || case when rated is not null then array[rated] end,
+      array[attempt.ended_at, attempt.ended_at] || case when rated is not null then array[attempt.ended_at] end,
       at
     );
   end if;
@@ -1204,6 +1237,8 @@ declare
   term public.plan_price_meters;
   delta bigint;
   calls integer;
+  rated bigint;
+  events integer;
   overage bigint := 0;
   paid bigint := 0;
   cost bigint := 0;
@@ -1268,12 +1303,14 @@ begin
       perform private.shift_prepaid(attempt.organization_id, 'ai_calls', counted_on, calls);
     end if;
   end if;
+  rated := private.correct_rating(attempt, billed, correction, at);
+  events := 1 + abs(calls) + (rated is not null)::integer;
   perform private.count_usage(
-    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]), array_fill(correction, array[1 + abs(calls)]),
-    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end,
-    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end,
-    array_fill(known.occurred_at, array[1 + abs(calls)]), at, array_fill(attempt.id::text, array[1 + abs(calls)]),
-    array_fill(counted_on, array[1 + abs(calls)])
+    attempt.organization_id, array_fill('call'::text, array[1 + abs(calls)]) || case when rated is not null then array['call_rate'] end,
+    array_fill(correction, array[events]),
+    array['call_seconds'] || case when calls <> 0 then array['ai_calls'] else '{}' end || case when rated is not null then array['rated_calls'] end,
+    array[delta] || case when calls <> 0 then array[calls::bigint] else '{}' end || case when rated is not null then array[rated] end,
+    array_fill(known.occurred_at, array[events]), at, array_fill(attempt.id::text, array[events]), array_fill(counted_on, array[events])
   );
   if charge.meter_key is null then
     return;
@@ -1410,40 +1447,36 @@ begin
   end if;
   return given::timestamptz;
 exception
-  when datetime_field_overflow or invalid_datetime_format then
+  when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value then
     return null;
 end
 $$;
 revoke all on function private.parse_instant(text) from public;
 comment on function private.parse_instant(text) is 'An RFC 3339 date and time; null if the text is not one.';
 
-create function private.parse_instants(given text[]) returns timestamptz[]
-language plpgsql stable set search_path = ''
+create function private.knows_keys(organization_id uuid, source text, lowest text, highest text) returns boolean
+language plpgsql stable set search_path = '' set enable_seqscan = off
 as $$
 begin
-  -- All at once; one by one only where one of them names a day that the calendar does not have.
-  return array(
-    select case
-      when text.said ~ '^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})$' then text.said::timestamptz
-    end
-    from unnest(given) with ordinality as text (said, position)
-    order by text.position
+  return exists (
+    select
+    from private.usage_keys as known
+    where known.organization_id = knows_keys.organization_id
+      and known.source = knows_keys.source
+      and known.key between lowest and highest
   );
-exception
-  when datetime_field_overflow or invalid_datetime_format then
-    return array(
-      select private.parse_instant(text.said) from unnest(given) with ordinality as text (said, position) order by text.position
-    );
 end
 $$;
-revoke all on function private.parse_instants(text[]) from public;
-comment on function private.parse_instants(text[]) is 'RFC 3339 dates and times, each null where the text is none.';
+revoke all on function private.knows_keys(uuid, text, text, text) from public;
+comment on function private.knows_keys(uuid, text, text, text) is
+  'Whether a source has any key from one to another, found with one look at the index: ids that grow with time never do. Its plan is made '
+  'when the table is small and kept when it is not, hence the setting.';
 
 create function private.record_usage(request jsonb, at timestamptz) returns jsonb
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  api_key record;
+  owner constant uuid := private.usage_reporter(request);
   given jsonb := request -> 'events';
   ids text[];
   sources text[];
@@ -1458,163 +1491,197 @@ declare
   stored integer[];
   corrected text[];
   days date[];
-  instants timestamptz[];
+  horizon timestamptz := at + interval '5 minutes';
+  is_careful boolean;
+  is_fresh boolean;
   place integer;
   original private.usage_keys;
   meter public.meters;
   said_in_all bigint;
   has_corrections boolean;
 begin
-  if request ? 'organization_id' and not request ? 'api_key' then
-    -- From the platform's own queue.
-    select tenant.id as organization_id, array['usage.write'] as scopes
-    into api_key
-    from public.organizations as tenant
-    where tenant.id = private.read_uuid(request, 'organization_id');
-    if not found then
-      perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
-    end if;
-  else
-    select key.organization_id, key.scopes
-    into api_key
-    from public.api_keys as key
-    where key.prefix = request #>> '{api_key,prefix}'
-      and encode(key.sha256, 'hex') = lower(request #>> '{api_key,sha256}')
-      and key.revoked_at is null;
-    if not found then
-      perform private.raise_error(401, 'invalid_api_key', 'The API key is unknown or revoked');
-    end if;
-  end if;
-  if not 'usage.write' = any (api_key.scopes) then
-    perform private.raise_error(403, 'missing_scope', 'The API key lacks the scope usage.write');
-  end if;
   if given is null or jsonb_typeof(given) <> 'array' or jsonb_array_length(given) = 0 then
     perform private.raise_error(400, 'invalid_request', 'events must be an array of at least one event', 'events');
   end if;
   if jsonb_array_length(given) > 1000 then
     perform private.raise_error(413, 'too_many_events', 'At most 1000 events are taken at once', 'events');
   end if;
-  instants := private.parse_instants(array(
-    select item.value ->> 'time' from jsonb_array_elements(given) with ordinality as item (value, position) order by item.position
-  ));
 
   -- What is wrong with an event concerns that event alone. A count and a value that is counted need no quantity: it is one. Each step is
-  -- kept, so that what it reads is read once and not wherever a later one names it.
-  with event as materialized (
-    select
-      item.position,
-      coalesce(item.value ->> 'specversion', '1.0') as specversion,
-      item.value ->> 'id' as id,
-      item.value ->> 'source' as source,
-      item.value ->> 'type' as type,
-      case
-        when jsonb_typeof(item.value -> 'quantity') = 'number' and item.value ->> 'quantity' ~ '^-?[0-9]{1,15}$'
-        then (item.value ->> 'quantity')::bigint
-      end as quantity,
-      coalesce(jsonb_typeof(item.value -> 'quantity'), 'null') = 'null' as is_unsaid,
-      case when jsonb_typeof(item.value -> 'value') = 'string' then item.value ->> 'value' end as value,
-      coalesce(jsonb_typeof(item.value -> 'corrects'), 'null') <> 'null' as is_correction,
-      item.value -> 'corrects' as correction,
-      item.value ->> 'corrects' as corrects,
-      coalesce(jsonb_typeof(item.value -> 'time'), 'null') <> 'null' as is_timed,
-      instants[item.position] as instant
-    from jsonb_array_elements(given) with ordinality as item (value, position)
-  ),
-  said as materialized (
-    select
-      event.position, event.specversion, event.id, event.source, event.type, event.is_correction, event.correction, event.corrects,
-      event.is_timed, event.instant, event.value,
-      case
-        when event.is_unsaid and not event.is_correction and known.aggregation in ('count', 'unique') then 1
-        else event.quantity
-      end as quantity,
-      known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
-    from event
-    left join public.meters as known on known.key = event.type
-  ),
-  judged as materialized (
-    select
-      said.*,
-      case
-        when said.specversion <> '1.0' then 'invalid_specversion'
-        when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
-        when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
-        when said.source = 'call' then 'reserved_source'
-        when not said.is_known then 'unknown_type'
-        when said.is_reserved then 'reserved_type'
-        when said.quantity is null
-          or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
-          or said.quantity < 0 and not said.is_correction
-          or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
-          then 'invalid_quantity'
-        when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
-          then 'invalid_value'
-        when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
-        when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
-        when said.instant > at + interval '5 minutes' then 'time_in_future'
-      end as code
-    from said
-  ),
-  -- Sorted once: an aggregate that is told to sort does it for itself.
-  ordered as (
-    select
-      judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
-      coalesce(judged.instant, at) as occurred_at,
-      case when judged.rounding = 'event' and not judged.is_correction then private.whole_pulses(judged.quantity, judged.pulse) else judged.quantity end
-        as counted,
-      case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end as value,
-      substring(sha256(convert_to(
-        concat_ws(
-          e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
-          case when judged.aggregation = 'unique' and not judged.is_correction then judged.value end
-        ), 'UTF8'
-      )) for 16) as body_hash
-    from judged
-    order by judged.position
-  )
-  select
-    array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
-    array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
-    array_agg(case when ordered.value is not null then substring(sha256(convert_to(ordered.value, 'UTF8')) for 16) end),
-    array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
-    array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null)
-  into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections
-  from ordered;
-
-  -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
-  with first as materialized (
-    select distinct on (event.source, event.id) event.*
-    from (
+  -- fenced off (offset 0), so that what it reads is read once and not wherever a later one names it. All times are matched and read at
+  -- once, and one by one only where one of them is none, or names a day that the calendar does not have.
+  for is_careful in select unnest(array[false, true]) loop
+    begin
+      with item as materialized (
+        select given_item.*
+        from rows from (
+          jsonb_to_recordset(given) as (
+            id text, source text, type text, "time" text, quantity jsonb, value jsonb, corrects jsonb, specversion text
+          )
+        ) with ordinality as given_item (id, source, type, said_time, quantity, value, corrects, specversion, position)
+      ),
+      event as (
+        select
+          item.position, coalesce(item.specversion, '1.0') as specversion, item.id, item.source, item.type,
+          case when jsonb_typeof(item.quantity) = 'number' then item.quantity::text end as number,
+          item.quantity is null as is_unsaid,
+          case when jsonb_typeof(item.value) = 'string' then item.value #>> '{}' end as value,
+          item.corrects is not null as is_correction, item.corrects as correction, item.corrects #>> '{}' as corrects,
+          item.said_time is not null as is_timed,
+          case
+            when is_careful then private.parse_instant(item.said_time)
+            when item.said_time is not null and (
+              select string_agg(each.said_time, '|') ~ '^(?:\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(?:\.\d{1,9})?(?:[Zz]|[+-]\d{2}:\d{2})(?:\||$))*$'
+              from item as each
+            )
+            then item.said_time::timestamptz
+            else private.parse_instant(item.said_time)
+          end as instant,
+          known.key is not null and known.is_active as is_known, known.is_reserved, known.aggregation, known.rounding, known.pulse
+        from item
+        left join public.meters as known on known.key = item.type
+        offset 0
+      ),
+      said as (
+        select
+          event.*,
+          case
+            when event.is_unsaid and not event.is_correction and event.aggregation in ('count', 'unique') then 1
+            -- Digits alone, or after the sign: a number of JSON has it nowhere else.
+            when translate(event.number, '0123456789', '') in ('', '-') and length(ltrim(event.number, '-')) <= 15 then event.number::bigint
+          end as quantity
+        from event
+        offset 0
+      ),
+      judged as (
+        select
+          said.*,
+          case
+            when said.specversion <> '1.0' then 'invalid_specversion'
+            when coalesce(said.id, '') = '' or length(said.id) > 255 then 'invalid_id'
+            when coalesce(said.source, '') = '' or length(said.source) > 255 then 'invalid_source'
+            when said.source in ('call', 'call_rate') then 'reserved_source'
+            when not said.is_known then 'unknown_type'
+            when said.is_reserved then 'reserved_type'
+            when said.quantity is null
+              or said.quantity = 0 and (said.is_correction or said.aggregation not in ('max', 'latest'))
+              or said.quantity < 0 and not said.is_correction
+              or said.aggregation in ('count', 'unique') and abs(said.quantity) <> 1
+              then 'invalid_quantity'
+            when said.aggregation = 'unique' and not said.is_correction and (coalesce(said.value, '') = '' or length(said.value) > 255)
+              then 'invalid_value'
+            when said.is_correction and (jsonb_typeof(said.correction) <> 'string' or said.corrects in ('', said.id)) then 'invalid_corrects'
+            when said.is_timed and (said.instant is null or said.instant < '2000-01-01') then 'invalid_time'
+            when said.instant > horizon then 'time_in_future'
+          end as code,
+          case when said.aggregation = 'unique' and not said.is_correction then said.value end as told_apart
+        from said
+        offset 0
+      ),
+      -- Sorted once: an aggregate that is told to sort does it for itself.
+      ordered as (
+        select
+          judged.id, judged.source, judged.type, judged.quantity, judged.corrects, judged.code,
+          coalesce(judged.instant, at) as occurred_at, judged.told_apart,
+          case
+            when judged.rounding = 'event' and judged.pulse > 1 and not judged.is_correction
+            then private.whole_pulses(judged.quantity, judged.pulse)
+            else judged.quantity
+          end as counted,
+          substring(sha256(convert_to(
+            concat_ws(
+              e'\x1f', judged.type, judged.quantity, coalesce(extract(epoch from judged.instant)::text, 'now'), judged.corrects,
+              judged.told_apart
+            ), 'UTF8'
+          )) for 16) as body_hash
+        from judged
+        order by judged.position
+      )
       select
-        given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
-        given.quantity, given.corrects, given.position
-      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
-        as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
-      where given.code is null
-    ) as event
-    order by event.source, event.id, event.position
-  ),
-  fresh as (
-    insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+        array_agg(coalesce(ordered.id, '')), array_agg(coalesce(ordered.source, '')), array_agg(ordered.type), array_agg(ordered.quantity),
+        array_agg(ordered.counted), array_agg(ordered.occurred_at), array_agg(ordered.body_hash),
+        array_agg(case when ordered.told_apart is not null then substring(sha256(convert_to(ordered.told_apart, 'UTF8')) for 16) end),
+        array_agg(ordered.corrects), array_fill(null::date, array[count(*)::integer]), array_agg(ordered.code),
+        array_agg(case when ordered.code is not null then 'rejected' end), bool_or(ordered.corrects is not null and ordered.code is null),
+        bool_and(ordered.code is null)
+      into ids, sources, meters, quantities, counts, occurred, hashes, value_hashes, corrected, days, codes, statuses, has_corrections, is_fresh
+      from ordered;
+      exit;
+    exception
+      when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value or invalid_parameter_value then
+        if is_careful then
+          raise;
+        end if;
+        -- What is no object at all is an event that says nothing.
+        select jsonb_agg(case when jsonb_typeof(item.value) = 'object' then item.value else '{}' end order by item.position)
+        into given
+        from jsonb_array_elements(given) with ordinality as item (value, position);
+    end;
+  end loop;
+
+  -- Where the ids of a source lie together beyond all that it has, as those do that grow with time, they are put in as they are. Who
+  -- was quicker with one of them, and an id that comes twice in the batch, lead to the other way.
+  if is_fresh and not exists (
     select
-      api_key.organization_id, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
-      case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
-      case when first.corrects is null then nullif(first.quantity, first.counted) end
-    from first
-    order by first.source, first.id
-    on conflict on constraint usage_keys_pkey do nothing
-    returning known.source, known.key
-  ),
-  placed as (
-    -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
-    select first.position::integer as position
-    from first
-    where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
-    order by first.position
-  )
-  select array_agg(placed.position)
-  into stored
-  from placed;
+    from (
+      select event.source, min(event.id collate "C") as lowest, max(event.id collate "C") as highest
+      from unnest(sources, ids) as event (source, id)
+      group by event.source
+    ) as own
+    where private.knows_keys(owner, own.source, own.lowest, own.highest)
+  ) then
+    begin
+      insert into private.usage_keys (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+      select
+        owner, event.source, event.id, event.hash, case when event.corrects is null then event.meter end,
+        case when event.corrects is null then event.occurred_at end, case when event.corrects is null then event.counted end,
+        case when event.corrects is null then nullif(event.quantity, event.counted) end
+      from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected)
+        as event (source, id, hash, meter, occurred_at, counted, quantity, corrects)
+      order by event.source collate "C", event.id collate "C";
+      stored := array(select generate_series(1, cardinality(ids)));
+    exception
+      when unique_violation then
+        null;
+    end;
+  end if;
+
+  if stored is null then
+    -- The first event of a batch under a key is the one that counts; the others are compared with it like any repetition.
+    with first as materialized (
+      select distinct on (event.source, event.id) event.*
+      from (
+        select
+          given.source collate "C" as source, given.id collate "C" as id, given.hash, given.meter, given.occurred_at, given.counted,
+          given.quantity, given.corrects, given.position
+        from unnest(sources, ids, hashes, meters, occurred, counts, quantities, corrected, codes) with ordinality
+          as given (source, id, hash, meter, occurred_at, counted, quantity, corrects, code, position)
+        where given.code is null
+      ) as event
+      order by event.source, event.id, event.position
+    ),
+    fresh as (
+      insert into private.usage_keys as known (organization_id, source, key, body_hash, meter_key, occurred_at, quantity, reported)
+      select
+        owner, first.source, first.id, first.hash, case when first.corrects is null then first.meter end,
+        case when first.corrects is null then first.occurred_at end, case when first.corrects is null then first.counted end,
+        case when first.corrects is null then nullif(first.quantity, first.counted) end
+      from first
+      order by first.source, first.id
+      on conflict on constraint usage_keys_pkey do nothing
+      returning known.source, known.key
+    ),
+    placed as (
+      -- Looked up in a hash, which no wrong guess of their number turns into a comparison of each with each.
+      select first.position::integer as position
+      from first
+      where case when (first.source, first.id) in (select fresh.source, fresh.key from fresh) then true end
+      order by first.position
+    )
+    select array_agg(placed.position)
+    into stored
+    from placed;
+  end if;
 
   -- A correction changes what is counted under the key that it names, on that event's day, and never to less than nothing.
   if has_corrections then
@@ -1627,7 +1694,7 @@ begin
       select known.*
       into original
       from private.usage_keys as known
-      where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place]
+      where known.organization_id = owner and known.source = sources[place] and known.key = corrected[place]
       for no key update;
       select known.* into meter from public.meters as known where known.key = meters[place];
       said_in_all := coalesce(original.reported, original.quantity) + quantities[place];
@@ -1639,13 +1706,13 @@ begin
         counts[place] := case meter.rounding when 'event' then private.whole_pulses(said_in_all, meter.pulse) else said_in_all end - original.quantity;
         update private.usage_keys as known
         set quantity = original.quantity + counts[place], reported = nullif(said_in_all, original.quantity + counts[place])
-        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = corrected[place];
+        where known.organization_id = owner and known.source = sources[place] and known.key = corrected[place];
         occurred[place] := original.occurred_at;
         days[place] := private.day_of_key(original);
       else
         -- Nobody has seen its key yet: it is free for the same correction, once there is something to correct.
         delete from private.usage_keys as known
-        where known.organization_id = api_key.organization_id and known.source = sources[place] and known.key = ids[place];
+        where known.organization_id = owner and known.source = sources[place] and known.key = ids[place];
         statuses[place] := 'rejected';
         stored := array_remove(stored, place);
       end if;
@@ -1653,43 +1720,56 @@ begin
   end if;
 
   if cardinality(stored) = cardinality(ids) then
-    statuses := array_fill('stored'::text, array[cardinality(ids)]);
-  else
-    with event as (
-      select given.*, given.position = any (coalesce(stored, '{}')) as is_stored
-      from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
-    ),
-    ordered as (
-      select
-        case
-          when event.status is not null then event.status
-          when event.is_stored then 'stored'
-          when known.body_hash = event.hash then 'duplicate'
-          when known.key is null then 'rejected'
-          else 'conflict'
-        end as status
-      from event
-      left join private.usage_keys as known
-        on event.status is null and not event.is_stored
-        and known.organization_id = api_key.organization_id and known.source = event.source and known.key = event.id
-      order by event.position
-    )
-    select array_agg(ordered.status)
-    into statuses
-    from ordered;
-  end if;
-
-  if cardinality(stored) = cardinality(ids) then
+    perform private.settle_usage_holds(owner, sources, ids, meters, at);
     perform private.count_usage(
-      api_key.organization_id, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
+      owner, sources, ids, meters, counts, occurred, at, case when has_corrections then corrected end,
       case when has_corrections then days end, value_hashes
     );
-  elsif cardinality(stored) > 0 then
+    return jsonb_build_object('results', (
+      select jsonb_agg(jsonb_build_object('id', result.id, 'status', 'stored')) from unnest(ids) as result (id)
+    ));
+  end if;
+
+  with event as (
+    select given.*, own.position is not null as is_stored
+    from unnest(sources, ids, hashes, statuses) with ordinality as given (source, id, hash, status, position)
+    left join unnest(stored) as own (position) on own.position = given.position
+  ),
+  ordered as (
+    select
+      case
+        when event.status is not null then event.status
+        when event.is_stored then 'stored'
+        when known.body_hash = event.hash then 'duplicate'
+        when known.key is null then 'rejected'
+        else 'conflict'
+      end as status
+    from event
+    left join private.usage_keys as known
+      on event.status is null and not event.is_stored
+      and known.organization_id = owner and known.source = event.source and known.key = event.id
+    order by event.position
+  )
+  select array_agg(ordered.status)
+  into statuses
+  from ordered;
+
+  if cardinality(stored) > 0 then
+    -- Taken out of the arrays in one pass: a text in the middle of one is found by counting up to it.
+    perform private.settle_usage_holds(owner, array_agg(event.source), array_agg(event.id), array_agg(event.meter), at)
+    from unnest(sources, ids, meters, statuses) as event (source, id, meter, status)
+    where event.status = 'stored';
     perform private.count_usage(
-      api_key.organization_id, array_agg(sources[position]), array_agg(ids[position]), array_agg(meters[position]),
-      array_agg(counts[position]), array_agg(occurred[position]), at, array_agg(corrected[position]), array_agg(days[position]),
-      array_agg(value_hashes[position]))
-    from unnest(stored) as position;
+      owner, array_agg(ordered.source), array_agg(ordered.id), array_agg(ordered.meter), array_agg(ordered.quantity),
+      array_agg(ordered.occurred_at), at, array_agg(ordered.corrects), array_agg(ordered.day), array_agg(ordered.value_hash)
+    )
+    from (
+      select event.*
+      from unnest(sources, ids, meters, counts, occurred, corrected, days, value_hashes, statuses) with ordinality
+        as event (source, id, meter, quantity, occurred_at, corrects, day, value_hash, status, position)
+      where event.status = 'stored'
+      order by event.position
+    ) as ordered;
   end if;
 
   return jsonb_build_object('results', (
@@ -1706,7 +1786,7 @@ begin
               when 'invalid_specversion' then 'specversion must be "1.0", or be left out'
               when 'invalid_id' then 'id must be a text of 1 to 255 characters'
               when 'invalid_source' then 'source must be a text of 1 to 255 characters'
-              when 'reserved_source' then 'The source "call" belongs to the platform'
+              when 'reserved_source' then 'The sources "call" and "call_rate" belong to the platform'
               when 'unknown_type' then 'type is not the key of an active meter'
               when 'reserved_type' then 'The platform counts this itself, not by events'
               when 'invalid_quantity' then
@@ -1744,11 +1824,10 @@ comment on function public.record_usage(jsonb) is
 
 -- What was used -------------------------------------------------------------------------------------------------------------------
 
-create function private.get_usage(at timestamptz) returns jsonb
+create function private.show_usage(organization uuid, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('usage.view');
   subscription public.subscriptions;
   zone text;
   period record;
@@ -1792,9 +1871,20 @@ begin
       left join lateral private.agreed_term(own, subscription) as term on own.meter_key is not null
       left join public.usage_logs as log
         on log.feature_key = meter.key and log.organization_id = organization and log.period_start = period.period_start
-      where meter.source <> 'rows' and (own.meter_key is not null or log.id is not null)
+      where meter.source in ('events', 'calls') and (own.meter_key is not null or log.id is not null)
     ), '[]')
   );
+end
+$$;
+revoke all on function private.show_usage(uuid, timestamptz) from public;
+comment on function private.show_usage(uuid, timestamptz) is
+  'Usage of an organization in the billing period of `at`, meter by meter; null in included or limit is unlimited.';
+
+create function private.get_usage(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage(private.require_org('usage.view'), at);
 end
 $$;
 revoke all on function private.get_usage(timestamptz) from public;
@@ -1811,13 +1901,11 @@ revoke all on function public.get_usage() from public, anon;
 grant execute on function public.get_usage() to authenticated;
 comment on function public.get_usage() is 'Usage of the caller''s organization in the current billing period.';
 
-create function private.get_usage_overview(at timestamptz) returns jsonb
+create function private.show_usage_overview(organization uuid, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
-declare
-  organization uuid := private.require_org('usage.view');
 begin
-  return private.get_usage(at) || jsonb_build_object('standing', (
+  return private.show_usage(organization, at) || jsonb_build_object('standing', (
     select jsonb_agg(
       jsonb_build_object(
         -- A glance counts no further than this.
@@ -1828,6 +1916,18 @@ begin
     from public.meters as meter
     where meter.source = 'rows' and meter.is_active
   ));
+end
+$$;
+revoke all on function private.show_usage_overview(uuid, timestamptz) from public;
+comment on function private.show_usage_overview(uuid, timestamptz) is
+  'As show_usage(), with what the organization has now of what its plan has room for: users, projects, campaigns, leads, stores; null in limit '
+  'is unlimited.';
+
+create function private.get_usage_overview(at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage_overview(private.require_org('usage.view'), at);
 end
 $$;
 revoke all on function private.get_usage_overview(timestamptz) from public;
@@ -1847,11 +1947,10 @@ comment on function public.get_usage_overview() is
   'As get_usage(), with the rows of the caller''s organization against its plan: "standing": [{"meter","name","unit","used","limit"}], counted '
   'up to 100,000. Needs usage.view.';
 
-create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+create function private.show_usage_daily(organization uuid, from_day date, to_day date, meter text, at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = ''
 as $$
 declare
-  organization uuid := private.require_org('usage.view');
   subscription public.subscriptions;
   zone text;
   today date;
@@ -1866,7 +1965,7 @@ begin
   if from_day > to_day or to_day - from_day > 399 then
     perform private.raise_error(400, 'invalid_request', 'from is not after to, and at most 400 days are shown at once', 'from');
   end if;
-  if meter is not null and not exists (select from public.meters as known where known.key = get_usage_daily.meter) then
+  if meter is not null and not exists (select from public.meters as known where known.key = show_usage_daily.meter) then
     perform private.raise_error(400, 'invalid_request', 'meter is not the key of a meter', 'meter');
   end if;
   return jsonb_build_object(
@@ -1879,9 +1978,21 @@ begin
       join public.meters as known on known.key = total.meter_key
       where total.organization_id = organization
         and total.day between from_day and to_day
-        and (get_usage_daily.meter is null or total.meter_key = get_usage_daily.meter)
+        and (show_usage_daily.meter is null or total.meter_key = show_usage_daily.meter)
     ), '[]')
   );
+end
+$$;
+revoke all on function private.show_usage_daily(uuid, date, date, text, timestamptz) from public;
+comment on function private.show_usage_daily(uuid, date, date, text, timestamptz) is
+  'Usage of an organization day by day, both ends included, of one meter or all. A day without usage has no row. Left out, the days are those '
+  'of the current period until today.';
+
+create function private.get_usage_daily(from_day date, to_day date, meter text, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+begin
+  return private.show_usage_daily(private.require_org('usage.view'), from_day, to_day, meter, at);
 end
 $$;
 revoke all on function private.get_usage_daily(date, date, text, timestamptz) from public;
@@ -1899,6 +2010,37 @@ revoke all on function public.get_usage_daily(date, date, text) from public, ano
 grant execute on function public.get_usage_daily(date, date, text) to authenticated;
 comment on function public.get_usage_daily(date, date, text) is
   'Usage of the caller''s organization, {"timezone","from","to","days":[{"day","meter","quantity","events"}]}, of one meter or all.';
+
+create function private.open_usage(request jsonb, at timestamptz) returns jsonb
+language plpgsql stable security definer set search_path = ''
+as $$
+declare
+  organization constant uuid := (
+    select tenant.id from public.organizations as tenant where tenant.id = private.read_uuid(request, 'organization_id')
+  );
+begin
+  if organization is null then
+    perform private.raise_error(404, 'organization_not_found', 'There is no such organization', 'organization_id');
+  end if;
+  return jsonb_build_object(
+    'usage', private.show_usage_overview(organization, at), 'daily', private.show_usage_daily(organization, null, null, null, at)
+  );
+end
+$$;
+revoke all on function private.open_usage(jsonb, timestamptz) from public;
+grant execute on function private.open_usage(jsonb, timestamptz) to service_role;
+comment on function private.open_usage(jsonb, timestamptz) is
+  'What the page of usage shows, for a link that somebody who may see it has made: the link''s signature says so, not a token.';
+
+create function public.open_usage(jsonb) returns jsonb
+language sql stable set search_path = ''
+as $$
+  select private.open_usage($1, private.clock_now())
+$$;
+revoke all on function public.open_usage(jsonb) from public, anon, authenticated;
+grant execute on function public.open_usage(jsonb) to service_role;
+comment on function public.open_usage(jsonb) is
+  'For usage-metering. {"v":1,"organization_id"} gives {"usage","daily"}, as get_usage_overview() and get_usage_daily() of the current period.';
 
 -- Does it all add up? -------------------------------------------------------------------------------------------------------------
 --
@@ -2941,7 +3083,8 @@ begin
         'id', plan.id, 'slug', plan.slug, 'name', plan.name,
         'features', plan.features || coalesce(nullif(subscription.metadata -> 'custom_limits', 'null'), '{}')
       ),
-      'price', jsonb_build_object('id', price.id, 'version', price.version, 'currency', price.currency, 'base_minor', price.base_minor)
+      'price', jsonb_build_object('id', price.id, 'version', price.version, 'currency', price.currency, 'base_minor', price.base_minor),
+      'discounts', private.live_discounts(subscription.id)
     )
     from public.subscription_plans as plan
     join public.plan_prices as price on price.id = subscription.plan_price_id

@@ -1,21 +1,26 @@
 -- Closing billing periods: what an ended period used becomes lines, taxes and one numbered invoice, and the subscription moves on.
 
 create function private.divide_half_away(dividend numeric, divisor numeric) returns bigint
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select (sign(dividend) * div(2 * abs(dividend) + divisor, 2 * divisor))::bigint
+begin
+  return (sign(dividend) * div(2 * abs(dividend) + divisor, 2 * divisor))::bigint;
+end
 $$;
 comment on function private.divide_half_away(numeric, numeric) is
   'An exact quotient rounded to a whole number, half away from zero; the divisor is positive. The one rounding of money.';
 
 create function private.describe_quantity(quantity bigint, unit text) returns text
-language sql immutable set search_path = ''
+language plpgsql immutable set search_path = ''
 as $$
-  select case
+begin
+  return case
     when quantity is null then 'unlimited'
     when unit = 'second' then quantity / 60 || ' min ' || lpad((quantity % 60)::text, 2, '0') || ' s'
+    when unit = 'sixtieth of a millionth' then trim_scale(round(quantity / 60000000.0, 6))::text
     else quantity::text
-  end
+  end;
+end
 $$;
 comment on function private.describe_quantity(bigint, text) is 'A quantity as an invoice line says it; null is unlimited.';
 
@@ -47,11 +52,14 @@ comment on function private.describe_part(integer, timestamptz, timestamptz, tex
 
 create type private.priced_line as (
   position integer, kind text, meter_key text, description text, quantity bigint, unit text, unit_price_minor bigint, price_units bigint,
-  amount_minor bigint, line_id uuid, first_day date, last_day date
+  amount_minor bigint, line_id uuid, first_day date, last_day date, discount_minor bigint, item_id uuid, rest_minor bigint
 );
-comment on type private.priced_line is 'A line of an invoice that may be made.';
+comment on type private.priced_line is
+  'A line of an invoice that may be made; what of it waits for the next one is its rest.';
 
-create type private.priced_tax as (position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint);
+create type private.priced_tax as (
+  position integer, name text, rate_bp integer, taxable_minor bigint, amount_minor bigint, treatment text, note text
+);
 comment on type private.priced_tax is 'A component of the tax of an invoice that may be made.';
 
 create type private.priced_adjustment as (meter_key text, period_start date, line_id uuid);
@@ -77,56 +85,184 @@ $$;
 comment on function private.following_period(public.subscriptions, public.billing_cycle) is
   'The period after the current one: the next from the anchor, or, where the cycle changes, the first from a new one.';
 
+create function private.settle_lines(
+  subscription_id uuid, currency text, is_change boolean, inout lines private.priced_line[],
+  out subtotal_minor bigint, out discount_minor bigint, out discounts jsonb
+)
+language plpgsql stable set search_path = ''
+as $$
+declare
+  line private.priced_line;
+  given private.discounts[];
+  kept private.priced_line[] := array[]::private.priced_line[];
+  room bigint := (select coalesce(sum(own.amount_minor) filter (where own.amount_minor > 0), 0) from unnest(lines) as own);
+  weights bigint[];
+  shares bigint[];
+  cuts bigint[];
+  net bigint;
+  part bigint;
+  returned bigint := 0;
+begin
+  discounts := '[]';
+  -- What is given back within the invoice's own discounts: no more than is charged.
+  for place in 1 .. cardinality(lines) loop
+    line := lines[place];
+    if line.amount_minor < 0 and line.discount_minor is null then
+      part := -least(-line.amount_minor, room);
+      room := room + part;
+      line.rest_minor := line.amount_minor - part;
+      line.amount_minor := part;
+    end if;
+    kept := kept || line;
+  end loop;
+
+  -- What is left is what discounts are taken off, one after the other, and no line goes below nothing.
+  weights := array(
+    select case when own.discount_minor is null then greatest(own.amount_minor, 0) else 0 end
+    from unnest(kept) with ordinality as own
+    order by own.ordinality
+  );
+  given := array(
+    select own
+    from private.discounts as own
+    where own.subscription_id = settle_lines.subscription_id and own.ended_at is null
+      and (own.currency is null or own.currency = settle_lines.currency)
+      and (own.percent_bp is not null or not is_change)
+    order by own.number
+  );
+  select taken.shares, taken.cuts into shares, cuts
+  from private.discount_shares(
+    room, weights,
+    array(select own.percent_bp from unnest(given) as own order by own.number),
+    array(select own.amount_minor from unnest(given) as own order by own.number)
+  ) as taken;
+  for place in 1 .. cardinality(given) loop
+    if cuts[place] > 0 then
+      room := room - cuts[place];
+      discounts := discounts || jsonb_build_object(
+        'discount_id', given[place].id, 'name', given[place].name, 'percent_bp', given[place].percent_bp, 'amount_minor', cuts[place]);
+    end if;
+  end loop;
+
+  -- What an earlier invoice charged comes back less the discount that it had there.
+  lines := array[]::private.priced_line[];
+  for place in 1 .. cardinality(kept) loop
+    line := kept[place];
+    if line.discount_minor is null then
+      line.discount_minor := shares[place];
+    else
+      net := line.discount_minor - line.amount_minor;
+      part := least(net, room);
+      room := room - part;
+      if part < net then
+        line.rest_minor := line.amount_minor;
+        line.amount_minor := -private.divide_half_away(-line.amount_minor::numeric * part, net);
+        line.rest_minor := line.rest_minor - line.amount_minor;
+        line.discount_minor := line.amount_minor + part;
+      end if;
+      returned := returned + line.discount_minor;
+    end if;
+    if line.rest_minor <> 0 then
+      line.description := line.description || ', in part';
+    end if;
+    -- What finds no room waits whole.
+    if line.amount_minor <> 0 or coalesce(line.rest_minor, 0) = 0 then
+      line.position := cardinality(lines) + 1;
+      lines := lines || line;
+    end if;
+  end loop;
+  if returned <> 0 then
+    discounts := discounts || jsonb_build_object('name', 'Discounts given back with what they were on', 'amount_minor', returned);
+  end if;
+  select coalesce(sum(own.amount_minor), 0), coalesce(sum(own.discount_minor), 0)
+  into subtotal_minor, discount_minor
+  from unnest(lines) as own;
+end
+$$;
+comment on function private.settle_lines(uuid, text, boolean, private.priced_line[]) is
+  'Of the lines of an invoice, what it takes of credits, which is no more than it charges, and what discounts take off each line; the rest '
+  'of a credit waits. Called only where there is one or the other.';
+
 create function private.price_periods(
   subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
 )
 returns table (
   organization_id uuid, subscription_id uuid, kind text, currency text, period_start timestamptz, period_end timestamptz, timezone text,
   first_day date, last_day date, subtotal_minor bigint, tax_minor bigint, issuer_particulars jsonb, customer jsonb,
-  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[]
+  lines private.priced_line[], taxes private.priced_tax[], adjustments private.priced_adjustment[], discount_minor bigint, discounts jsonb,
+  is_billed boolean, agrees boolean
 )
 language plpgsql stable set search_path = ''
 as $$
 #variable_conflict use_column
 declare
   supplier private.gst_states;
+  today date := (at at time zone issuer.timezone)::date;
+  particulars jsonb;
 begin
   if issuer.country_code = 'IN' then
     select state.* into supplier
     from private.gst_states as state
     where state.code = coalesce(left(issuer.gstin, 2), issuer.state_code) or issuer.gstin is null and state.letters = issuer.state_code;
   end if;
+  particulars := jsonb_strip_nulls(
+    to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
+  );
 
   return query
-  with ended as materialized (
+  with own as materialized (
+    select subscription.* from public.subscriptions as subscription where subscription.id = any (subscription_ids)
+  ),
+  whole as materialized (
+    -- Most have the same anchor, so that few periods are worked out.
     select
-      gen_random_uuid() as invoice_id,
-      subscription.*,
+      period.*,
+      private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no), period.timezone) as period_from,
+      private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no + 1), period.timezone) as period_to
+    from (select distinct own.anchor_on, own.billing_cycle, own.period_no, own.timezone from own) as period
+  ),
+  tenant as materialized (
+    select
+      organization.*,
+      case when organization.country_code = 'IN' then coalesce(left(organization.gstin, 2), organization.state_code, '') end as place
+    from public.organizations as organization
+    where organization.id in (select own.organization_id from own)
+  ),
+  place as materialized (
+    -- A state may be written in two ways, so India's are compared by the code that both have.
+    select named.place, state.code, state.name
+    from (select distinct tenant.place from tenant where tenant.place is not null) as named
+    join private.gst_states as state on named.place in (state.code, state.letters)
+  ),
+  ended as materialized (
+    select
+      own.*,
       plan.name as plan_name,
       price.currency,
       price.base_minor,
       price.minimum_minor,
       case
         when items_only then 'change'
-        when subscription.next_invoice_at < subscription.current_period_end then 'advance'
+        when own.next_invoice_at < own.current_period_end then 'advance'
         else 'period'
       end as mode,
       whole.period_from, whole.period_to,
       -- What the base price comes to in the period as it is: cut short, or begun late.
       case
-        when subscription.period_no < 0 then 0
-        when (subscription.current_period_start, subscription.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
+        when own.period_no < 0 then 0
+        when (own.current_period_start, own.current_period_end) = (whole.period_from, whole.period_to) then price.base_minor
         else private.prorate(
-          price.base_minor, extract(epoch from subscription.current_period_end - subscription.current_period_start),
+          price.base_minor, extract(epoch from own.current_period_end - own.current_period_start),
           extract(epoch from whole.period_to - whole.period_from)
         )
       end as base_amount,
-      (subscription.current_period_start at time zone subscription.timezone)::date as first_day,
-      (subscription.current_period_end at time zone subscription.timezone)::date as next_day,
+      (own.current_period_start at time zone own.timezone)::date as first_day,
+      (own.current_period_end at time zone own.timezone)::date as next_day,
       jsonb_strip_nulls(jsonb_build_object(
         'organization_id', organization.id,
         'name', coalesce(organization.company_name, organization.name),
         'gstin', organization.gstin,
+        'tax_id', organization.tax_id,
         'address_line_1', organization.address_line_1,
         'address_line_2', organization.address_line_2,
         'city', organization.city,
@@ -135,64 +271,89 @@ begin
         'pincode', organization.pincode,
         'country', organization.country,
         'country_code', organization.country_code,
-        'place_of_supply', place.code || '-' || place.name
+        'place_of_supply', case
+          when organization.country_code = 'IN' then place.code || '-' || place.name
+          -- What India calls a buyer abroad.
+          when issuer.country_code = 'IN' then '96-Other Countries'
+        end
       )) as customer,
       organization.country_code,
-      -- A state may be written in two ways, so India's are compared by the code that both have.
+      case when coalesce(organization.gstin, organization.tax_id) is null then 'consumer' else 'business' end as buyer,
+      case when organization.country_code = issuer.country_code then 'domestic' else 'cross_border' end as border_scope,
       case
         when organization.country_code = issuer.country_code
           and coalesce(place.code = supplier.code, organization.state_code = issuer.state_code) then 'intra_state'
         else 'inter_state'
-      end as tax_scope
-    from public.subscriptions as subscription
-    join public.subscription_plans as plan on plan.id = subscription.plan_id
-    join public.plan_prices as price on price.id = subscription.plan_price_id
-    cross join lateral (
-      select
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no), subscription.timezone
-        ) as period_from,
-        private.local_midnight(
-          private.period_boundary(subscription.anchor_on, subscription.billing_cycle, subscription.period_no + 1), subscription.timezone
-        ) as period_to
-    ) as whole
-    join public.organizations as organization on organization.id = subscription.organization_id
-    left join private.gst_states as place
-      on organization.country_code = 'IN'
-      and (
-        place.code = coalesce(left(organization.gstin, 2), organization.state_code)
-        or organization.gstin is null and place.letters = organization.state_code
-      )
-    where subscription.id = any (subscription_ids)
+      end as state_scope
+    from own
+    join whole using (anchor_on, billing_cycle, period_no, timezone)
+    join public.subscription_plans as plan on plan.id = own.plan_id
+    join public.plan_prices as price on price.id = own.plan_price_id
+    join tenant as organization on organization.id = own.organization_id
+    left join place on place.place = organization.place
   ),
   used as materialized (
     -- From the days, which are the evidence, and not from the counter that quotas were judged by.
     select
-      ended.invoice_id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
+      ended.id, term, term.meter_key, term.pricing_model, term.overage_price_minor, term.overage_unit, meter.name, meter.unit,
       meter.position,
       nullif(term.included_units, -1) as allowance,
       -- What prepaid credit paid is settled: it is neither included nor billed again.
-      private.billable_units(
-        case
-          when meter.aggregation in ('sum', 'count') then coalesce((
-            select sum(total.quantity - total.prepaid)
-            from public.usage_days as total
-            where total.organization_id = ended.organization_id
-              and total.meter_key = term.meter_key
-              and total.day >= ended.first_day and total.day < ended.next_day
-          ), 0)::bigint
-          else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
-        end,
-        meter
-      ) as quantity
+      case when meter.rounding = 'period' then private.billable_units(counted.quantity, meter) else counted.quantity end as quantity,
+      case
+        when log.id is null then true
+        when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) = (summed.quantity, summed.prepaid)
+        else log.usage_count = counted.quantity
+      end as agrees
     from ended
     join public.plan_price_meters as term on term.plan_price_id = ended.plan_price_id
     join public.meters as meter on meter.key = term.meter_key
+    left join public.usage_logs as log
+      on log.organization_id = ended.organization_id and log.feature_key = term.meter_key and log.period_start = ended.first_day
+    cross join lateral (
+      select coalesce(sum(total.quantity), 0)::bigint as quantity, coalesce(sum(total.prepaid), 0)::bigint as prepaid
+      from public.usage_days as total
+      where meter.aggregation in ('sum', 'count')
+        and total.organization_id = ended.organization_id
+        and total.meter_key = term.meter_key
+        and total.day >= ended.first_day and total.day < ended.next_day
+    ) as summed
+    cross join lateral (
+      select case
+        when meter.aggregation in ('sum', 'count') then summed.quantity - summed.prepaid
+        else private.period_usage(ended.organization_id, term.meter_key, ended.first_day, ended.next_day)
+      end as quantity
+    ) as counted
     where ended.mode = 'period'
+  ),
+  doubtful as materialized (
+    select used.id from used where not used.agrees
+    union all
+    -- Also of what was counted and is on no plan.
+    select ended.id
+    from ended
+    join public.usage_logs as log on log.organization_id = ended.organization_id and log.period_start = ended.first_day
+    join public.meters as meter on meter.key = log.feature_key
+    where ended.mode = 'period'
+      and not exists (
+        select
+        from public.plan_price_meters as term
+        where term.plan_price_id = ended.plan_price_id and term.meter_key = log.feature_key
+      )
+      and case
+        when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
+          select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
+          from public.usage_days as total
+          where total.organization_id = log.organization_id
+            and total.meter_key = log.feature_key
+            and total.day >= ended.first_day and total.day < ended.next_day
+        )
+        else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
+      end
   ),
   beyond as materialized (
     select
-      used.invoice_id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
+      used.id, used.position, used.meter_key, 1 as number, 'overage' as kind, used.quantity - used.allowance as units,
       used.overage_price_minor as unit_price_minor, used.overage_unit as price_units,
       private.rate_units(used.quantity - used.allowance, used.overage_price_minor, used.overage_unit) as amount_minor, used.unit,
       used.name || ' beyond the plan: ' || private.describe_quantity(used.quantity - used.allowance, used.unit) as description
@@ -200,7 +361,7 @@ begin
     where used.quantity > used.allowance and used.overage_price_minor is not null and used.pricing_model = 'per_unit'
     union all
     select
-      used.invoice_id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
+      used.id, used.position, used.meter_key, rated.number, rated.kind, rated.units, rated.unit_price_minor, rated.price_units,
       rated.amount_minor, case rated.kind when 'fee' then 'fee' else used.unit end,
       case
         when rated.kind = 'fee' then used.name || ', fee of tier ' || rated.tier
@@ -217,7 +378,7 @@ begin
   late as materialized (
     -- Periods that were billed before and have changed since, each at its own price.
     select
-      ended.invoice_id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
+      ended.id, log.organization_id, log.feature_key, log.period_start, gen_random_uuid() as line_id, meter.name, meter.unit, meter.position,
       term.overage_price_minor, term.overage_unit,
       greatest(private.billable_units(log.usage_count - log.prepaid, meter) - nullif(term.included_units, -1), 0)
         - greatest(private.billable_units(log.billed_count, meter) - nullif(term.included_units, -1), 0) as quantity,
@@ -239,34 +400,28 @@ begin
     left join public.plan_price_meters as term on term.plan_price_id = log.plan_price_id and term.meter_key = log.feature_key
     where ended.mode = 'period'
   ),
-  waiting as materialized (
-    select ended.invoice_id, item.*
-    from ended
-    join private.invoice_items as item
-      on item.organization_id = ended.organization_id
-      and item.subscription_id = ended.id
-      and item.currency = ended.currency
-      and item.settled_at is null
-  ),
-  current_item as materialized (
+  item as (
     select
-      ended.invoice_id, null::uuid as line_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind, null::text as meter_key,
+      ended.id, null::uuid as line_id, null::uuid as item_id, 0 as rank, 0 as meter_position, 1::bigint as place, 'base' as kind,
+      null::text as meter_key,
       ended.plan_name || ' plan, ' || ended.billing_cycle || case
         when ended.period_no < 0 then ' (trial)'
         when (ended.current_period_start, ended.current_period_end) <> (ended.period_from, ended.period_to) then ', ' || private.describe_part(
           ended.next_day - ended.first_day, ended.period_from, ended.period_to, ended.timezone)
         else ''
       end as description,
-      1::bigint as quantity, private.cycle_unit(ended.billing_cycle) as unit,
+      1::bigint as quantity,
+      case ended.billing_cycle when 'monthly' then 'month' else private.cycle_unit(ended.billing_cycle) end as unit,
       case when ended.period_no < 0 then 0 else ended.base_minor end as unit_price_minor, 1::bigint as price_units,
-      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day
+      ended.base_amount as amount_minor, null::date as first_day, null::date as last_day, null::bigint as discount_minor
     from ended
     where ended.mode <> 'change' and ended.base_billed_from is null
     union all
     -- The next period's base price, where it is billed in advance and there will be one.
     select
-      ended.invoice_id, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
-      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1
+      ended.id, null, null, 7, 0, 1, 'base', null, taking_over.name || ' plan, ' || next_price.billing_cycle || ', in advance', 1,
+      private.cycle_unit(next_price.billing_cycle), next_price.base_minor, 1, next_price.base_minor, ended.next_day, following.period_end - 1,
+      null
     from ended
     join public.subscriptions as own on own.id = ended.id
     join public.plan_prices as next_price on next_price.id = coalesce(ended.next_plan_price_id, ended.plan_price_id)
@@ -276,200 +431,253 @@ begin
       and next_price.billed_in = 'advance' and next_price.base_minor > 0 and next_price.currency = ended.currency
     union all
     select
-      used.invoice_id, null, 1, used.position, 1, 'included', used.meter_key,
+      used.id, null, null, 1, used.position, 1, 'included', used.meter_key,
       used.name || ' included: ' || private.describe_quantity(least(used.quantity, used.allowance), used.unit)
         || case when used.allowance is null then ', unlimited' else ' of ' || private.describe_quantity(used.allowance, used.unit) end,
-      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null
+      least(used.quantity, used.allowance), used.unit, 0, 1, 0, null, null, null
     from used
     where used.allowance is null or used.allowance > 0
     union all
     select
-      beyond.invoice_id, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
-      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null
+      beyond.id, null, null, 2, beyond.position, beyond.number, beyond.kind, beyond.meter_key, beyond.description, beyond.units, beyond.unit,
+      beyond.unit_price_minor, beyond.price_units, beyond.amount_minor, null, null, null
     from beyond
     union all
     -- What is missing to the minimum, of the time in which its price held.
     select
-      committed.invoice_id, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
-      committed.missing, null, null
+      committed.id, null, null, 4, 0, 1, 'commitment', null, 'Minimum commitment, the difference to it', 1, 'commitment', committed.missing, 1,
+      committed.missing, null, null, null
     from (
       select
-        ended.invoice_id,
+        ended.id,
         private.prorate(
           ended.minimum_minor, extract(epoch from ended.current_period_end - coalesce(ended.base_billed_from, ended.current_period_start)),
           extract(epoch from ended.period_to - ended.period_from)
         ) - coalesce(ended.base_billed_minor, ended.base_amount)
-          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.invoice_id = ended.invoice_id), 0)::bigint as missing
+          - coalesce((select sum(beyond.amount_minor) from beyond where beyond.id = ended.id), 0)::bigint as missing
       from ended
       where ended.mode = 'period' and ended.minimum_minor is not null and ended.period_no >= 0
     ) as committed
     where committed.missing > 0
-  ),
-  outcome as materialized (
-    select whole.invoice_id, sum(whole.amount_minor) as amount_minor
-    from (
-      select current_item.invoice_id, current_item.amount_minor from current_item
-      union all
-      select late.invoice_id, late.amount_minor from late
-      union all
-      select waiting.invoice_id, waiting.amount_minor from waiting
-    ) as whole
-    group by whole.invoice_id
-  ),
-  adjustable as materialized (
-    -- What an invoice would have to give back more than it charges waits for the next one.
-    select late.*
+    union all
+    select
+      late.id, late.line_id, null, 5, late.position, 1, 'adjustment', late.feature_key,
+      late.name || ' beyond the plan, ' || late.period_start || ' to ' || late.period_end - 1 || ', told later: '
+        || case when late.quantity < 0 then '-' else '' end || private.describe_quantity(abs(late.quantity), late.unit),
+      late.quantity, late.unit, late.overage_price_minor, late.overage_unit, late.amount_minor, null, null, null
     from late
-    join outcome using (invoice_id)
-    where outcome.amount_minor > 0 or late.amount_minor = 0
-  ),
-  item as materialized (
-    select current_item.* from current_item
+    where late.amount_minor <> 0
     union all
     select
-      adjustable.invoice_id, adjustable.line_id, 5, adjustable.position, 1, 'adjustment', adjustable.feature_key,
-      adjustable.name || ' beyond the plan, ' || adjustable.period_start || ' to ' || adjustable.period_end - 1 || ', told later: '
-        || case when adjustable.quantity < 0 then '-' else '' end || private.describe_quantity(abs(adjustable.quantity), adjustable.unit),
-      adjustable.quantity, adjustable.unit, adjustable.overage_price_minor, adjustable.overage_unit, adjustable.amount_minor, null, null
-    from adjustable
-    where adjustable.amount_minor <> 0
-    union all
-    select
-      waiting.invoice_id, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0, 1 + waiting.number, waiting.kind, null,
-      waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor, waiting.price_units, waiting.amount_minor,
-      waiting.first_day, waiting.last_day
-    from waiting
-    join outcome using (invoice_id)
-    where outcome.amount_minor > 0
-  ),
-  subtotal as materialized (
-    select item.invoice_id, sum(item.amount_minor)::bigint as amount_minor
-    from item
-    group by item.invoice_id
-  ),
-  tax as materialized (
-    select
-      ended.invoice_id, rate.name, rate.rate_bp, rate.position, subtotal.amount_minor as taxable_minor,
-      private.tax_amount(subtotal.amount_minor, rate.rate_bp) as amount_minor
+      ended.id, case when waiting.taken_minor = 0 then waiting.id end, waiting.id, case waiting.kind when 'item' then 6 else 0 end, 0,
+      1 + waiting.number, waiting.kind, null, waiting.description, waiting.quantity, waiting.unit, waiting.unit_price_minor,
+      waiting.price_units, waiting.amount_minor - waiting.taken_minor, waiting.first_day, waiting.last_day,
+      waiting.discount_minor - waiting.discount_taken_minor
     from ended
-    join subtotal using (invoice_id)
-    join public.tax_rates as rate
-      on rate.country_code = ended.country_code
-      and rate.scope in ('any', ended.tax_scope)
-      and rate.valid_from <= (at at time zone issuer.timezone)::date
-      and (rate.valid_to is null or rate.valid_to > (at at time zone issuer.timezone)::date)
+    join private.invoice_items as waiting
+      on waiting.organization_id = ended.organization_id
+      and waiting.subscription_id = ended.id
+      and waiting.currency = ended.currency
+      and waiting.settled_at is null
   ),
-  row_line as (
+  bill as materialized (
     select
-      item.invoice_id,
+      numbered.id, sum(numbered.amount_minor)::bigint as subtotal_minor, bool_or(numbered.amount_minor > 0) as is_billed,
+      bool_or(numbered.amount_minor < 0) as has_credit,
       array_agg(
         (
-          item.number, item.kind, item.meter_key, item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units,
-          item.amount_minor, item.line_id, item.first_day, item.last_day
+          numbered.number, numbered.kind, numbered.meter_key, numbered.description, numbered.quantity, numbered.unit,
+          numbered.unit_price_minor, numbered.price_units, numbered.amount_minor, numbered.line_id, numbered.first_day, numbered.last_day,
+          numbered.discount_minor, numbered.item_id, null
         )::private.priced_line
-        order by item.number) as lines
+        order by numbered.number) as lines
     from (
       select
         item.*,
-        (row_number() over (partition by item.invoice_id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
+        (row_number() over (partition by item.id order by item.rank, item.meter_position, item.meter_key, item.place, item.description))::integer as number
       from item
-    ) as item
-    group by item.invoice_id
+    ) as numbered
+    group by numbered.id
   ),
-  row_tax as (
+  discounted as materialized (
+    select distinct discount.subscription_id as id
+    from private.discounts as discount
+    where discount.subscription_id = any (subscription_ids) and discount.ended_at is null
+  ),
+  finished as materialized (
     select
-      tax.invoice_id, sum(tax.amount_minor)::bigint as amount_minor,
-      array_agg((tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor)::private.priced_tax order by tax.number) as taxes
-    from (
-      select tax.*, (row_number() over (partition by tax.invoice_id order by tax.position, tax.name))::integer as number
-      from tax
-    ) as tax
-    group by tax.invoice_id
+      ended.*, coalesce(settled.lines, '{}') as lines, coalesce(settled.subtotal_minor, 0) as subtotal_minor,
+      coalesce(settled.discount_minor, 0) as discount_minor, coalesce(settled.discounts, '[]') as discounts,
+      coalesce(bill.is_billed, false) as is_billed
+    from ended
+    left join bill using (id)
+    cross join lateral (
+      select bill.has_credit or exists (select from discounted where discounted.id = ended.id) as is_slow
+    ) as way
+    left join lateral (
+      select bill.lines, bill.subtotal_minor, 0::bigint as discount_minor, '[]'::jsonb as discounts
+      where not way.is_slow
+      union all
+      select changed.lines, changed.subtotal_minor, changed.discount_minor, changed.discounts
+      from private.settle_lines(ended.id, ended.currency, ended.mode = 'change', bill.lines) as changed
+      where way.is_slow
+    ) as settled on true
+  ),
+  rate as materialized (
+    select known.*
+    from public.tax_rates as known
+    where known.valid_from <= today and (known.valid_to is null or known.valid_to > today)
+      and (known.supplier_country_code is null or known.supplier_country_code = issuer.country_code)
+  ),
+  taxed as materialized (
+    -- Which rates hold is the same for all customers of a place.
+    select place.*, rate.name, rate.rate_bp, rate.position, rate.treatment, rate.note
+    from (select distinct ended.country_code, ended.buyer, ended.border_scope, ended.state_scope from ended) as place
+    join rate
+      on rate.scope in ('any', place.border_scope, place.state_scope)
+      and rate.buyer in ('any', place.buyer)
+      and rate.country_code = case
+        when exists (
+          select
+          from rate as fitting
+          where fitting.country_code = place.country_code and fitting.buyer in ('any', place.buyer)
+            and fitting.scope in ('any', place.border_scope, place.state_scope)
+        ) then place.country_code
+        else 'ZZ'
+      end
   )
   select
-    ended.organization_id, ended.id, ended.mode, ended.currency,
-    case ended.mode
+    finished.organization_id, finished.id, finished.mode, finished.currency,
+    case finished.mode
       when 'change' then greatest(at, (
         select max(changed.period_start) + interval '1 microsecond'
         from public.invoices as changed
-        where changed.organization_id = ended.organization_id and changed.subscription_id = ended.id and changed.kind = 'change'
+        where changed.organization_id = finished.organization_id and changed.subscription_id = finished.id and changed.kind = 'change'
       ))
-      else ended.current_period_start
+      else finished.current_period_start
     end,
-    ended.current_period_end, ended.timezone,
-    case ended.mode when 'change' then (at at time zone ended.timezone)::date else ended.first_day end, ended.next_day - 1, coalesce(subtotal.amount_minor, 0), coalesce(row_tax.amount_minor, 0),
-    jsonb_strip_nulls(
-      to_jsonb(issuer) - 'singleton' || jsonb_build_object('place_of_supply', supplier.code || '-' || supplier.name)
-    ),
-    ended.customer, coalesce(row_line.lines, '{}'), coalesce(row_tax.taxes, '{}'),
-    array(
+    finished.current_period_end, finished.timezone,
+    case finished.mode when 'change' then (at at time zone finished.timezone)::date else finished.first_day end, finished.next_day - 1,
+    finished.subtotal_minor, coalesce(levied.amount_minor, 0), particulars, finished.customer, finished.lines,
+    coalesce(levied.taxes, '{}'),
+    case
+      when exists (select from late) then array(
+        select
+          (late.feature_key, late.period_start, case when late.amount_minor <> 0 then late.line_id end)::private.priced_adjustment
+        from late
+        where late.id = finished.id
+          and (late.amount_minor = 0 or exists (select from unnest(finished.lines) as line where line.line_id = late.line_id))
+      )
+      else '{}'
+    end,
+    finished.discount_minor, finished.discounts, finished.is_billed,
+    not exists (select from doubtful where doubtful.id = finished.id)
+  from finished
+  cross join lateral (
+    select
+      sum(tax.amount_minor)::bigint as amount_minor,
+      array_agg(
+        (tax.number, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor, tax.treatment, tax.note)::private.priced_tax order by tax.number
+      ) as taxes
+    from (
       select
-        (adjustable.feature_key, adjustable.period_start, case when adjustable.amount_minor <> 0 then adjustable.line_id end)::private.priced_adjustment
-      from adjustable
-      where adjustable.invoice_id = ended.invoice_id
-    )
-  from ended
-  left join subtotal using (invoice_id)
-  left join row_line using (invoice_id)
-  left join row_tax using (invoice_id);
+        taxed.name, taxed.rate_bp, taxed.treatment, taxed.note, finished.subtotal_minor - finished.discount_minor as taxable_minor,
+        private.tax_amount(finished.subtotal_minor - finished.discount_minor, taxed.rate_bp) as amount_minor,
+        (row_number() over (order by taxed.position, taxed.name))::integer as number
+      from taxed
+      where (taxed.country_code, taxed.buyer, taxed.border_scope, taxed.state_scope)
+        = (finished.country_code, finished.buyer, finished.border_scope, finished.state_scope)
+    ) as tax
+  ) as levied;
 end
 $$;
 comment on function private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
   'What the next invoice of each subscription says: the one place where an invoice is priced, for the run and for who asks beforehand. The '
   'current period''s base price, where it is not billed yet, what was used, the minimum, what came late to earlier periods, what waits, and '
-  'the next period''s base price where it is billed in advance. The first base price in advance comes alone, and so does, if that is asked '
-  'for, what waits. A trial period has no base price.';
+  'the next period''s base price where it is billed in advance; then what is given back, discounts, and tax. The first base price in advance '
+  'comes alone, and so does, if that is asked for, what waits. A trial period has no base price. It `agrees` if the days come to what the '
+  'counters say.';
 
 create function private.bill_periods(
-  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false
-) returns uuid[]
+  subscription_ids uuid[], issuer private.billing_issuer, at timestamptz, items_only boolean default false,
+  out drafts uuid[], out doubtful uuid[]
+)
 language plpgsql set search_path = ''
 as $$
-declare
-  drafts uuid[];
 begin
   with period as materialized (
     select gen_random_uuid() as id, priced.* from private.price_periods(subscription_ids, issuer, at, items_only) as priced
   ),
   priced as materialized (
-    -- A period that costs nothing makes no invoice: a number and a document for zero would only be noise.
-    select period.* from period where period.subtotal_minor > 0
+    -- A period that charges nothing makes no invoice: a number and a document for zero would only be noise.
+    select period.* from period where period.is_billed and period.agrees
   ),
   draft as (
     insert into public.invoices (
       id, organization_id, subscription_id, kind, currency, period_start, period_end, timezone, first_day, last_day, subtotal_minor,
-      tax_minor, total_minor, issuer, customer, created_at, updated_at
+      discount_minor, discounts, tax_minor, total_minor, issuer, customer, created_at, updated_at
     )
     select
       priced.id, priced.organization_id, priced.subscription_id, priced.kind, priced.currency, priced.period_start, priced.period_end,
-      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.tax_minor,
-      priced.subtotal_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
+      priced.timezone, priced.first_day, priced.last_day, priced.subtotal_minor, priced.discount_minor, priced.discounts, priced.tax_minor,
+      priced.subtotal_minor - priced.discount_minor + priced.tax_minor, priced.issuer_particulars, priced.customer, at, at
     from priced
     returning invoices.id
+  ),
+  item as materialized (
+    select priced.organization_id, priced.subscription_id, priced.currency, priced.id as invoice_id, line.*
+    from priced
+    cross join lateral unnest(priced.lines) as line
   ),
   line as (
     insert into public.invoice_lines (
       id, organization_id, invoice_id, position, kind, meter_key, description, quantity, unit, unit_price_minor, price_units, amount_minor,
-      first_day, last_day
+      first_day, last_day, discount_minor
     )
     select
-      coalesce(item.line_id, gen_random_uuid()), priced.organization_id, priced.id, item.position, item.kind, item.meter_key,
-      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day
-    from priced
-    cross join lateral unnest(priced.lines) as item
+      coalesce(item.line_id, gen_random_uuid()), item.organization_id, item.invoice_id, item.position, item.kind, item.meter_key,
+      item.description, item.quantity, item.unit, item.unit_price_minor, item.price_units, item.amount_minor, item.first_day, item.last_day,
+      coalesce(item.discount_minor, 0)
+    from item
   ),
   taken as (
     update private.invoice_items as waiting
-    set settled_at = at
-    from priced
-    cross join lateral unnest(priced.lines) as item
-    where waiting.organization_id = priced.organization_id and waiting.id = item.line_id and waiting.settled_at is null
+    set
+      taken_minor = waiting.taken_minor + item.amount_minor,
+      discount_taken_minor = waiting.discount_taken_minor
+        + case when waiting.discount_minor is not null then item.discount_minor else 0 end,
+      settled_at = case when coalesce(item.rest_minor, 0) = 0 then at end
+    from item
+    where waiting.organization_id = item.organization_id and waiting.id = item.item_id and waiting.settled_at is null
+  ),
+  kept as (
+    -- An adjustment that gives back more than there is to charge is settled, and what is left of it waits as a credit.
+    insert into private.invoice_items (
+      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, created_at
+    )
+    select
+      item.organization_id, item.subscription_id, 'credit', item.currency, item.description || ', the rest', 'adjustment', item.rest_minor,
+      item.rest_minor, at
+    from item
+    where item.kind = 'adjustment' and item.rest_minor <> 0
   ),
   levied as (
-    insert into public.invoice_taxes (organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor)
-    select priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor
+    insert into public.invoice_taxes (
+      organization_id, invoice_id, position, name, rate_bp, taxable_minor, amount_minor, treatment, note
+    )
+    select
+      priced.organization_id, priced.id, tax.position, tax.name, tax.rate_bp, tax.taxable_minor, tax.amount_minor, tax.treatment, tax.note
     from priced
     cross join lateral unnest(priced.taxes) as tax
+  ),
+  taken_off as (
+    update private.discounts as discount
+    set
+      applied = discount.applied + 1,
+      ended_at = case when discount.applied + 1 >= discount.invoices then at end
+    from priced
+    cross join lateral jsonb_array_elements(priced.discounts) as given (item)
+    where priced.kind <> 'change' and priced.discounts <> '[]' and discount.id = (given.item ->> 'discount_id')::uuid
   ),
   settled as (
     update private.usage_adjustments as adjustment
@@ -480,7 +688,8 @@ begin
       and adjustment.meter_key = change.meter_key
       and adjustment.period_start = change.period_start
       and adjustment.settled_at is null
-      and (change.line_id is null or period.subtotal_minor > 0)
+      and period.agrees
+      and (change.line_id is null or period.is_billed)
     returning adjustment.organization_id, adjustment.meter_key, adjustment.period_start
   ),
   rebilled as (
@@ -491,13 +700,16 @@ begin
       and log.feature_key = past.meter_key
       and log.period_start = past.period_start
   )
-  select array_agg(draft.id) into drafts from draft;
-  return coalesce(drafts, '{}');
+  select
+    coalesce((select array_agg(draft.id) from draft), '{}'),
+    coalesce((select array_agg(period.subscription_id) from period where not period.agrees), '{}')
+  into drafts, doubtful;
 end
 $$;
 comment on function private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean) is
-  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that costs nothing. What came late to periods that '
-  'were billed before is adjusted.';
+  'Drafts the next invoice of each subscription, as price_periods has it; none for a period that charges nothing. What came late to periods '
+  'that were billed before is adjusted, and of credits and discounts what it took is taken. Nothing is done for those whose days and counters '
+  'disagree.';
 
 create function private.open_invoices(drafts uuid[], issuer private.billing_issuer, at timestamptz) returns jsonb
 language plpgsql set search_path = ''
@@ -505,6 +717,7 @@ as $$
 declare
   month text;
   invoices jsonb;
+  covered record;
 begin
   month := private.series_month(at, issuer.timezone);
   with block as materialized (
@@ -521,28 +734,51 @@ begin
       status = 'open',
       invoice_number = private.invoice_number(month, numbered.number),
       finalized_at = at,
+      updated_at = at,
       invoice_date = (at at time zone issuer.timezone)::date,
       due_date = (at at time zone issuer.timezone)::date + issuer.payment_terms_days
     from numbered
     where invoice.id = numbered.id
     returning invoice.id, invoice.organization_id, invoice.invoice_number, invoice.total_minor, invoice.currency
   ),
+  counted as (
+    -- What number_event would do, for all of them at once.
+    insert into private.event_sequences as counter (organization_id, object, last)
+    select opened.organization_id, 'invoice:' || opened.id, 1
+    from opened
+    on conflict on constraint event_sequences_pkey do update set last = counter.last + 1
+    returning counter.organization_id, counter.object, counter.last
+  ),
   announced as (
-    insert into private.outbox (organization_id, topic, key, payload, created_at)
+    insert into private.outbox (organization_id, topic, key, payload, created_at, dispatched_at, object, sequence)
     select
       opened.organization_id, 'invoice.finalized', opened.id::text,
       jsonb_build_object(
         'invoice_id', opened.id, 'invoice_number', opened.invoice_number, 'total_minor', opened.total_minor,
         'currency', opened.currency
       ),
-      at
+      at, case when listening.organization_id is null then at end, counted.object, counted.last
     from opened
+    join counted on counted.object = 'invoice:' || opened.id
+    left join (
+      select distinct endpoint.organization_id from public.webhook_endpoints as endpoint where endpoint.enabled
+    ) as listening on listening.organization_id = opened.organization_id
   )
   select jsonb_agg(
     jsonb_build_object('id', opened.id, 'organization_id', opened.organization_id, 'number', opened.invoice_number)
     order by opened.invoice_number)
   into invoices
   from opened;
+
+  -- Nothing is due on one that credits and discounts cover.
+  for covered in
+    select invoice.organization_id, invoice.id
+    from public.invoices as invoice
+    where invoice.id = any (drafts) and invoice.total_minor = 0
+    order by invoice.invoice_number
+  loop
+    perform private.settle_invoice(covered.organization_id, covered.id, at);
+  end loop;
   return coalesce(invoices, '[]');
 end
 $$;
@@ -554,11 +790,12 @@ create function private.close_periods(request jsonb, at timestamptz) returns jso
 language plpgsql security definer set search_path = ''
 as $$
 declare
-  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 500), 1), 2000);
+  batch integer := least(greatest(coalesce((request ->> 'limit')::integer, 1000), 1), 2000);
   issuer private.billing_issuer;
   claimed uuid[];
   due uuid[];
   held uuid[];
+  made uuid[];
   drafts uuid[] := '{}';
   closed integer := 0;
   patience text := current_setting('lock_timeout');
@@ -612,7 +849,7 @@ begin
       where subscription.id = any (due) and subscription.next_invoice_at < subscription.current_period_end
     );
     if cardinality(opening) > 0 then
-      drafts := drafts || private.bill_periods(opening, issuer, at);
+      drafts := drafts || (private.bill_periods(opening, issuer, at)).drafts;
       update public.subscriptions as subscription
       set
         next_invoice_at = subscription.current_period_end,
@@ -661,26 +898,10 @@ begin
     order by log.organization_id, log.feature_key, log.period_start
     for no key update of log;
 
+    select billed.drafts, billed.doubtful into made, held from private.bill_periods(due, issuer, at) as billed;
+    drafts := drafts || made;
+
     -- Days and counters were written together, so they agree. If ever they do not, a person decides, not a bill.
-    held := array(
-      select subscription.id
-      from public.subscriptions as subscription
-      join public.usage_logs as log
-        on log.organization_id = subscription.organization_id
-        and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date
-      join public.meters as meter on meter.key = log.feature_key
-      where subscription.id = any (due)
-        and case
-          when meter.aggregation in ('sum', 'count') then (log.usage_count, log.prepaid) <> (
-            select coalesce(sum(total.quantity), 0), coalesce(sum(total.prepaid), 0)
-            from public.usage_days as total
-            where total.organization_id = log.organization_id
-              and total.meter_key = log.feature_key
-              and total.day >= log.period_start and total.day < log.period_end
-          )
-          else log.usage_count <> private.period_usage(log.organization_id, log.feature_key, log.period_start, log.period_end)
-        end
-    );
     if cardinality(held) > 0 then
       update public.subscriptions as subscription
       set billing_hold = 'days and counter disagree in the period that began '
@@ -696,8 +917,6 @@ begin
       due := array(select ready.id from unnest(due) as ready (id) where ready.id <> all (held));
     end if;
 
-    drafts := drafts || private.bill_periods(due, issuer, at);
-
     update public.usage_logs as log
     set closed_at = at, plan_price_id = subscription.plan_price_id, billed_count = log.usage_count - log.prepaid
     from public.subscriptions as subscription
@@ -705,22 +924,38 @@ begin
       and log.organization_id = subscription.organization_id
       and log.period_start = (subscription.current_period_start at time zone subscription.timezone)::date;
 
-    with following as (
+    with moving as materialized (
       select
-        subscription.id, price.id as plan_price_id, price.plan_id, price.billing_cycle, next_period.anchor_on, next_period.period_no,
-        private.local_midnight(next_period.period_end, subscription.timezone) as period_end,
+        subscription.id, subscription.timezone, subscription.status, subscription.current_period_end, old.currency as old_currency,
+        price.id as plan_price_id, price.plan_id, price.billing_cycle, price.billed_in, price.base_minor, price.currency,
+        -- The next from the anchor, or, where the cycle changes, the first from a new one.
         case
-          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
-          when price.billed_in <> 'advance' or price.base_minor = 0 or subscription.status = 'paused' then 'later'
-          when price.currency = old.currency then 'billed'
-          else 'now'
-        end as base,
-        price.base_minor
+          when price.billing_cycle = subscription.billing_cycle then subscription.anchor_on
+          else (subscription.current_period_end at time zone subscription.timezone)::date
+        end as anchor_on,
+        case when price.billing_cycle = subscription.billing_cycle then subscription.period_no + 1 else 0 end as period_no
       from public.subscriptions as subscription
       join public.plan_prices as old on old.id = subscription.plan_price_id
       join public.plan_prices as price on price.id = coalesce(subscription.next_plan_price_id, subscription.plan_price_id)
-      cross join lateral private.following_period(subscription, price.billing_cycle) as next_period
       where subscription.id = any (due)
+    ),
+    ending as materialized (
+      select
+        period.*,
+        private.local_midnight(private.period_boundary(period.anchor_on, period.billing_cycle, period.period_no + 1), period.timezone) as period_end
+      from (select distinct moving.anchor_on, moving.billing_cycle, moving.period_no, moving.timezone from moving) as period
+    ),
+    following as (
+      select
+        moving.*, ending.period_end,
+        case
+          -- The invoice that was just made has it, unless it is in another currency: then it comes alone.
+          when moving.billed_in <> 'advance' or moving.base_minor = 0 or moving.status = 'paused' then 'later'
+          when moving.currency = moving.old_currency then 'billed'
+          else 'now'
+        end as base
+      from moving
+      join ending using (anchor_on, billing_cycle, period_no, timezone)
     )
     update public.subscriptions as subscription
     set
@@ -734,6 +969,7 @@ begin
       current_period_end = following.period_end,
       base_billed_from = case following.base when 'billed' then subscription.current_period_end end,
       base_billed_minor = case following.base when 'billed' then following.base_minor end,
+      updated_at = at,
       -- A paused one waits for whoever resumes it.
       next_invoice_at = case
         when subscription.status = 'paused' then null
@@ -783,12 +1019,12 @@ as $$
   select private.close_periods($1, private.clock_now())
 $$;
 comment on function public.close_periods(jsonb) is
-  'For invoice-generation. {"v":1,"limit":500} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
+  'For invoice-generation. {"v":1,"limit":1000} gives {"closed":n,"invoices":[{"id","organization_id","number"}],"more":bool}.';
 
 revoke all on function
   private.divide_half_away(numeric, numeric), private.describe_quantity(bigint, text), private.billable_units(bigint, public.meters),
   private.cycle_unit(public.billing_cycle), private.describe_part(integer, timestamptz, timestamptz, text),
-  private.following_period(public.subscriptions, public.billing_cycle),
+  private.following_period(public.subscriptions, public.billing_cycle), private.settle_lines(uuid, text, boolean, private.priced_line[]),
   private.price_periods(uuid[], private.billing_issuer, timestamptz, boolean),
   private.bill_periods(uuid[], private.billing_issuer, timestamptz, boolean),
   private.open_invoices(uuid[], private.billing_issuer, timestamptz), private.close_periods(jsonb, timestamptz), public.close_periods(jsonb)
@@ -1378,7 +1614,7 @@ begin
   from (
     select
       billed.id, billed.position,
-      coalesce(asked.amount, billed.amount_minor - credited.amount) as amount
+      coalesce(asked.amount, billed.amount_minor - billed.discount_minor - credited.amount) as amount
     from public.invoice_lines as billed
     cross join lateral (
       select coalesce(sum(line.amount_minor), 0)::bigint as amount
@@ -1393,7 +1629,10 @@ begin
     ) as asked on asked.id = billed.id
     where billed.organization_id = invoice.organization_id
       and billed.invoice_id = invoice.id
-      and (given is null and billed.amount_minor > credited.amount or asked.amount <= billed.amount_minor - credited.amount)
+      and (
+        given is null and billed.amount_minor - billed.discount_minor > credited.amount
+        or asked.amount <= billed.amount_minor - billed.discount_minor - credited.amount
+      )
   ) as remaining;
   if coalesce(cardinality(lines), 0) = 0
     or given is not null and cardinality(lines) <> jsonb_array_length(given) then
@@ -1405,7 +1644,7 @@ begin
   into credited_before
   from public.credit_notes as issued
   where issued.organization_id = invoice.organization_id and issued.invoice_id = invoice.id and issued.status = 'issued';
-  if credited_before + subtotal > invoice.subtotal_minor then
+  if credited_before + subtotal > invoice.subtotal_minor - invoice.discount_minor then
     perform private.raise_error(422, 'credit_too_large', 'More would be credited than was billed', 'lines');
   end if;
 
@@ -1428,8 +1667,8 @@ begin
     insert into public.credit_note_taxes (organization_id, credit_note_id, position, name, rate_bp, taxable_minor, amount_minor)
     select
       note.organization_id, note.id, billed.position, billed.name, billed.rate_bp, subtotal,
-      private.divide_half_away(billed.amount_minor::numeric * (credited_before + subtotal), invoice.subtotal_minor)
-        - private.divide_half_away(billed.amount_minor::numeric * credited_before, invoice.subtotal_minor)
+      private.divide_half_away(billed.amount_minor::numeric * (credited_before + subtotal), invoice.subtotal_minor - invoice.discount_minor)
+        - private.divide_half_away(billed.amount_minor::numeric * credited_before, invoice.subtotal_minor - invoice.discount_minor)
     from public.invoice_taxes as billed
     where billed.organization_id = invoice.organization_id and billed.invoice_id = invoice.id
     returning credit_note_taxes.amount_minor

@@ -329,6 +329,7 @@ declare
   used_at  timestamptz;
   moment   timestamptz;
   reason   text;
+  refusal  text;
   orphan   private.webhook_events;
   applied  record;
 begin
@@ -407,6 +408,16 @@ begin
   end if;
   -- The first word is the first, however often it is told.
   updated.first_audio_ms := coalesce(attempt.first_audio_ms, least(greatest((told ->> 'first_audio_ms')::bigint, 0), 3600000)::integer);
+  -- What it costs is told more than once, the later the better; the first exchange rate stays.
+  if told ->> 'cost_currency' ~ '^[A-Z]{3}$' and (told ->> 'cost_micros')::bigint >= 0
+    and private.knows_more(
+      ranks, 'cost', rank,
+      (select own.amount_micros from private.call_costs as own where own.call_log_id = attempt.id and own.kind = 'agent')::text, told ->> 'cost_micros'
+    )
+  then
+    ranks := ranks || jsonb_build_object('cost', rank);
+    perform private.put_call_cost(attempt, 'agent', (told ->> 'cost_micros')::bigint, told ->> 'cost_currency', false, at);
+  end if;
   if private.knows_more(ranks, 'language', rank, agent ->> 'language', told ->> 'language') then
     agent := agent || jsonb_build_object('language', told ->> 'language');
     ranks := ranks || jsonb_build_object('language', rank);
@@ -432,18 +443,25 @@ begin
     used_at := coalesce(used_at, latest);
     moment := private.to_business((tool ->> 'when')::timestamptz);
     reason := left(coalesce(tool #>> '{arguments,reason}', tool #>> '{arguments,message}'), 500);
+    refusal := case
+      when tool ->> 'name' = 'transfer' then private.transfer_refusal(attempt.organization_id, private.destination_of_transfer(tool -> 'arguments'), at)
+    end;
     if private.note_activity(
       attempt, 'tool|' || coalesce(tool ->> 'id', ''),
       case tool ->> 'name'
         when 'transfer' then 'transfer' when 'callback' then 'callback' when 'opt_out' then 'opt_out' when 'site_visit' then 'site_visit'
         else 'agent_tool'
       end,
-      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment), used_at
+      jsonb_build_object('tool', tool -> 'called', 'arguments', tool -> 'arguments', 'when', moment, 'refused', refusal), used_at
     ) then
       noted := true;
     end if;
     case tool ->> 'name'
       when 'transfer' then
+        if refusal is not null then
+          -- It is not in our hands any more; a person has to know.
+          perform private.raise_alarm(attempt, 'transfer_refused', jsonb_build_object('reason', refusal), at);
+        end if;
         updated.transferred := true;
         updated.transferred_at := least(updated.transferred_at, used_at);
         if private.knows_more(ranks, 'transfer_reason', 0, updated.transfer_reason, reason) then

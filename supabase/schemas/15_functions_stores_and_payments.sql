@@ -940,6 +940,14 @@ begin
           limit 1
         ));
       end if;
+      if request ->> 'organization_id' is null then
+        -- The first token of a customer whom we had the gateway make.
+        request := request || jsonb_build_object('organization_id', (
+          select known.organization_id
+          from private.payment_customers as known
+          where known.gateway = source.provider::public.payment_gateway and known.customer_id = request ->> 'customer_id'
+        ));
+      end if;
       if not exists (select from public.organizations as tenant where tenant.id = private.to_uuid(request ->> 'organization_id')) then
         result := 'orphan';
         error := 'unknown_customer';

@@ -263,19 +263,28 @@ create function private.tell_subscription() returns trigger
 language plpgsql security definer set search_path = '' as $$
 declare
   at  constant timestamptz := private.clock_now();
+  same constant text := private.key_at(new.id, at);
   was public.subscriptions;
+  kind text := 'subscription.changed';
+  told bigint;
 begin
-  if tg_op = 'UPDATE' then
+  if tg_op = 'INSERT' then
+    kind := 'subscription.created';
+  else
     was := old;
+    if new.status in ('cancelled', 'inactive') and was.status not in ('cancelled', 'inactive') then
+      kind := 'subscription.cancelled';
+    end if;
   end if;
+  -- Whoever changes it holds its row, so that two changes of one moment are counted one after the other.
+  select count(*) into told
+  from private.outbox as known
+  where known.organization_id = new.organization_id and known.topic = kind
+    and (known.key = same or known.key like same || ' %');
   perform private.emit(
     new.organization_id,
-    'subscription.' || case
-      when tg_op = 'INSERT' then 'created'
-      when new.status in ('cancelled', 'inactive') and was.status not in ('cancelled', 'inactive') then 'cancelled'
-      else 'changed'
-    end,
-    private.key_at(new.id, at),
+    kind,
+    same || case when told > 0 then ' ' || told + 1 else '' end,
     (
       select jsonb_build_object(
         'subscription_id', new.id, 'plan', plan.slug, 'plan_price_id', new.plan_price_id, 'status', new.status, 'previous_status', was.status,
@@ -507,7 +516,9 @@ begin
   ),
   leased as (
     update public.event_deliveries as delivery
-    set lease_until = now() + interval '3 minutes', lease_token = null
+    -- Whoever claims may die before the queue has it, and then nothing but the lease brings it back: the first one is short. What lapses
+    -- all the same waits on a queue that is behind, and is not put there again and again.
+    set lease_until = now() + case when delivery.lease_until is null then interval '30 seconds' else interval '3 minutes' end, lease_token = null
     from locked
     where delivery.id = locked.id
     returning delivery.id, delivery.organization_id, delivery.endpoint_id

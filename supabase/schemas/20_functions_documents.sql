@@ -104,8 +104,13 @@ as $$
       where line.organization_id = note.organization_id and line.credit_note_id = note.id
     ), '[]'),
     'taxes', coalesce((
-      select jsonb_agg(to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id'] order by tax.position)
+      select jsonb_agg(
+        to_jsonb(tax) - array['id', 'organization_id', 'credit_note_id']
+          || jsonb_build_object('treatment', billed.treatment, 'note', billed.note)
+        order by tax.position)
       from public.credit_note_taxes as tax
+      join public.invoice_taxes as billed
+        on billed.organization_id = note.organization_id and billed.invoice_id = note.invoice_id and billed.name = tax.name
       where tax.organization_id = note.organization_id and tax.credit_note_id = note.id
     ), '[]')
   )
@@ -125,7 +130,7 @@ begin
   if document is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or it is not yours to see', 'id');
   end if;
-  return document;
+  return document || jsonb_strip_nulls(jsonb_build_object('payment_link', private.payment_link_of(invoice_id)));
 end
 $$;
 comment on function private.get_invoice(uuid) is 'An invoice of the caller''s organization as a document. Needs billing.view.';
@@ -150,7 +155,7 @@ as $$
 declare
   wanted uuid := private.read_uuid(request, 'id');
   document jsonb := case private.read_choice(request, 'document', array['invoice', 'credit_note'])
-    when 'invoice' then private.invoice_document(null, wanted)
+    when 'invoice' then private.invoice_document(null, wanted) || jsonb_strip_nulls(jsonb_build_object('payment_link', private.payment_link_of(wanted)))
     else private.credit_note_document(null, wanted)
   end;
 begin
@@ -195,16 +200,25 @@ begin
     'first_day', bill.first_day,
     'last_day', bill.last_day,
     'subtotal_minor', bill.subtotal_minor,
+    'discount_minor', bill.discount_minor,
+    'discounts', bill.discounts,
     'tax_minor', bill.tax_minor,
-    'total_minor', bill.subtotal_minor + bill.tax_minor,
+    'total_minor', bill.subtotal_minor - bill.discount_minor + bill.tax_minor,
     'invoice_date', dated,
     'due_date', dated + issuer.payment_terms_days,
     'as_of', at,
-    -- What costs nothing makes no invoice.
-    'is_billed', bill.subtotal_minor > 0,
+    -- What charges nothing makes no invoice.
+    'is_billed', bill.is_billed,
     'issuer', bill.issuer_particulars,
     'customer', bill.customer,
-    'lines', (select coalesce(jsonb_agg(to_jsonb(item) - 'line_id' order by item.position), '[]') from unnest(bill.lines) as item),
+    'lines', (
+      select coalesce(
+        jsonb_agg(
+          to_jsonb(item) - array['line_id', 'item_id', 'rest_minor'] || jsonb_build_object('discount_minor', coalesce(item.discount_minor, 0))
+          order by item.position
+        ), '[]')
+      from unnest(bill.lines) as item
+    ),
     'taxes', to_jsonb(bill.taxes)
   );
 end
@@ -261,14 +275,15 @@ begin
   return jsonb_build_object(
     'columns', jsonb_build_array(
       'document', 'number', 'date', 'due_date', 'status', 'against', 'customer', 'customer_gstin', 'place_of_supply', 'first_day',
-      'last_day', 'currency', 'subtotal', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
+      'last_day', 'currency', 'subtotal', 'discount', 'cgst', 'sgst', 'igst', 'other_tax', 'tax', 'total', 'paid', 'credited', 'due', 'id'
     ),
     'rows', coalesce((
       select jsonb_agg(
         jsonb_build_array(
           item.document, item.number, item.dated, item.due_date, item.status, item.against, item.customer ->> 'name',
           item.customer ->> 'gstin', item.customer ->> 'place_of_supply', item.first_day, item.last_day, item.currency,
-          private.decimal_amount(item.subtotal_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
+          private.decimal_amount(item.subtotal_minor, item.currency)::text,
+          private.decimal_amount(item.discount_minor, item.currency)::text, private.decimal_amount(item.cgst, item.currency)::text,
           private.decimal_amount(item.sgst, item.currency)::text, private.decimal_amount(item.igst, item.currency)::text,
           private.decimal_amount(item.tax_minor - item.cgst - item.sgst - item.igst, item.currency)::text,
           private.decimal_amount(item.tax_minor, item.currency)::text, private.decimal_amount(item.total_minor, item.currency)::text,
@@ -286,7 +301,8 @@ begin
           select
             'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.due_date,
             invoice.status::text, null::text as against, invoice.customer, invoice.first_day, invoice.last_day, invoice.currency,
-            invoice.subtotal_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor, invoice.credited_minor,
+            invoice.subtotal_minor, invoice.discount_minor, invoice.tax_minor, invoice.total_minor, invoice.amount_paid_minor,
+            invoice.credited_minor,
             invoice.id, levied.cgst, levied.sgst, levied.igst
           from public.invoices as invoice
           cross join lateral (
@@ -302,7 +318,7 @@ begin
           union all
           select
             'credit_note', note.credit_note_number, note.credit_note_date, null, note.status::text, invoice.invoice_number,
-            note.customer, null, null, note.currency, -note.subtotal_minor, -note.tax_minor, -note.total_minor, 0, 0, note.id,
+            note.customer, null, null, note.currency, -note.subtotal_minor, 0, -note.tax_minor, -note.total_minor, 0, 0, note.id,
             -levied.cgst, -levied.sgst, -levied.igst
           from public.credit_notes as note
           join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
@@ -337,14 +353,14 @@ begin
   return jsonb_build_object(
     'columns', jsonb_build_array(
       'document', 'number', 'date', 'line', 'kind', 'meter', 'description', 'sac', 'quantity', 'unit', 'unit_price', 'price_units',
-      'currency', 'amount'
+      'currency', 'amount', 'discount'
     ),
     'rows', coalesce((
       select jsonb_agg(
         jsonb_build_array(
           item.document, item.number, item.dated, item.position, item.kind, item.meter_key, item.description, item.sac, item.quantity,
           item.unit, private.decimal_amount(item.unit_price_minor, item.currency)::text, item.price_units, item.currency,
-          private.decimal_amount(item.amount_minor, item.currency)::text
+          private.decimal_amount(item.amount_minor, item.currency)::text, private.decimal_amount(item.discount_minor, item.currency)::text
         )
         order by item.dated, item.number, item.position)
       from (
@@ -353,7 +369,7 @@ begin
           select
             'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, line.position, line.kind,
             line.meter_key, line.description, invoice.issuer ->> 'sac_code' as sac, line.quantity, line.unit, line.unit_price_minor,
-            line.price_units, invoice.currency, line.amount_minor
+            line.price_units, invoice.currency, line.amount_minor, line.discount_minor
           from public.invoices as invoice
           join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
           where invoice.organization_id = organization and invoice.status <> 'draft'
@@ -361,7 +377,7 @@ begin
           union all
           select
             'credit_note', note.credit_note_number, note.credit_note_date, line.position, 'credit', null, line.description,
-            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor
+            note.issuer ->> 'sac_code', null, null, null, null, note.currency, -line.amount_minor, 0
           from public.credit_notes as note
           join public.credit_note_lines as line on line.organization_id = note.organization_id and line.credit_note_id = note.id
           where note.organization_id = organization and note.status <> 'draft' and note.credit_note_date between from_day and to_day
@@ -421,7 +437,8 @@ as $$
   with given as (
     select
       'invoice' as document, invoice.invoice_number as number, invoice.invoice_date as dated, invoice.issuer, invoice.customer,
-      invoice.currency, invoice.subtotal_minor, invoice.total_minor, invoice.total_minor as invoice_total, 1 as sign, levied.*
+      invoice.currency, invoice.subtotal_minor - invoice.discount_minor as subtotal_minor, invoice.total_minor,
+      invoice.total_minor as invoice_total, 1 as sign, invoice.organization_id, invoice.id as invoice_id, levied.*
     from public.invoices as invoice
     cross join lateral (
       select
@@ -438,7 +455,7 @@ as $$
     union all
     select
       'credit_note', note.credit_note_number, note.credit_note_date, note.issuer, note.customer, note.currency, note.subtotal_minor,
-      note.total_minor, invoice.total_minor, -1, levied.*
+      note.total_minor, invoice.total_minor, -1, invoice.organization_id, invoice.id, levied.*
     from public.credit_notes as note
     join public.invoices as invoice on invoice.organization_id = note.organization_id and invoice.id = note.invoice_id
     cross join lateral (
@@ -459,7 +476,18 @@ as $$
       given.*, given.customer ->> 'gstin' as ctin, receiver.code as pos,
       receiver.code is distinct from supplier.code as is_inter_state,
       given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' = 'IN' and given.currency = 'INR'
-        and receiver.code is not null as is_domestic
+        and receiver.code is not null as is_domestic,
+      -- Where nothing says how its tax is treated, a person does.
+      given.issuer ->> 'country_code' = 'IN' and given.customer ->> 'country_code' <> 'IN' and given.currency = 'INR' and exists (
+        select
+        from public.invoice_taxes as tax
+        where tax.organization_id = given.organization_id and tax.invoice_id = given.invoice_id and tax.name = 'IGST'
+      ) as is_export,
+      case when exists (
+        select
+        from public.invoice_taxes as tax
+        where tax.organization_id = given.organization_id and tax.invoice_id = given.invoice_id and tax.treatment = 'reverse_charge'
+      ) then 'Y' else 'N' end as rchrg
     from given
     -- Documents of before the place of supply was written on them say it by their codes.
     left join private.gst_states as receiver
@@ -473,6 +501,7 @@ as $$
     select
       placed.*,
       case
+        when placed.is_export then case placed.document when 'invoice' then 'exp' else 'cdnur' end
         when not placed.is_domestic then 'left_out'
         when placed.ctin is not null then case placed.document when 'invoice' then 'b2b' else 'cdnr' end
         -- A large one to an unregistered buyer of another state is told alone: above a lakh of rupees.
@@ -498,7 +527,7 @@ as $$
           sorted.ctin,
           jsonb_agg(
             jsonb_build_object(
-              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R', 'itms', sorted.itms
+              'inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', sorted.rchrg, 'inv_typ', 'R', 'itms', sorted.itms
             )
             order by sorted.number) as inv
         from sorted
@@ -545,7 +574,7 @@ as $$
           sorted.ctin,
           jsonb_agg(
             jsonb_build_object(
-              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', 'N', 'inv_typ', 'R',
+              'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'rchrg', sorted.rchrg, 'inv_typ', 'R',
               'itms', sorted.itms
             )
             order by sorted.number) as nt
@@ -557,11 +586,29 @@ as $$
     'cdnur', coalesce((
       select jsonb_agg(
         jsonb_build_object(
-          'typ', 'B2CL', 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
+          'typ', case when not sorted.is_export then 'B2CL' when sorted.iamt = 0 then 'EXPWOP' else 'EXPWP' end, 'ntty', 'C', 'nt_num', sorted.number, 'nt_dt', sorted.idt, 'val', sorted.val, 'pos', sorted.pos, 'itms', sorted.itms
         )
         order by sorted.number)
       from sorted
       where sorted.section = 'cdnur'
+    ), '[]'),
+    'exp', coalesce((
+      select jsonb_agg(jsonb_build_object('exp_typ', way.exp_typ, 'inv', way.inv) order by way.exp_typ)
+      from (
+        select
+          case when sorted.iamt = 0 then 'WOPAY' else 'WPAY' end as exp_typ,
+          jsonb_agg(
+            jsonb_build_object('inum', sorted.number, 'idt', sorted.idt, 'val', sorted.val, 'itms', jsonb_build_array(
+              jsonb_build_object(
+                'txval', private.decimal_amount(sorted.subtotal_minor, 'INR'), 'rt', round(sorted.rate_bp / 100.0, 2),
+                'iamt', private.decimal_amount(sorted.iamt, 'INR'), 'csamt', 0
+              )
+            ))
+            order by sorted.number) as inv
+        from sorted
+        where sorted.section = 'exp'
+        group by 1
+      ) as way
     ), '[]'),
     'left_out', coalesce((
       select jsonb_agg(sorted.number order by sorted.number)
@@ -572,7 +619,8 @@ as $$
 $$;
 comment on function private.gstr1(uuid, date, date) is
   'What was billed in a range of days in the sections and field names of India''s GSTR-1, for one organization or, with null, for all: '
-  'the operator''s own return. left_out names what is not domestic, not in rupees or without a known place, for a person to report.';
+  'the operator''s own return. left_out names what is not in rupees, without a known place, or abroad without a word on its tax, for a person to '
+  'report.';
 
 create function private.export_gstr1(from_day date, to_day date) returns jsonb
 language plpgsql stable security definer set search_path = ''
@@ -600,9 +648,12 @@ language plpgsql stable security definer set search_path = ''
 as $$
 declare
   organization uuid := private.require_org('billing.view');
+  sees_numbers boolean := coalesce(private.org_with('call.view') = organization, false);
   bill public.invoices;
   billed public.invoice_lines;
+  by_deck boolean;
   skipped bigint;
+  in_all bigint;
 begin
   select own.* into bill
   from public.invoices as own
@@ -614,60 +665,128 @@ begin
   if billed.id is null then
     perform private.raise_error(404, 'not_found', 'There is no such invoice, or the line is not of something that was counted', 'id');
   end if;
+  by_deck := billed.meter_key = 'rated_calls';
   -- In the order in which they were counted, calls fill the meter's lines one after the other.
-  select coalesce(sum(earlier.quantity), 0)::bigint into skipped
-  from public.invoice_lines as earlier
-  where earlier.organization_id = organization
-    and earlier.invoice_id = bill.id
-    and earlier.meter_key = billed.meter_key
-    and earlier.kind <> 'fee'
-    and earlier.position < billed.position;
-  return jsonb_build_object(
-    'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount'),
-    'rows', coalesce((
-      select jsonb_agg(
-        jsonb_build_array(
-          item.occurred_at, item.source, item.key, item.direction,
-          -- Who may see calls sees whom they were with; a bill shows the end of the number.
-          case when item.number is not null then '…' || right(item.number, 4) end,
-          item.quantity, item.share, billed.unit, bill.currency,
-          private.decimal_amount(
-            private.divide_half_away(item.until::numeric * billed.amount_minor, billed.quantity)
-              - private.divide_half_away((item.until - item.share)::numeric * billed.amount_minor, billed.quantity), bill.currency)::text
-        )
-        order by item.occurred_at, item.id)
+  select
+    coalesce(sum(other.quantity) filter (where other.position < billed.position), 0)::bigint, coalesce(sum(other.quantity), 0)::bigint
+  into skipped, in_all
+  from public.invoice_lines as other
+  where other.organization_id = organization
+    and other.invoice_id = bill.id
+    and other.meter_key = billed.meter_key
+    and other.kind not in ('fee', 'adjustment');
+  return (
+    with event as (
+      -- What came after the period was billed is what the adjustment charges for, on whichever invoice that is.
+      select own.*
+      from private.usage_events as own
+      where billed.kind <> 'adjustment'
+        and own.organization_id = organization
+        and own.meter_key = billed.meter_key
+        and own.day between bill.first_day and bill.last_day
+        and own.occurred_at < bill.period_end
+        and not exists (select from private.usage_adjustments as late where late.event_id = own.id)
+      union all
+      select own.*
+      from private.usage_adjustments as late
+      join private.usage_events as own on own.occurred_at = late.occurred_at and own.id = late.event_id
+      where billed.kind = 'adjustment' and late.organization_id = organization and late.invoice_line_id = billed.id
+    ),
+    counted as (
+      -- A call with all that corrected it, and without what prepaid credit paid, which no invoice bills.
+      select
+        event.source, coalesce(event.corrects, event.key) as key, min(event.occurred_at) as occurred_at, min(event.id::text) as id,
+        sum(
+          event.quantity - case
+            when event.source <> 'call' then 0
+            when billed.meter_key = 'ai_calls' then case when charge.meter_key = 'ai_calls' then event.quantity else 0 end
+            when event.corrects is null then coalesce(charge.seconds - charge.overage_seconds, 0)
+            else coalesce((select later.credit_seconds from private.call_corrections as later where later.correction_id = event.key), 0)
+          end
+        )::bigint as quantity
+      from event
+      left join public.call_charges as charge
+        on charge.organization_id = organization
+        and charge.call_log_id = case event.source when 'call' then coalesce(event.corrects, event.key)::uuid end
+      group by event.source, coalesce(event.corrects, event.key)
+    ),
+    placed as (
+      select
+        counted.*,
+        -- A sum that is billed by started pulses is more than what was counted: the last call has begun the last one.
+        counted.quantity + case
+          when lead(counted.key) over calls is null then greatest(in_all - (sum(counted.quantity) over ())::bigint, 0) else 0
+        end as filling
+      from counted
+      where counted.quantity > 0 or billed.kind = 'adjustment' and counted.quantity <> 0
+      window calls as (order by counted.occurred_at, counted.id)
+    ),
+    part as (
+      select
+        placed.*,
+        case
+          when billed.kind = 'adjustment' then placed.quantity
+          else least(placed.running, skipped + billed.quantity) - greatest(placed.running - placed.filling, skipped)
+        end as share
       from (
-        select
-          part.*, sum(part.share) over (order by part.occurred_at, part.id) as until
-        from (
-          select
-            counted.*,
-            least(counted.running, skipped + billed.quantity) - greatest(counted.running - counted.quantity, skipped) as share
-          from (
-            select
-              event.id, event.occurred_at, event.source, event.key, event.quantity, attempt.direction,
-              case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number,
-              (sum(event.quantity) over (order by event.occurred_at, event.id))::bigint as running
-            from private.usage_events as event
-            left join public.call_logs as attempt
-              on attempt.organization_id = event.organization_id and attempt.id = case event.source when 'call' then event.key::uuid end
-            where event.organization_id = organization
-              and event.meter_key = billed.meter_key
-              and event.day between bill.first_day and bill.last_day
-              and event.occurred_at < bill.period_end
-          ) as counted
-        ) as part
-        where part.share > 0
-        order by part.occurred_at, part.id
-        limit 10001
-      ) as item
-    ), '[]')
+        select own.*, (sum(own.filling) over (order by own.occurred_at, own.id))::bigint as running
+        from placed as own
+      ) as placed
+    ),
+    summed as (
+      select
+        part.*, (sum(part.share) over (order by part.occurred_at, part.id))::numeric as until, (sum(part.share) over ())::numeric as whole
+      from part
+      where case billed.kind when 'adjustment' then part.share <> 0 else part.share > 0 end
+    ),
+    item as (
+      select
+        summed.*,
+        private.divide_half_away(sign(summed.whole) * summed.until * billed.quantity, abs(summed.whole))
+          - private.divide_half_away(sign(summed.whole) * (summed.until - summed.share) * billed.quantity, abs(summed.whole)) as units,
+        private.divide_half_away(sign(summed.whole) * summed.until * billed.amount_minor, abs(summed.whole))
+          - private.divide_half_away(sign(summed.whole) * (summed.until - summed.share) * billed.amount_minor, abs(summed.whole)) as amount_minor
+      from summed
+      order by summed.occurred_at, summed.id
+      limit 10001
+    )
+    select jsonb_build_object(
+      'columns', jsonb_build_array('ended_at', 'source', 'call', 'direction', 'number', 'counted', 'quantity', 'unit', 'currency', 'amount')
+        || case when by_deck then '["destination", "prefix", "charged_seconds", "price_per_minute", "pulses"]' else '[]'::jsonb end,
+      'rows', coalesce(jsonb_agg(
+        jsonb_build_array(
+          item.occurred_at, case item.source when 'call_rate' then 'call' else item.source end, item.key, attempt.direction,
+          -- Who may not see calls sees of whom they were with the end of the number, as a bill shows it.
+          case when sees_numbers then other_end.number else '…' || right(other_end.number, 4) end,
+          item.quantity, item.units, billed.unit, bill.currency, private.decimal_amount(item.amount_minor, bill.currency)::text
+        )
+          || case when by_deck then jsonb_build_array(
+            rate.destination, rating.prefix, rating.charged_seconds, (rate.price_micros / 1000000.0)::numeric(18, 6)::text,
+            rate.initial_pulse || '/' || rate.next_pulse
+          ) else '[]'::jsonb end
+        order by item.occurred_at, item.id), '[]')
+    )
+    from item
+    left join public.call_logs as attempt
+      on attempt.organization_id = organization
+      and attempt.id = case when item.source in ('call', 'call_rate') then item.key::uuid end
+    left join lateral (
+      select case attempt.direction when 'inbound' then attempt.caller_number else attempt.callee_number end as number
+    ) as other_end on true
+    left join lateral (
+      select own.*
+      from private.call_ratings as own
+      where by_deck and own.call_log_id = attempt.id and (billed.kind = 'adjustment' or own.rated_at <= bill.finalized_at)
+      order by own.number desc
+      limit 1
+    ) as rating on true
+    left join private.rates as rate on rate.version_id = rating.version_id and rate.prefix = rating.prefix
   );
 end
 $$;
 comment on function private.export_line_calls(uuid, integer) is
-  'The counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up to the '
-  'line''s, also where an event is partly within the plan. Needs billing.view.';
+  'The calls and other counted events that a line of an invoice charges for, each with its part of the quantity and of the amount: both add up '
+  'to the line''s, also where a call is partly within the plan or was corrected. Whole numbers are for who holds call.view. Needs billing.view.';
 
 -- What users and handlers call ----------------------------------------------------------------------------------------------------
 

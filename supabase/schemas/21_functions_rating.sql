@@ -80,6 +80,42 @@ $$;
 comment on function private.allocate_largest_remainder(bigint, numeric[]) is
   'An amount split by weights into whole units that add up to it: what is missing goes to the largest remainders, the first of equal ones.';
 
+create function private.discount_shares(
+  room bigint, weights bigint[], percents integer[], amounts bigint[], out shares bigint[], out cuts bigint[]
+)
+language plpgsql immutable set search_path = ''
+as $$
+declare
+  cut bigint;
+begin
+  shares := array_fill(0::bigint, array[cardinality(weights)]);
+  cuts := '{}';
+  for number in 1 .. cardinality(percents) loop
+    cut := coalesce(private.divide_half_away(room::numeric * percents[number], 10000), least(amounts[number], room));
+    if cut > 0 then
+      -- No line goes below nothing: what one has lost already is no weight any more.
+      shares := array(
+        select share.before + share.more
+        from unnest(
+          shares,
+          private.allocate_largest_remainder(cut, array(
+            select (line.whole - line.gone)::numeric
+            from unnest(weights, shares) with ordinality as line (whole, gone, number)
+            order by line.number
+          ))
+        ) with ordinality as share (before, more, number)
+        order by share.number
+      );
+      room := room - cut;
+    end if;
+    cuts := cuts || cut;
+  end loop;
+end
+$$;
+comment on function private.discount_shares(bigint, bigint[], integer[], bigint[]) is
+  'Percentages (in hundredths, null for an amount) and amounts taken off one after the other, each of what is left of `room`, which is no '
+  'more than the weights come to: what each takes off in all, and what it takes off each line, split by what is left of the lines.';
+
 -- Tiers and packages --------------------------------------------------------------------------------------------------------------
 
 create type private.price_tier as (
@@ -391,7 +427,8 @@ comment on function private.hours_in_period(timestamptz, timestamptz) is
 revoke all on function
   private.rate_units(numeric, numeric, numeric), private.tax_amount(bigint, numeric),
   private.gst_amounts(bigint, boolean, numeric), private.prorate(bigint, numeric, numeric),
-  private.allocate_largest_remainder(bigint, numeric[]), private.check_tiers(private.price_tier[]),
+  private.allocate_largest_remainder(bigint, numeric[]), private.discount_shares(bigint, bigint[], integer[], bigint[]),
+  private.check_tiers(private.price_tier[]),
   private.graduated_tiers(private.price_tier[], numeric, numeric, numeric),
   private.rate_graduated(private.price_tier[], numeric, boolean, numeric),
   private.rate_graduated_from(private.price_tier[], numeric, numeric, boolean, numeric),

@@ -52,8 +52,8 @@ begin
       given.key,
       jsonb_build_object(
         'included_units', 0, 'overage_price_minor', null, 'overage_unit', 1, 'limit_units', null, 'hard', false, 'credit_price_minor', null,
-        'credit_unit', 60, 'credit_pulse', 1, 'pricing_model', 'per_unit', 'tiers', null
-      ) || given.value || jsonb_build_object('meter_key', given.key)
+        'credit_unit', 60, 'credit_pulse', 1, 'pricing_model', 'per_unit', 'tiers', null, 'rate_deck', null
+      ) || given.value || private.deck_term(given.value, set_plan_price.currency) || jsonb_build_object('meter_key', given.key)
     ), '{}')
   into meters
   from jsonb_each(coalesce(terms -> 'meters', '{}')) as given (key, value);
@@ -226,6 +226,22 @@ end
 $$;
 comment on function private.answer_request(uuid, text, jsonb, jsonb, timestamptz) is 'Keeps an answer under its key, and gives it.';
 
+create function private.billed_base(live public.subscriptions) returns public.invoice_lines
+language sql stable set search_path = ''
+as $$
+  select line
+  from public.invoices as invoice
+  join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
+  where invoice.organization_id = live.organization_id and invoice.subscription_id = live.id
+    and invoice.status in ('open', 'paid', 'uncollectible')
+    and line.kind in ('base', 'charge') and line.amount_minor = live.base_billed_minor
+    and coalesce(line.last_day, invoice.last_day) = (live.current_period_end at time zone live.timezone)::date - 1
+  order by invoice.period_start desc, line.position desc
+  limit 1
+$$;
+comment on function private.billed_base(public.subscriptions) is
+  'The line that charged the base price of what is left of the current period; null where no invoice has one.';
+
 create function private.apply_plan_change(
   organization_id uuid, plan_slug text, cycle_name text, timing text, at timestamptz
 ) returns jsonb
@@ -247,6 +263,7 @@ declare
   credit bigint := 0;
   charge bigint := 0;
   invoices jsonb := jsonb_build_array();
+  billed public.invoice_lines;
 begin
   if timing is not null and timing not in ('now', 'period_end') then
     perform private.raise_error(400, 'invalid_request', 'timing must be now or period_end', 'timing');
@@ -332,12 +349,21 @@ begin
     credit := private.prorate(
       stretch_minor, extract(epoch from live.current_period_end - moment), extract(epoch from live.current_period_end - stretch_from));
     charge := private.prorate(offer.base_minor, extract(epoch from live.current_period_end - moment), whole);
+    billed := private.billed_base(live);
     insert into private.invoice_items (
-      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
+      organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at,
+      discount_minor
     )
     select
       live.organization_id, live.id, item.kind, old.currency, item.description, private.cycle_unit(cycle), item.price_minor, item.amount_minor,
-      (item.from_time at time zone live.timezone)::date, last_day, at
+      (item.from_time at time zone live.timezone)::date, last_day, at,
+      -- The discount of the line that is given back goes back with it.
+      case
+        when item.kind = 'credit' and billed.id is not null
+          then -private.prorate(
+            billed.discount_minor, extract(epoch from live.current_period_end - moment),
+            extract(epoch from live.current_period_end - stretch_from))
+      end
     from (
       values
         ('base', names[1] || ' plan, ' || cycle, old.base_minor, stretch_minor, stretch_from, live.base_billed_from is null),
@@ -357,7 +383,7 @@ begin
   -- What was billed in advance is not on the invoice that comes when the period ends: the difference is billed now.
   if old.billed_in = 'advance' and live.period_no >= 0 and live.next_invoice_at = live.current_period_end and charge > credit then
     select own.* into issuer from private.billing_issuer as own;
-    invoices := private.open_invoices(private.bill_periods(array[live.id], issuer, at, true), issuer, at);
+    invoices := private.open_invoices((private.bill_periods(array[live.id], issuer, at, true)).drafts, issuer, at);
   end if;
   return jsonb_build_object(
     'result', 'changed', 'timing', timing, 'effective_at', moment, 'credit_minor', -credit, 'charge_minor', charge, 'invoices', invoices
@@ -434,6 +460,7 @@ declare
   live public.subscriptions;
   ends timestamptz;
   unused bigint := 0;
+  given_back bigint := 0;
   billed public.invoice_lines;
 begin
   if coalesce(timing, 'period_end') not in ('now', 'period_end') then
@@ -472,22 +499,20 @@ begin
       extract(epoch from live.current_period_end - live.base_billed_from));
   end if;
   if unused > 0 then
-    select line.* into billed
-    from public.invoices as invoice
-    join public.invoice_lines as line on line.organization_id = invoice.organization_id and line.invoice_id = invoice.id
-    where invoice.organization_id = organization and invoice.subscription_id = live.id
-      and invoice.status in ('open', 'paid', 'uncollectible')
-      and line.kind in ('base', 'charge') and line.amount_minor = live.base_billed_minor
-      and coalesce(line.last_day, invoice.last_day) = (live.current_period_end at time zone live.timezone)::date - 1
-    order by invoice.period_start desc, line.position desc
-    limit 1;
+    billed := private.billed_base(live);
     if billed.id is not null then
+      given_back := unused - private.prorate(
+        billed.discount_minor, extract(epoch from live.current_period_end - ends),
+        extract(epoch from live.current_period_end - live.base_billed_from));
+    end if;
+    if given_back > 0 then
       perform private.issue_credit_note(
         jsonb_build_object(
           'invoice_id', billed.invoice_id, 'idempotency_key', 'cancelled ' || live.id, 'reason', 'Cancelled before the end of the period',
-          'lines', jsonb_build_array(jsonb_build_object('invoice_line_id', billed.id, 'amount_minor', unused))
+          'lines', jsonb_build_array(jsonb_build_object('invoice_line_id', billed.id, 'amount_minor', given_back))
         ), at);
-    else
+    elsif billed.id is null then
+      given_back := unused;
       insert into private.invoice_items (
         organization_id, subscription_id, kind, currency, description, unit, unit_price_minor, amount_minor, first_day, last_day, created_at
       )
@@ -510,7 +535,7 @@ begin
     status = 'cancelled', cancelled_at = at, cancel_at_period_end = true, current_period_end = ends, next_invoice_at = ends,
     next_plan_price_id = null, paused_at = null, base_billed_minor = own.base_billed_minor - unused
   where own.id = live.id;
-  return jsonb_build_object('result', 'cancelled', 'ends_at', ends, 'credit_minor', unused);
+  return jsonb_build_object('result', 'cancelled', 'ends_at', ends, 'credit_minor', given_back);
 end
 $$;
 comment on function private.apply_cancellation(uuid, text, text, timestamptz) is
@@ -851,7 +876,7 @@ comment on function public.resume_subscription(text) is
 revoke all on function
   private.period_base(public.subscriptions), private.set_plan_price(text, public.billing_cycle, text, jsonb, timestamptz),
   private.add_invoice_item(uuid, text, bigint, text, bigint, text, timestamptz), private.is_overdue(uuid),
-  private.lock_subscription(uuid, timestamptz), private.repeated_request(uuid, text, jsonb),
+  private.lock_subscription(uuid, timestamptz), private.billed_base(public.subscriptions), private.repeated_request(uuid, text, jsonb),
   private.answer_request(uuid, text, jsonb, jsonb, timestamptz), private.apply_plan_change(uuid, text, text, text, timestamptz),
   private.apply_cancellation(uuid, text, text, timestamptz), private.apply_pause(uuid, timestamptz),
   private.apply_resumption(uuid, timestamptz), private.subscription_summary(uuid),

@@ -147,13 +147,13 @@ select set_eq(
   array[
     'claim_deliveries(jsonb)', 'begin_deliveries(jsonb)', 'record_deliveries(jsonb)',
     'apply_event(jsonb)', 'open_inbound_call(jsonb)', 'open_source(jsonb)', 'sweep_events(jsonb)', 'ingest_leads(jsonb)', 'claim_carrier_check(jsonb)', 'store_carrier_records(jsonb)', 'claim_restore_page(jsonb)', 'book_calls(jsonb)', 'release_calls(jsonb)', 'begin_dials(jsonb)', 'record_dials(jsonb)',
-    'reconcile_calls(jsonb)', 'open_hangup(jsonb)', 'reconcile_usage(jsonb)', 'record_usage(jsonb)', 'close_periods(jsonb)', 'open_payment(jsonb)', 'record_payment(jsonb)',
+    'reconcile_calls(jsonb)', 'open_hangup(jsonb)', 'reconcile_usage(jsonb)', 'record_usage(jsonb)', 'hold_usage(jsonb)', 'release_usage_hold(jsonb)', 'expire_usage_holds(jsonb)', 'open_usage(jsonb)', 'close_periods(jsonb)', 'open_payment(jsonb)', 'record_payment(jsonb)',
     'record_refund(jsonb)', 'save_payment_method(jsonb)', 'remove_payment_method(jsonb)', 'issue_credit_note(jsonb)', 'expire_credit(jsonb)', 'renew_credit(jsonb)',
-    'open_websocket(jsonb)', 'ping_websockets(jsonb)', 'close_websocket(jsonb)', 'reap_websockets(jsonb)', 'reap_impersonations(jsonb)',
+    'open_websocket(jsonb)', 'ping_websockets(jsonb)', 'close_websocket(jsonb)', 'reap_websockets(jsonb)', 'reap_impersonations(jsonb)', 'judge_transfer(jsonb)',
     'roll_up_call_analytics(jsonb)', 'auto_complete_inactive_conversations(jsonb)', 'expire_reservations(jsonb)',
     'claim_recordings(jsonb)', 'record_recordings(jsonb)', 'claim_deletions(jsonb)', 'record_deletions(jsonb)', 'apply_retention(jsonb)',
     'list_events(jsonb)', 'get_event(jsonb)', 'redrive_events(jsonb)', 'count_events(jsonb)', 'erase(jsonb)',
-    'open_document(jsonb)'
+    'open_document(jsonb)', 'claim_collections(jsonb)', 'record_collections(jsonb)', 'request_refund(jsonb)'
   ],
   'The handlers'' role executes the handlers'' functions and no other'
 );

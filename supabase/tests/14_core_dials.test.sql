@@ -1,7 +1,7 @@
 -- Dialling: begun once, by one caller; what became of it; and who asks the carrier when nobody says.
 begin;
 set local search_path = public, extensions, tap;
-select plan(60);
+select plan(64);
 
 -- The business time is Tuesday, 24 November 2026, 10:00 in Kolkata. One plan without limits, one of three calls, one carrier account.
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
@@ -276,6 +276,25 @@ update public.call_logs set lease_until = now() - interval '1 second' where id =
 select is(
   private.reconcile_calls('{"v": 1}', private.clock_now()) #>> '{attempts,0,age_seconds}', '700', 'It knows how long ago, in real time, that was'
 );
+insert into public.call_logs (
+  id, organization_id, carrier_account_id, caller_number, callee_number, call_sid, status, call_status, dialled, created_at, submitted_at, ended_at
+)
+select
+  '00000000-0000-7000-8000-000000000015', log.organization_id, log.carrier_account_id, log.caller_number, log.callee_number, 'earlier-15', 'ended', 'busy', true, at, at, at
+from (select (pg_temp.attempt(15)).*) as log
+cross join (select private.clock_now() - interval '2 days' as at) as earlier;
+update public.call_logs set lease_until = now() - interval '1 second' where callee_number = '+917000000015' and status <> 'ended';
+select is(
+  private.reconcile_calls('{"v": 1}', private.clock_now()) #>> '{attempts,0,others}', '["earlier-15"]', 'and which calls to the number are others'
+);
+select is(
+  pg_temp.event(15, 'reconcile', '{"provider_call_id": "earlier-15", "status": "ended", "outcome": "busy"}', source => 'reconcile'), 'orphan',
+  'A call that is another attempt''s is not this one''s'
+);
+select is(
+  (select status::text from public.call_logs where callee_number = '+917000000015' and call_sid is null), 'submission_unknown', 'which is asked for again'
+);
+select is((select count(*) from private.outbox where topic = 'alarm.call_id_reused' and payload ->> 'provider_call_id' = 'earlier-15'), 1::bigint, 'and is an alarm');
 select is(pg_temp.event(15, 'reconcile', '{"status": "ended", "outcome": "lost"}', source => 'reconcile'), 'applied', 'An attempt the carrier knows nothing of');
 select is(pg_temp.queue(15), 'queued retry_lost lost 24 11:00', 'is lost, counts as a dial, and is tried again after an hour');
 -- The account was full and faulty above, and is not any more.

@@ -189,10 +189,10 @@ select is(
   pg_temp.run_as('a1', $$select public.get_campaign((select id from pg_temp.made)) - array['id', 'created_at']$$)::jsonb,
   '{"name": "Spring", "description": null, "status": "draft", "project_id": "00000000-0000-4000-a000-0000000000e1", "agent_id": null,
     "timezone": "Asia/Kolkata", "start_date": null, "end_date": null, "time_start": "10:00:00", "time_end": "21:00:00",
-    "max_concurrent_calls": 10, "max_attempts": 2, "record_calls": true, "auto_complete": true, "purpose": "service", "retry_rules": {}, "credit_cap": null, "credit_spent": 0, "pause_reason": null, "total_enrolled": 2, "open_leads": 2,
+    "max_concurrent_calls": 10, "max_attempts": 2, "record_calls": true, "auto_complete": true, "purpose": "service", "retry_rules": {}, "lead_filter": {}, "credit_cap": null, "credit_spent": 0, "pause_reason": null, "total_enrolled": 2, "open_leads": 2,
     "total_calls": 0, "answered_calls": 0, "started_at": null, "paused_at": null, "completed_at": null, "cancelled_at": null,
     "counts": {"enrolled": 2, "queued": 0, "calling": 0, "called": 0, "failed": 0, "opted_out": 0, "skipped": 0, "archived": 0},
-    "waiting": {}, "next_due_at": null}',
+    "waiting": {}, "skipped": {}, "next_due_at": null}',
   'A draft has enrolled the leads of its project, but not the archived one'
 );
 select is(

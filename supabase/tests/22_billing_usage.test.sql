@@ -1,7 +1,7 @@
 -- Usage: counted once, on the organization's own day, in the period that is billed.
 begin;
 set local search_path = public, extensions, tap;
-select plan(30);
+select plan(32);
 
 -- Organizations and plans of this test alone: Metered charges 999.00 a month, includes 60 minutes and sells more at 6.00 a minute;
 -- Capped allows three calls; Yearly is a year of Metered; the issuer sits in Karnataka.
@@ -155,6 +155,24 @@ select is(
   'rejected invalid_quantity, rejected invalid_quantity, rejected invalid_time, rejected invalid_time, rejected time_in_future, '
   'rejected invalid_id, rejected invalid_id, rejected invalid_quantity, rejected invalid_quantity, rejected invalid_specversion, stored',
   'each is refused alone'
+);
+select is(
+  pg_temp.record(jsonb_build_array(
+    pg_temp.event('day', 1, '2026-02-30T10:00:00Z'), pg_temp.event('zone', 1, '2026-01-05T10:00:00+99:99'), pg_temp.event('good', 1, '2026-01-05T10:00:00Z'),
+    pg_temp.event('two', 1, '2026-01-05T10:00:00Z|2026-01-05T10:00:00Z'), pg_temp.event('fine', 1, '2026-01-05t10:00:00.123456789+05:30')
+  ), '2026-01-05T10:00Z'),
+  'rejected invalid_time, rejected invalid_time, stored, rejected invalid_time, stored',
+  'also where the calendar has no such day, or no place has such a zone, and all looks as it should'
+);
+-- What lies between two keys that are there is found new, and what is there is found, in whatever order they come.
+select is(
+  pg_temp.record(jsonb_build_array(pg_temp.event('k9', 1), pg_temp.event('k1', 1), pg_temp.event('k5', 1)), '2026-01-05T10:00Z') || '; '
+    || pg_temp.record(jsonb_build_array(pg_temp.event('k3', 1), pg_temp.event('k4', 1)), '2026-01-05T10:00Z') || '; '
+    || pg_temp.record(jsonb_build_array(pg_temp.event('k8', 1), pg_temp.event('k2', 1), pg_temp.event('k5', 1), pg_temp.event('k6', 2)), '2026-01-05T10:00Z')
+    || '; '
+    || pg_temp.record(jsonb_build_array(pg_temp.event('m1', 1), pg_temp.event('m1', 1), pg_temp.event('m0', 1), pg_temp.event('m1', 2)), '2026-01-05T10:00Z'),
+  'stored, stored, stored; stored, stored; stored, stored, duplicate, stored; stored, duplicate, stored, conflict idempotency_conflict',
+  'Keys that grow, and keys that do not'
 );
 
 -- The organization's own days: 18:29:59Z is the last second of January in Kolkata.

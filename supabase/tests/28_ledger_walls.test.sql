@@ -135,6 +135,8 @@ select is_empty(
      where fn.pronamespace in ('public'::regnamespace, 'private'::regnamespace)
        and fn.proname ~ '(credit|payment|refund|wallet|expired|invoice|card_number|read_)'
        and fn.prorettype <> 'trigger'::regtype
+       -- To ask for one's own invoice to be paid, or for no more charges, is told what to do and never an amount.
+       and (role = 'anon' or fn.proname not in ('request_payment_link', 'collect_invoice', 'forget_payment_method'))
        and (fn.provolatile = 'v' or role = 'anon')
        and has_function_privilege(role, fn.oid, 'execute') $$,
   'no user calls a function that moves money, and no visitor one that shows it'
@@ -143,7 +145,8 @@ select set_eq(
   $$ select fn.proname::text
      from pg_catalog.pg_proc as fn
      where fn.pronamespace = 'public'::regnamespace and fn.proname ~ '(credit|payment|refund)' and has_function_privilege('service_role', fn.oid, 'execute') $$,
-  array['open_payment', 'record_payment', 'record_refund', 'save_payment_method', 'remove_payment_method', 'issue_credit_note', 'expire_credit', 'renew_credit'],
+  array['open_payment', 'record_payment', 'record_refund', 'save_payment_method', 'remove_payment_method', 'issue_credit_note', 'expire_credit', 'renew_credit',
+    'request_refund'],
   'a handler calls these'
 );
 select is(has_function_privilege('service_role', signature, 'execute'), false, format('a handler does not call %s', signature))

@@ -294,7 +294,7 @@ select is(pg_temp.release(73), '73 for 100', 'and another is included');
 
 -- Prices.
 select is(
-  (select string_agg(private.credit_cost(seconds, row(null, null, 0, null, 1, null, false, price, unit, pulse, 'per_unit', null)::public.plan_price_meters)::text, ' ' order by place)
+  (select string_agg(private.credit_cost(seconds, row(null, null, 0, null, 1, null, false, price, unit, pulse, 'per_unit', null, null)::public.plan_price_meters)::text, ' ' order by place)
     from unnest(array[1, 3, 30, 20, 61, 61], array[1, 1, 100, 100, 600, 600], array[2, 2, 60, 60, 60, 60], array[1, 1, 1, 1, 60, 1])
       with ordinality as call (seconds, price, unit, pulse, place)),
   '1 2 50 33 1200 610', 'A call is rounded once, half away from zero, after its pulses'

@@ -126,7 +126,8 @@ select is_empty(
     where routine.pronamespace in ('public'::regnamespace, 'private'::regnamespace)
       and has_function_privilege('authenticated', routine.oid, 'execute')
       and routine.proname ~ '(credit|debit|invoice|payment|refund|subscri|meter)' and routine.provolatile = 'v'
-      -- What one does with one's own subscription is told what to do and never an amount.
+      -- What one does with one's own subscription, or so that one's own invoice is paid, is told what to do and never an amount.
+      and routine.proname !~ '^(request_payment_link|collect_invoice|forget_payment_method)$'
       and routine.proname !~ '^((change|cancel|pause|resume)_subscription|preview_subscription_change)$'$$,
   'B5: and none moves money'
 );

@@ -1,7 +1,7 @@
 -- Events out: numbered where they happen, one delivery an endpoint that listens, the schedule, and who is switched off.
 begin;
 set local search_path = public, extensions, tap;
-select plan(100);
+select plan(102);
 
 create function pg_temp.person(number integer) returns uuid
 language sql immutable as $$ select ('00000000-0000-4000-8000-0000000e' || lpad(number::text, 4, '0'))::uuid $$;
@@ -129,8 +129,10 @@ select results_eq(
   $$values (pg_temp.endpoint(1), 6::bigint, 6::bigint, true), (pg_temp.endpoint(2), 3, 3, true)$$, 'one delivery each');
 select is((select count(*) from private.outbox where topic like 'alarm.%' and dispatched_at is null), 1::bigint, 'An alarm waits for who asks for alarms');
 select is((select count(*) from pg_temp.claim()), 0::bigint, 'What is leased is not handed out again');
+select is((select count(*) from public.event_deliveries where lease_until = now() + interval '30 seconds'), 9::bigint, 'for half a minute: whoever claimed it may have died on the way to the queue');
 update public.event_deliveries set lease_until = now() - interval '1 second';
 select is((select count(*) from pg_temp.claim()), 9::bigint, 'until the lease lapses');
+select is((select count(*) from public.event_deliveries where lease_until = now() + interval '3 minutes'), 9::bigint, 'The second time it is longer, since the queue may be behind');
 
 -- A handler takes it.
 create temp table begun as select pg_temp.begin_all() as all;

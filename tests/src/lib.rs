@@ -16,6 +16,7 @@ pub mod database;
 pub mod deliveries;
 pub mod events;
 pub mod fan_out;
+pub mod gateways;
 pub mod lints;
 pub mod media;
 pub mod never_twice;

@@ -25,8 +25,11 @@ const GAP: TimeDelta = TimeDelta::minutes(60);
 const DAY: TimeDelta = TimeDelta::hours(24);
 const DAILY: usize = 2;
 /// Between two kills of `call-dispatch`, in milliseconds.
-const PAUSE: std::ops::Range<u64> = 100..900;
+const PAUSE: std::ops::Range<u64> = 400..2_400;
 const WORKERS: usize = 16;
+/// A call of the simulated carrier is over in a fifth of a second, so that two cores never have many at once. The first ones last, for each
+/// place that there is as many: what falls silent is found out and replaced while the others still talk.
+const LONG_CALLS_PER_PLACE: usize = 3;
 
 /// A line of the carrier's log.
 #[derive(Debug, Deserialize)]
@@ -62,6 +65,7 @@ pub async fn play(attempts: usize, live_calls: i32, seed: u64) -> Result<()> {
         provider: Provider::Plivo,
         carrier_url: None,
         carrier_account: None,
+        long_calls: LONG_CALLS_PER_PLACE * live_calls.unsigned_abs() as usize,
     };
     let stack = StackOptions {
         workers: WORKERS,
@@ -74,7 +78,7 @@ pub async fn play(attempts: usize, live_calls: i32, seed: u64) -> Result<()> {
     let mut kills = 0;
     let played = tokio::select! {
         played = story::play(&stack, &options, &progress, started) => played?,
-        () = keep_killing(&stack, seed, &mut kills) => unreachable!("it never ends"),
+        failed = keep_killing(&stack, seed, &mut kills) => return failed,
     };
     print!("{}", story::render(&played.report, false));
     let numbers = &played.report.numbers;
@@ -105,7 +109,14 @@ pub async fn play(attempts: usize, live_calls: i32, seed: u64) -> Result<()> {
     Ok(())
 }
 
-async fn keep_killing(stack: &Stack, seed: u64, kills: &mut u64) {
+/// Kills for as long as it is polled, once the campaign runs: who clicks on start would click again.
+async fn keep_killing(stack: &Stack, seed: u64, kills: &mut u64) -> Result<()> {
+    let database = stack.connect(Role::Admin).await?;
+    let is_running = "select exists (select from public.campaigns where status = 'running')";
+    while !database.query_one(is_running, &[]).await?.get::<_, bool>(0) {
+        tokio::time::sleep(Duration::from_millis(PAUSE.start)).await;
+    }
+    drop(database);
     let mut rng = StdRng::seed_from_u64(seed);
     loop {
         tokio::time::sleep(Duration::from_millis(rng.random_range(PAUSE))).await;

@@ -1,15 +1,17 @@
 //! What is billed: each period once, for what was used.
 
 use anyhow::{Context, Result};
+use local::parts::postgres::Role;
 use serde_json::{Value, json};
 use tests::{
-    Fingerprint, Stack,
+    Database, Fingerprint, Stack,
     callbacks::TALKED,
     events::{self, HttpEvent},
     proxy::Trouble,
     scene::{self, Campaign, Tenant},
     supervisor_binary,
 };
+use tokio::task::JoinSet;
 
 const INVOICES: &str = "/functions/v1/invoice-generation/invoices";
 /// The periods that began on the 24th of November are over.
@@ -294,5 +296,44 @@ async fn a_subscription_is_changed_as_it_was_shown_and_by_those_who_may() -> Res
         "authorization",
     );
     get(&stack, tenant, &format!("{SUBSCRIPTIONS}/cancel")).await?.assert_error(405, "method_not_allowed");
+    Ok(())
+}
+
+/// Twelve at once, five times.
+#[tokio::test]
+async fn a_coupon_is_redeemed_exactly_as_often_as_it_may_be() -> Result<()> {
+    let database = Database::migrated(supervisor_binary!()).await?;
+    let owner = database.connect(Role::Owner).await?;
+    owner
+        .batch_execute(
+            "insert into public.subscription_plans (slug, name) values ('couponed', 'Couponed');
+             select private.set_plan_price('couponed', 'monthly', 'INR', '{\"base_minor\": 1000}', '2026-01-01');
+             insert into public.organizations (id, name)
+             select ('00000000-0000-4000-8000-0000000079' || lpad(n::text, 2, '0'))::uuid, 'Couponed ' || n from generate_series(1, 12) as n;
+             select private.subscribe_organization(id, 'couponed', 'active', '2026-01-01', 'monthly')
+             from public.organizations where name like 'Couponed %';
+             select private.set_coupon('FIVE', '{\"name\": \"Five\", \"percent_bp\": 1000, \"max_redemptions\": 5}', '2026-01-01')",
+        )
+        .await?;
+    let mut redeeming = JoinSet::new();
+    for n in 1..=12 {
+        let client = database.connect(Role::Owner).await?;
+        redeeming.spawn(async move {
+            let ask = format!(
+                "select private.apply_coupon('00000000-0000-4000-8000-0000000079{n:02}', 'FIVE', '2026-01-02')"
+            );
+            client.query(&ask, &[]).await.is_ok()
+        });
+    }
+    let redeemed = redeeming.join_all().await.into_iter().filter(|redeemed| *redeemed).count();
+    assert_eq!(redeemed, 5);
+    let row = owner
+        .query_one(
+            "select (select redeemed from private.coupons where code = 'FIVE'),
+               (select count(*) from private.discounts where coupon_code = 'FIVE')",
+            &[],
+        )
+        .await?;
+    assert_eq!((row.get::<_, i32>(0), row.get::<_, i64>(1)), (5, 5));
     Ok(())
 }

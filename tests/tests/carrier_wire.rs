@@ -227,7 +227,8 @@ async fn each_adapter_sends_what_the_official_sdk_sends() -> Result<()> {
         let _outcome = api::create(carrier, &http, &account, &call).await;
         api::hang_up(carrier, &http, &account, "call-1").await?;
         let since = chrono::Utc::now();
-        let wanted = Wanted { attempt_id: attempt, provider_call_id: Some("call-1"), from: FROM, to: TO, since };
+        let wanted =
+            Wanted { attempt_id: attempt, provider_call_id: Some("call-1"), from: FROM, to: TO, since, others: &[] };
         let _found = api::look_up(carrier, &http, &account, &wanted).await;
     }
     // Plivo is asked for a live call before its record, which is what its SDK asks for.

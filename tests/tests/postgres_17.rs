@@ -29,12 +29,12 @@ async fn the_schema_its_tests_and_the_pasted_file_hold_on_postgres_17() -> Resul
     for time in ["the first time", "the second time"] {
         pasted.batch_execute(&master).await.context(time)?;
     }
-    let judge = async |name| -> Result<()> {
+    // The pasted one has the same catalog as the migrated one, which is tested elsewhere: what it holds is judged once.
+    for name in ["migrated", "pasted"] {
         supabase::seed(&postgres.url(Role::Owner, name)).await.context(name)?;
-        let client = postgres.connect(Role::Owner, name).await?;
-        pgtap::install_for_good(&client).await?;
-        pgtap::judge(&client, &pgtap::files()?).await.context(name)
-    };
-    tokio::try_join!(judge("migrated"), judge("pasted"))?;
+    }
+    let client = postgres.connect(Role::Owner, "migrated").await?;
+    pgtap::install_for_good(&client).await?;
+    pgtap::judge(&client, &pgtap::files()?).await?;
     postgres.stop().await
 }

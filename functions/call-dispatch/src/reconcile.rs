@@ -45,7 +45,13 @@ struct Silent {
     provider_call_id: Option<String>,
     from: String,
     to: String,
+    /// Of one that has `ended` only its seconds are not known.
+    #[serde(default)]
+    status: String,
     age_seconds: i64,
+    /// The carrier's ids of other calls to that number.
+    #[serde(default)]
+    others: Vec<String>,
 }
 
 /// Asks for what fell silent: one request to the database, one or two to the carrier an attempt. Returns how many were asked for and
@@ -59,7 +65,7 @@ pub async fn run(dispatch: &Dispatch, invocation: &Invocation) -> Result<Value> 
     let mut news = Vec::new();
     let mut stuck = 0;
     for silent in &claimed.attempts {
-        let is_old = silent.age_seconds >= STUCK_AFTER_SECONDS;
+        let is_old = silent.age_seconds >= STUCK_AFTER_SECONDS && silent.status != "ended";
         // What is left over is claimed again when its lease runs out.
         if invocation.deadline.saturating_duration_since(Instant::now()) < Duration::from_secs(12) {
             stuck += usize::from(is_old);
@@ -91,9 +97,12 @@ async fn ask(dispatch: &Dispatch, silent: &Silent) -> Result<Option<CallReport>>
         from: &silent.from,
         to: &silent.to,
         since: Utc::now() - TimeDelta::seconds(silent.age_seconds + CLOCK_DIFFERENCE_SECONDS),
+        others: &silent.others,
     };
     Ok(match api::look_up(carrier, &dispatch.http, &account, &wanted).await? {
         Lookup::Live(call) | Lookup::Ended(call) => Some(call),
+        // That it was is known.
+        Lookup::NotFound if silent.status == "ended" => None,
         Lookup::NotFound if silent.age_seconds < LOST_AFTER_SECONDS => None,
         Lookup::NotFound => Some(CallReport {
             provider_call_id: silent.provider_call_id.clone(),

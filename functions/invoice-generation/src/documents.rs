@@ -86,7 +86,7 @@ pub async fn list(invoicing: &Invoicing, request: &Request, shelf: Shelf) -> Res
             .supabase
             .from("invoices")
             .select(
-                "id,invoice_number,status,kind,currency,first_day,last_day,subtotal_minor,tax_minor,total_minor,amount_paid_minor,\
+                "id,invoice_number,status,kind,currency,first_day,last_day,subtotal_minor,discount_minor,tax_minor,total_minor,amount_paid_minor,\
                  credited_minor,invoice_date,due_date,past_due_at,paid_at",
             )
             .order("period_start.desc,invoice_number.desc"),
@@ -192,7 +192,7 @@ fn answer(mut value: Value, form: Form) -> Result<Response> {
         let paper = Paper::of(&record, moment);
         let code = Code::of(record.signed_qr.as_deref());
         if form == Form::Html {
-            web::text(StatusCode::OK, "text/html; charset=utf-8", html(&paper, code.as_ref()))?
+            web::text(StatusCode::OK, "text/html; charset=utf-8", html(&paper, code.as_ref(), record.pay_at()))?
         } else {
             pdf_response(&paper, code.as_ref())?
         }

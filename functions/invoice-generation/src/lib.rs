@@ -1,11 +1,14 @@
 //! What is billed: closes ended billing periods, and gives organizations their invoices and credit notes as JSON, page and PDF, and in
-//! the forms that an accountant needs; and takes what they want of their subscription.
+//! the forms that an accountant needs; takes what they want of their subscription; and has the payment gateways
+//! collect what is due.
 //!
 //! The database closes a period and makes its invoice in one transaction; here is only who asks it to, and how a document looks.
 
+mod collecting;
 mod document;
 mod documents;
 mod export;
+mod payments;
 mod run;
 mod subscriptions;
 
@@ -28,6 +31,9 @@ pub struct Invoicing {
     secrets: SecretStore,
     supabase: Supabase,
     public_origin: String,
+    /// Payment gateways are reached with the same client: it follows no redirect and repeats nothing.
+    http: reqwest::Client,
+    is_local: bool,
 }
 
 impl Invoicing {
@@ -40,8 +46,9 @@ impl Invoicing {
 
     /// As [`Invoicing::new`], with an HTTP client and secrets of the caller's.
     pub fn with_secrets(config: Config, http: reqwest::Client, secrets: SecretStore) -> Self {
-        let supabase = Supabase::new(&config, http, secrets.clone());
-        Self { secrets, supabase, public_origin: config.public_origin }
+        let supabase = Supabase::new(&config, http.clone(), secrets.clone());
+        let is_local = config.is_local();
+        Self { secrets, supabase, public_origin: config.public_origin, http, is_local }
     }
 
     /// Supabase's database webhook: "look now". Its body says nothing that matters.
@@ -69,6 +76,11 @@ impl Function for Invoicing {
             }
             (&Method::POST, ["invoices", "preview"]) => documents::preview(self, &request).await,
             (&Method::POST, ["invoices", id, "link"]) => documents::link(self, &request, Shelf::Invoices, id).await,
+            (&Method::POST, ["invoices", id, "payment-link"]) => payments::link(self, &request, id, invocation).await,
+            (&Method::POST, ["invoices", id, "collect"]) => payments::collect(self, &request, id, invocation).await,
+            (&Method::GET, ["payment-methods"]) => payments::list(self, &request).await,
+            (&Method::POST, ["payment-methods"]) => payments::save(self, &request, invocation).await,
+            (&Method::DELETE, ["payment-methods", id]) => payments::forget(self, &request, id, invocation).await,
             (&Method::POST, ["credit-notes", id, "link"]) => {
                 documents::link(self, &request, Shelf::CreditNotes, id).await
             }
@@ -83,8 +95,11 @@ impl Function for Invoicing {
                 | ["invoices" | "credit-notes", _]
                 | ["invoices" | "credit-notes", _, "link"]
                 | ["invoices", _, "lines", _, "calls.csv"]
+                | ["invoices", _, "payment-link" | "collect"]
+                | ["payment-methods"]
+                | ["payment-methods", _]
                 | ["subscriptions"]
-                | ["subscriptions", "change" | "cancel" | "pause" | "resume"]
+                | ["subscriptions", "change" | "cancel" | "pause" | "resume" | "coupon"]
                 | ["nudge"],
             ) => Err(Error::method_not_allowed(&request.method)),
             _ => Err(Error::not_found("there is no such route")),
@@ -94,6 +109,7 @@ impl Function for Invoicing {
     async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
         match job {
             "close_periods" => run::close_periods(&self.supabase, invocation).await,
+            "collect" => collecting::run(self, invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }
     }

@@ -11,7 +11,7 @@ use shared::{
 use std::time::Instant;
 
 /// Subscriptions that one transaction closes: well below the database's statement timeout.
-const BATCH: u32 = 500;
+const BATCH: u32 = 1_000;
 
 #[derive(Deserialize)]
 struct Closed {

@@ -33,13 +33,18 @@ struct Cancellation {
     reason: Option<String>,
 }
 
+#[derive(Debug, Deserialize, Serialize)]
+struct Coupon {
+    code: String,
+}
+
 /// `GET subscriptions`: the live one, `null` without.
 pub async fn show(invoicing: &Invoicing, request: &Request) -> Result<Response> {
     let found: Value = invoicing.supabase.call_as(request.user_jwt()?, "get_org_subscription", &json!({})).await?;
     web::json(&json!({ "subscription": found }))
 }
 
-/// `POST subscriptions/{change|cancel|pause|resume}`. Each names the state that is asked for, so that asking twice is asking once; under
+/// `POST subscriptions/{change|cancel|pause|resume|coupon}`. Each names the state that is asked for, so that asking twice is asking once; under
 /// an `Idempotency-Key` also when something else was asked in between.
 pub async fn act(invoicing: &Invoicing, request: &Request, action: &str) -> Result<Response> {
     let jwt = request.user_jwt()?;
@@ -54,6 +59,7 @@ pub async fn act(invoicing: &Invoicing, request: &Request, action: &str) -> Resu
         "cancel" => ("cancel_subscription", json!(request.json::<Cancellation>()?)),
         "pause" => ("pause_subscription", json!({})),
         "resume" => ("resume_subscription", json!({})),
+        "coupon" => ("redeem_coupon", json!(request.json::<Coupon>()?)),
         _ => return Err(Error::not_found("there is no such route")),
     };
     if let Some(key) = request.header("idempotency-key") {

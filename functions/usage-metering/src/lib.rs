@@ -3,7 +3,9 @@
 //! Calls are not counted here: the database counts each one in the transaction that ends it.
 
 mod credit;
+mod holds;
 mod ingest;
+mod link;
 mod page;
 mod reconcile;
 mod usage;
@@ -24,6 +26,7 @@ use shared::{
 pub struct Metering {
     secrets: SecretStore,
     supabase: Supabase,
+    public_origin: String,
 }
 
 impl Metering {
@@ -37,7 +40,7 @@ impl Metering {
     /// As [`Metering::new`], with an HTTP client and secrets of the caller's.
     pub fn with_secrets(config: Config, http: reqwest::Client, secrets: SecretStore) -> Self {
         let supabase = Supabase::new(&config, http, secrets.clone());
-        Self { secrets, supabase }
+        Self { secrets, supabase, public_origin: config.public_origin }
     }
 
     /// Every function takes a nudge; this one keeps no work that could be due.
@@ -55,14 +58,22 @@ impl Function for Metering {
         let segments = request.segments();
         match (&request.method, segments.as_slice()) {
             (&Method::POST, ["usage", "events"]) => ingest::receive(self, &request, invocation).await,
+            (&Method::POST, ["usage", "holds"]) => holds::hold(self, &request, invocation).await,
+            (&Method::POST, ["usage", "holds", "release"]) => holds::release(self, &request, invocation).await,
+            (&Method::POST, ["usage", "link"]) => link::make(self, &request).await,
             (&Method::GET, ["usage"]) => usage::current(self, &request).await,
             (&Method::GET, ["usage.html"]) => usage::page(self, &request).await,
             (&Method::GET, ["usage", "daily"]) => usage::daily(self, &request, false).await,
             (&Method::GET, ["usage", "daily.csv"]) => usage::daily(self, &request, true).await,
             (&Method::POST, ["nudge"]) => self.nudge(&request).await,
-            (_, ["usage", "events" | "daily" | "daily.csv"] | ["usage" | "usage.html"] | ["nudge"]) => {
-                Err(Error::method_not_allowed(&request.method))
-            }
+            (
+                _,
+                ["usage", "events" | "holds" | "link" | "daily" | "daily.csv"]
+                | ["usage", "holds", "release"]
+                | ["usage" | "usage.html"]
+                | ["nudge"],
+            ) => Err(Error::method_not_allowed(&request.method)),
+            (&Method::GET, ["usage", name]) if name.ends_with(".html") => link::open(self, &request, name).await,
             _ => Err(Error::not_found("there is no such route")),
         }
     }
@@ -74,6 +85,7 @@ impl Function for Metering {
     async fn job(&self, job: &str, invocation: &Invocation) -> Result<Value> {
         match job {
             "renew_credit" => credit::renew(self, invocation).await,
+            "expire_holds" => holds::expire(self, invocation).await,
             "reconcile_usage" => reconcile::run(self, invocation).await,
             _ => Err(Error::internal(format!("there is no job {job} here"))),
         }

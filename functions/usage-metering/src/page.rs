@@ -71,7 +71,7 @@ fn card(meter: &Meter, daily: &Daily, days: u64) -> String {
     };
     let mut notes = Vec::new();
     if meter.reserved > 0 {
-        notes.push(format!("{} held for calls under way", quantity(meter.reserved, &meter.unit)));
+        notes.push(format!("{} held for what is under way", quantity(meter.reserved, &meter.unit)));
     }
     if meter.overage > 0 {
         notes.push(format!("{} beyond the plan", quantity(meter.overage, &meter.unit)));
@@ -318,7 +318,7 @@ mod tests {
         assert!(
             page.contains("<b>5,230 calls</b> of 5,000 calls")
                 && page.contains("104 %")
-                && page.contains("3 calls held for calls under way, 230 calls beyond the plan")
+                && page.contains("3 calls held for what is under way, 230 calls beyond the plan")
         );
         assert!(page.contains("<b>1 h 06 min</b> unlimited"));
         assert_eq!(

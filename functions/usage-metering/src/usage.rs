@@ -130,7 +130,12 @@ pub async fn page(metering: &Metering, request: &Request) -> Result<Response> {
         metering.supabase.call_as::<Usage>(jwt, "get_usage_overview", &nothing),
         metering.supabase.call_as::<Daily>(jwt, "get_usage_daily", &nothing),
     )?;
-    let mut response = web::text(StatusCode::OK, "text/html; charset=utf-8", page::html(&usage, &daily))?;
+    shown(&usage, &daily)
+}
+
+/// The page as an answer, which nobody on the way keeps.
+pub fn shown(usage: &Usage, daily: &Daily) -> Result<Response> {
+    let mut response = web::text(StatusCode::OK, "text/html; charset=utf-8", page::html(usage, daily))?;
     let headers = response.headers_mut();
     headers.insert(
         header::CONTENT_SECURITY_POLICY,
@@ -138,6 +143,9 @@ pub async fn page(metering: &Metering, request: &Request) -> Result<Response> {
     );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-store"));
     headers.insert(header::VARY, HeaderValue::from_static("accept, authorization"));
+    // The address of a page that was opened by a link is as good as a key for a while.
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     Ok(response)
 }
 

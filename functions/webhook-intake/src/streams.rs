@@ -1,6 +1,7 @@
 //! The sockets of voice agents: an agent's server says when one is opened, is still there, and is closed.
 //!
-//! The token that the carrier opened the socket with is what lets it: it names the call, and nobody else has it.
+//! The token that the carrier opened the socket with is what lets it: it names the call, and nobody else has it. By it the server also asks
+//! whether the call may be transferred to a number, before it has that done.
 
 use crate::Intake;
 use http::{Method, StatusCode};
@@ -19,15 +20,21 @@ struct Socket {
     connection_id: String,
 }
 
-/// `POST streams/{attempt}/{token}/{open|ping|close}`; `path` is what follows `streams`.
+/// Where the agent wants to hand the call to.
+#[derive(Deserialize)]
+struct Transfer {
+    to: String,
+}
+
+/// `POST streams/{attempt}/{token}/{open|ping|close|transfer}`; `path` is what follows `streams`.
 pub async fn route(intake: &Intake, request: &Request, path: &[&str]) -> Result<Response> {
     let (attempt, token, action) = match (&request.method, path) {
-        (&Method::POST, [attempt, token, action @ ("open" | "ping" | "close")]) => {
+        (&Method::POST, [attempt, token, action @ ("open" | "ping" | "close" | "transfer")]) => {
             let attempt: Uuid =
                 attempt.parse().map_err(|_| Error::malformed("attempt_id", "an attempt's id is a UUID"))?;
             (attempt, *token, *action)
         }
-        (_, [_, _, "open" | "ping" | "close"]) => return Err(Error::method_not_allowed(&request.method)),
+        (_, [_, _, "open" | "ping" | "close" | "transfer"]) => return Err(Error::method_not_allowed(&request.method)),
         _ => return Err(Error::not_found("there is no such route")),
     };
     let secrets = intake.secrets.get().await?;
@@ -37,6 +44,13 @@ pub async fn route(intake: &Intake, request: &Request, path: &[&str]) -> Result<
     if not_after.is_none() || is_late {
         let message = "the token is not one that was given out for this call, or it is over";
         return Err(Error::new(StatusCode::FORBIDDEN, "bad_token", message).at("token"));
+    }
+    if action == "transfer" {
+        let Transfer { to } = request.json()?;
+        let verdict: Value =
+            intake.supabase.call("judge_transfer", &json!({ "v": 1, "attempt_id": attempt, "to": to })).await?;
+        tracing::info!(attempt_id = %attempt, allowed = %verdict["allowed"], reason = %verdict["reason"], "a transfer is judged");
+        return web::json(&verdict);
     }
     // One connection of one call is not another's.
     let Socket { connection_id } = request.json()?;

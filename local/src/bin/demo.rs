@@ -47,7 +47,7 @@ struct Arguments {
     /// Calls at the same time at most [default: by the number of leads]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=10_000))]
     live_calls: Option<i32>,
-    /// Whose API the carrier speaks: plivo or twilio.
+    /// Whose API the carrier speaks: plivo, twilio, telnyx or vonage.
     #[arg(long, value_name = "NAME", default_value = "plivo")]
     provider: Provider,
     /// Root of the carrier's API, in place of the simulated carrier.
@@ -56,7 +56,7 @@ struct Arguments {
     /// Account at that carrier [default: a random one]
     #[arg(long, value_name = "ID", requires_all = ["carrier_url", "carrier_auth_token"])]
     carrier_auth_id: Option<String>,
-    /// Its token, which signs callbacks too [default: a random one]
+    /// Its token, which signs callbacks too, or a JSON object of its secrets [default: a random one]
     #[arg(long, value_name = "TOKEN", requires_all = ["carrier_url", "carrier_auth_id"])]
     carrier_auth_token: Option<String>,
     /// Where /rest/v1 goes, in place of the stack's own PostgREST, which runs all the same.
@@ -144,6 +144,7 @@ impl Arguments {
             kill_switch: self.kill_switch,
             provider: self.provider,
             carrier_url: self.carrier_url.clone(),
+            long_calls: 0,
             carrier_account: self.carrier_auth_id.clone().zip(self.carrier_auth_token.clone()),
         }
     }

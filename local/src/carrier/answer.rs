@@ -8,6 +8,8 @@
 pub struct Instructions {
     /// The callback of `<Record recordSession="true">`, with its method, where there is one.
     pub recording: Option<(String, String)>,
+    /// Where the events of a websocket are told, and its address, at a carrier to which it is a leg of its own.
+    pub socket: Option<(String, String)>,
     /// What comes after.
     pub then: Then,
 }
@@ -34,9 +36,9 @@ pub fn read_twiml(document: &str) -> Result<Instructions, String> {
             "Say" | "Play" | "Pause" | "Gather" => continue,
             name => return Err(format!("<{name}> is no element of Twilio's")),
         };
-        return Ok(Instructions { recording: None, then });
+        return Ok(Instructions { recording: None, socket: None, then });
     }
-    Ok(Instructions { recording: None, then: Then::End })
+    Ok(Instructions { recording: None, socket: None, then: Then::End })
 }
 
 /// Elements that Plivo knows and that neither talk nor hang up.
@@ -66,9 +68,9 @@ pub fn read(document: &str) -> Result<Instructions, String> {
             name if PASSING.contains(&name) => continue,
             name => return Err(format!("<{name}> is no element of Plivo's")),
         };
-        return Ok(Instructions { recording, then });
+        return Ok(Instructions { recording, socket: None, then });
     }
-    Ok(Instructions { recording, then: Then::End })
+    Ok(Instructions { recording, socket: None, then: Then::End })
 }
 
 fn stream(element: &Element) -> Result<Then, String> {
@@ -230,8 +232,8 @@ mod tests {
 
     #[test]
     fn reads_a_recorded_agent() {
-        let wanted =
-            Instructions { recording: Some(("https://h/rec?a=1&b=2".to_owned(), "POST".to_owned())), then: Then::Talk };
+        let recording = Some(("https://h/rec?a=1&b=2".to_owned(), "POST".to_owned()));
+        let wanted = Instructions { recording, socket: None, then: Then::Talk };
         assert_eq!(read(AGENT), Ok(wanted));
     }
 

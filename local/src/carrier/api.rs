@@ -2,9 +2,9 @@
 
 use super::{
     Account, World,
-    call::{Book, Call, Detection, Hook, Request, Stage, digits},
+    call::{Book, Call, Detection, Dialect, Hook, Request, Stage, digits},
     faults::Fault,
-    outcome, play, sound, twilio,
+    outcome, play, sound, telnyx, twilio, vonage,
 };
 use axum::{
     Json, Router,
@@ -30,6 +30,8 @@ pub(super) fn router(world: Arc<World>) -> Router {
         .route("/v1/Account/{auth_id}/Call/", get(list).post(create))
         .route("/v1/Account/{auth_id}/Call/{call_uuid}/", get(one).delete(hang_up))
         .merge(twilio::router())
+        .merge(telnyx::router())
+        .merge(vonage::router())
         .route("/recordings/{auth_id}/{file}", get(sound::recording))
         .fallback(async || error(StatusCode::NOT_FOUND, "not found"))
         .with_state(world)
@@ -41,6 +43,16 @@ fn error(status: StatusCode, message: &str) -> Response {
 }
 
 pub(super) type Params = HashMap<String, String>;
+
+/// The token that came along.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
+}
+
+/// One of the secrets that an account's token is made of.
+pub(super) fn secret(auth_token: &str, name: &str) -> Option<String> {
+    serde_json::from_str::<Value>(auth_token).ok()?[name].as_str().map(str::to_owned)
+}
 
 /// The account whose credentials came along, if it is the one in the path.
 pub(super) fn authenticate(world: &World, auth_id: &str, headers: &HeaderMap) -> Result<Account, Box<Response>> {
@@ -176,6 +188,7 @@ fn accept(world: &Arc<World>, account: &Account, request: Request) -> Option<Uui
             talk_seconds: 0,
             billed_seconds: 0,
             machine: false,
+            socket: None,
             hang_up: Arc::new(Notify::new()),
         };
         let line = json!({
@@ -260,7 +273,7 @@ fn request(account: &Account, params: &Params) -> Result<Request, String> {
         machine_detection,
         time_limit: number("time_limit", 14_400, 86_400)?,
         caller_name: params.get("caller_name").map(|name| name.chars().take(50).collect()).unwrap_or_default(),
-        progress: None,
+        dialect: Dialect::Plivo,
     })
 }
 

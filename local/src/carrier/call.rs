@@ -22,8 +22,42 @@ pub(super) struct Request {
     pub machine_detection: Detection,
     pub time_limit: u32,
     pub caller_name: String,
-    /// Who asked in Twilio's words is told in them.
-    pub progress: Option<Progress>,
+    /// In whose words it was asked for: it is told in them.
+    pub dialect: Dialect,
+}
+
+/// A carrier's words, and what is told in them.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Dialect {
+    /// Each event has a URL of its own.
+    #[default]
+    Plivo,
+    /// Steps, as far as they were asked for.
+    Twilio(Progress),
+    /// All events go to one URL.
+    Telnyx(Commands),
+    /// All events of the call go to one URL.
+    Vonage(Hook),
+}
+
+/// What a call at Telnyx brings along.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Commands {
+    pub webhook: Hook,
+    /// Given back with every event.
+    pub client_state: String,
+    pub command_id: String,
+    pub has_stream: bool,
+    pub records: bool,
+}
+
+/// The websocket that a call at Vonage is connected with.
+#[derive(Clone, Debug)]
+pub(super) struct Socket {
+    pub id: Uuid,
+    pub uri: String,
+    /// Where its events are told.
+    pub hook: Hook,
 }
 
 /// What Twilio tells of a call's steps.
@@ -128,6 +162,7 @@ pub(super) struct Call {
     pub talk_seconds: u32,
     pub billed_seconds: u32,
     pub machine: bool,
+    pub socket: Option<Socket>,
     /// Told when somebody hangs the call up through the API.
     pub hang_up: Arc<Notify>,
 }
@@ -258,6 +293,11 @@ impl Book {
     pub fn ended<'a>(&'a self, auth_id: &str) -> impl ExactSizeIterator<Item = &'a Call> {
         let ended = self.ended.get(auth_id).map_or(&[][..], Vec::as_slice);
         ended.iter().rev().map(|index| &self.calls[*index])
+    }
+
+    /// How many calls there were before this one.
+    pub fn place(&self, uuid: Uuid) -> Option<usize> {
+        self.by_uuid.get(&uuid).copied()
     }
 
     /// How many calls there were at once, at most.

@@ -1,10 +1,11 @@
-//! Sending callbacks: signed, bounded, and retried as the URL's fragment says.
+//! Sending callbacks: signed, bounded, and retried as the URL's fragment says, or else as the carrier does by itself.
 
 use super::{
     World,
     call::Hook,
     faults::Fault,
     signature::{self, Pairs},
+    telnyx, twilio, vonage,
 };
 use serde::Serialize;
 use std::{
@@ -84,7 +85,15 @@ struct Policy {
 }
 
 impl Policy {
-    fn of(url: &str) -> Self {
+    fn of(callback: &Callback) -> Self {
+        match callback.told {
+            Told::Plivo(_) | Told::Twilio(_) => Self::written(&callback.hook.url),
+            Told::Telnyx(_) | Told::Vonage(_) => Self { retries: 3, on_5xx: true, ..Self::written("") },
+        }
+    }
+
+    /// What a URL's fragment says.
+    fn written(url: &str) -> Self {
         let mut policy = Self {
             read_timeout: Duration::from_secs(40),
             total_timeout: Duration::from_secs(55),
@@ -130,18 +139,33 @@ pub(super) struct Callback {
     pub key: [String; 3],
     pub hook: Hook,
     pub auth_token: String,
-    /// Signed as Twilio does, not as Plivo.
-    pub is_twilio: bool,
-    pub params: Pairs,
+    pub told: Told,
+}
+
+/// What a callback says, in whose words: it is signed as that carrier does.
+#[derive(Clone, Debug)]
+pub(super) enum Told {
+    Plivo(Pairs),
+    Twilio(Pairs),
+    Telnyx(String),
+    Vonage(String),
 }
 
 /// Sends a callback that the call does not wait for.
 pub(super) fn send(world: &Arc<World>, callback: Callback) {
+    send_after(world, callback, Duration::ZERO);
+}
+
+/// The same after a while.
+pub(super) fn send_after(world: &Arc<World>, callback: Callback, pause: Duration) {
     world.counters.in_flight.fetch_add(1, Ordering::Relaxed);
     world.counters.offered.fetch_add(1, Ordering::Relaxed);
     let task_world = Arc::clone(world);
     world.spawn(async move {
         let world = task_world;
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
+        }
         let key: Vec<&str> = callback.key.iter().map(String::as_str).collect();
         let strikes = |fault| world.faults.strikes(fault, world.options.seed, &key);
         if strikes(Fault::Reorder) || strikes(Fault::Delay) {
@@ -159,7 +183,7 @@ pub(super) fn send(world: &Arc<World>, callback: Callback) {
 
 /// Sends a callback and waits for its answer: the last try's, whatever its status. None when no try was answered.
 pub(super) async fn deliver(world: &World, callback: &Callback) -> Option<Answer> {
-    let policy = Policy::of(&callback.hook.url);
+    let policy = Policy::of(callback);
     let deadline = Instant::now() + policy.total_timeout;
     let counters = &world.counters;
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
@@ -212,26 +236,42 @@ async fn try_once(world: &World, callback: &Callback, timeout: Duration) -> reqw
     // At most so many at once: a carrier has its limits, and so has the machine.
     let _permit = world.permits.acquire().await;
     let url = callback.hook.url.split('#').next().unwrap_or_default();
-    let encoded: String = form_urlencoded::Serializer::new(String::new()).extend_pairs(&callback.params).finish();
-    if callback.is_twilio {
-        let signed = super::twilio::signature(&callback.auth_token, url, &callback.params);
-        let request = world.http.post(url).header("content-type", "application/x-www-form-urlencoded").body(encoded);
-        return read(request.header("x-twilio-signature", signed).header("user-agent", "TwilioProxy/1.1"), timeout)
-            .await;
-    }
-    let nonce = signature::nonce();
-    let (request, signed) = if callback.hook.get {
-        let separator = if url.contains('?') { '&' } else { '?' };
-        let url = format!("{url}{separator}{encoded}");
-        let signed = signature::headers(&callback.auth_token, &url, &[], &nonce);
-        (world.http.get(url), signed)
-    } else {
-        let signed = signature::headers(&callback.auth_token, url, &callback.params, &nonce);
-        let request = world.http.post(url).header("content-type", "application/x-www-form-urlencoded").body(encoded);
-        (request, signed)
+    let encode =
+        |pairs: &Pairs| -> String { form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish() };
+    let form = |encoded: String| {
+        world.http.post(url).header("content-type", "application/x-www-form-urlencoded").body(encoded)
     };
-    let request = signed.into_iter().fold(request, |request, (name, value)| request.header(name, value));
-    read(request.header("user-agent", "Plivo"), timeout).await
+    let json = |body: &String| world.http.post(url).header("content-type", "application/json").body(body.clone());
+    let now = chrono::Utc::now().timestamp();
+    let request = match &callback.told {
+        Told::Twilio(pairs) => {
+            let signed = twilio::signature(&callback.auth_token, url, pairs);
+            form(encode(pairs)).header("x-twilio-signature", signed).header("user-agent", "TwilioProxy/1.1")
+        }
+        Told::Telnyx(body) => {
+            let signed = telnyx::headers(&callback.auth_token, body, now);
+            let request = json(body).header("user-agent", "telnyx-webhooks");
+            signed.into_iter().fold(request, |request, (name, value)| request.header(name, value))
+        }
+        Told::Vonage(body) => {
+            let signed = vonage::authorization(&callback.auth_token, body, now);
+            json(body).header("authorization", signed).header("user-agent", "Vonage")
+        }
+        Told::Plivo(pairs) => {
+            let nonce = signature::nonce();
+            let (request, signed) = if callback.hook.get {
+                let separator = if url.contains('?') { '&' } else { '?' };
+                let url = format!("{url}{separator}{}", encode(pairs));
+                let signed = signature::headers(&callback.auth_token, &url, &[], &nonce);
+                (world.http.get(url), signed)
+            } else {
+                (form(encode(pairs)), signature::headers(&callback.auth_token, url, pairs, &nonce))
+            };
+            let request = request.header("user-agent", "Plivo");
+            signed.into_iter().fold(request, |request, (name, value)| request.header(name, value))
+        }
+    };
+    read(request, timeout).await
 }
 
 async fn read(request: reqwest::RequestBuilder, timeout: Duration) -> reqwest::Result<Answer> {
@@ -252,13 +292,13 @@ mod tests {
 
     #[test]
     fn reads_the_policy_from_the_fragment() {
-        let default = Policy::of("https://h/p");
+        let default = Policy::written("https://h/p");
         assert_eq!((default.retries, default.on_5xx, default.on_connect), (1, false, true));
-        let policy = Policy::of("https://h/p?a=1#rc=3&rp=ct,rt,5xx&rt=5000&er=mumbai");
+        let policy = Policy::written("https://h/p?a=1#rc=3&rp=ct,rt,5xx&rt=5000&er=mumbai");
         assert_eq!(policy.retries, 3);
         assert_eq!(policy.read_timeout, Duration::from_secs(5));
         assert!(policy.on_5xx && policy.on_connect && policy.on_read && !policy.on_4xx);
-        let policy = Policy::of("https://h/p#rc=99&rp=all");
+        let policy = Policy::written("https://h/p#rc=99&rp=all");
         assert_eq!(policy.retries, 5);
         assert!(policy.on_4xx && policy.on_5xx);
     }

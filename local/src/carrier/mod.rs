@@ -1,4 +1,4 @@
-//! The simulated carrier: Plivo's HTTP API and callbacks, and Twilio's beside them, on loopback.
+//! The simulated carrier: the HTTP APIs and callbacks of Plivo, Twilio, Telnyx and Vonage, on loopback.
 //!
 //! It checks what they check, signs as they sign, and plays each call from the queue to its record in a fraction of a second.
 //! What becomes of a call follows from the seed alone ([`outcome`]); how the road can be worse than it should be is in [`Faults`].
@@ -15,9 +15,11 @@ mod outcome;
 mod play;
 mod signature;
 mod sound;
+mod telnyx;
 #[cfg(test)]
 mod tests;
 mod twilio;
+mod vonage;
 
 pub use call::Billing;
 pub use callback::CallbackCounts;
@@ -32,6 +34,7 @@ use call::{Book, Call, Hook};
 use callback::{Callback, Counters};
 use chrono::{FixedOffset, Offset, Utc};
 use faults::FaultBox;
+use jsonwebtoken::DecodingKey;
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -54,7 +57,7 @@ use uuid::Uuid;
 pub struct Account {
     /// Name of the account in paths and credentials.
     pub auth_id: String,
-    /// Password of the API and key of the callbacks' signatures.
+    /// Password of the API and key of the callbacks' signatures; where those are several secrets, a JSON object of them.
     pub auth_token: String,
     /// Numbers that may call; any may when there are none.
     pub numbers: Vec<String>,
@@ -88,6 +91,8 @@ pub struct CarrierOptions {
     pub mix: Mix,
     /// How much real time the stages of a call take.
     pub pace: Pace,
+    /// How many of the first calls are long: so that as many are live at once as may be, whatever falls silent meanwhile.
+    pub long_calls: usize,
     /// Pulses and price.
     pub billing: Billing,
     /// What goes wrong.
@@ -108,6 +113,7 @@ impl Default for CarrierOptions {
             seed: 7,
             mix: Mix::default(),
             pace: Pace::default(),
+            long_calls: 0,
             billing: Billing::default(),
             faults: Faults::default(),
             zone: FixedOffset::east_opt(5 * 3_600 + 1_800).unwrap_or_else(|| Utc.fix()),
@@ -124,6 +130,8 @@ struct World {
     accounts: RwLock<HashMap<String, Account>>,
     book: Mutex<Book>,
     recordings: Mutex<HashMap<Uuid, Hook>>,
+    /// What the tokens of applications are judged by, as far as one came.
+    keys: Mutex<HashMap<String, DecodingKey>>,
     http: reqwest::Client,
     permits: Semaphore,
     faults: FaultBox,
@@ -147,6 +155,11 @@ impl World {
 
     fn account(&self, auth_id: &str) -> Option<Account> {
         self.accounts.read().unwrap_or_else(PoisonError::into_inner).get(auth_id).cloned()
+    }
+
+    fn account_where(&self, fits: impl Fn(&Account) -> bool) -> Option<Account> {
+        let accounts = self.accounts.read().unwrap_or_else(PoisonError::into_inner);
+        accounts.values().find(|account| fits(account)).cloned()
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -199,6 +212,7 @@ impl Carrier {
             accounts: RwLock::new(accounts),
             book: Mutex::default(),
             recordings: Mutex::default(),
+            keys: Mutex::default(),
             http: crate::parts::http_client()?,
             permits: Semaphore::new(options.max_callbacks.max(1)),
             faults: FaultBox::new(options.faults),

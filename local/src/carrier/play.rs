@@ -3,13 +3,13 @@
 use super::{
     World,
     answer::{self, Then},
-    call::{Call, Detection, Hook, Stage, digits},
-    callback::{self, Callback},
+    call::{Call, Detection, Dialect, Hook, Socket, Stage, digits},
+    callback::{self, Callback, Told},
     cause::{self, Cause},
     faults::Fault,
     outcome::Outcome,
     signature::Pairs,
-    twilio,
+    telnyx, twilio, vonage,
 };
 use chrono::Utc;
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,20 @@ impl Default for Pace {
     }
 }
 
+/// How many times as long a long call lasts: half a minute at most, and answered before anybody believes that it was never made.
+const LONGER: u64 = 80;
+
 impl Pace {
+    /// That of a long call.
+    fn of_a_long_call(self) -> Self {
+        let longer = |(least, most): (u64, u64)| (least * LONGER, most * LONGER);
+        Self {
+            queue_ms: longer(self.queue_ms),
+            ring_ms: longer(self.ring_ms),
+            talk_second_us: self.talk_second_us * LONGER,
+        }
+    }
+
     fn place(range: (u64, u64), place: u16) -> Duration {
         Duration::from_millis(range.0 + range.1.saturating_sub(range.0) * u64::from(place) / 1_000)
     }
@@ -52,7 +65,10 @@ pub(super) async fn play(world: Arc<World>, uuid: Uuid) {
 
 /// The call as it goes by itself: how it ends and how many seconds were talked.
 async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
-    let pace = world.options.pace;
+    let pace = match world.book().place(uuid) {
+        Some(place) if place < world.options.long_calls => world.options.pace.of_a_long_call(),
+        _ => world.options.pace,
+    };
     world.step(uuid, "initiated");
     let Some((fate, time_limit)) = world.read(uuid, |call| (call.fate, call.request.time_limit)) else {
         return (cause::CANCELLED, 0);
@@ -82,6 +98,7 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
         call.machine = fate.outcome == Outcome::Machine;
     });
     world.step(uuid, "answered");
+    world.detected(uuid);
     if fate.outcome == Outcome::Machine {
         match world.read(uuid, |call| call.request.machine_detection.clone()) {
             Some(Detection::HangUp) => {
@@ -89,7 +106,7 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
                 return (cause::MACHINE, 5);
             }
             Some(Detection::CallBack(hook)) => {
-                let params: &[_] = if world.is_twilio(uuid) {
+                let params: &[_] = if matches!(world.dialect(uuid), Some(Dialect::Twilio(_))) {
                     &[("AnsweredBy", "machine_start"), ("MachineDetectionDuration", "2100")]
                 } else {
                     &[("CallStatus", "in-progress"), ("Machine", "true"), ("IfMachine", "continue")]
@@ -99,10 +116,19 @@ async fn live(world: &Arc<World>, uuid: Uuid) -> (Cause, u32) {
             Some(Detection::Off | Detection::Tell) | None => {}
         }
     }
-    let instructions = match fetch_document(world, uuid).await {
-        Ok(instructions) => instructions,
-        Err(cause) => return (cause, 1),
+    let instructions = match world.dialect(uuid) {
+        // It brought everything along.
+        Some(Dialect::Telnyx(_)) => answer::Instructions { recording: None, socket: None, then: Then::Talk },
+        _ => match fetch_document(world, uuid).await {
+            Ok(instructions) => instructions,
+            Err(cause) => return (cause, 1),
+        },
     };
+    if let Some((url, uri)) = instructions.socket {
+        let socket = Socket { id: Uuid::new_v4(), uri, hook: Hook { url, get: false } };
+        world.change(uuid, |call| call.socket = Some(socket));
+        world.step(uuid, "connected");
+    }
     if let Some((url, method)) = instructions.recording {
         let get = method.eq_ignore_ascii_case("GET");
         world.recordings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(uuid, Hook { url, get });
@@ -128,7 +154,11 @@ async fn fetch_document(world: &Arc<World>, uuid: Uuid) -> Result<answer::Instru
     let (answer_hook, fallback) = hooks.ok_or(cause::CANCELLED)?;
     let mut reason = cause::ANSWER_UNREACHABLE;
     for hook in std::iter::once(answer_hook).chain(fallback) {
-        let Some(callback) = world.callback(uuid, "StartApp", hook, &[("CallStatus", "in-progress")]) else { break };
+        let callback = match world.dialect(uuid) {
+            Some(Dialect::Vonage(_)) => vonage::document(world, uuid, hook),
+            _ => world.callback(uuid, "StartApp", hook, &[("CallStatus", "in-progress")]),
+        };
+        let Some(callback) = callback else { break };
         let key: Vec<&str> = callback.key.iter().map(String::as_str).collect();
         if world.faults.strikes(Fault::Delay, world.options.seed, &key) {
             tokio::time::sleep(Duration::from_millis(world.faults.get().callback_delay_ms)).await;
@@ -138,10 +168,11 @@ async fn fetch_document(world: &Arc<World>, uuid: Uuid) -> Result<answer::Instru
             continue;
         };
         let kind = answer.content_type.split(';').next().unwrap_or_default().trim();
-        let read = match kind {
-            "application/xml" | "text/xml" if world.is_twilio(uuid) => answer::read_twiml(&answer.body),
-            "application/xml" | "text/xml" => answer::read(&answer.body),
-            other => Err(format!("the content type is {other:?}")),
+        let read = match (world.dialect(uuid), kind) {
+            (Some(Dialect::Vonage(_)), "application/json") => vonage::read_ncco(&answer.body),
+            (Some(Dialect::Twilio(_)), "application/xml" | "text/xml") => answer::read_twiml(&answer.body),
+            (Some(Dialect::Plivo), "application/xml" | "text/xml") => answer::read(&answer.body),
+            (_, other) => Err(format!("the content type is {other:?}")),
         };
         match read {
             Ok(instructions) => return Ok(instructions),
@@ -180,10 +211,18 @@ fn end(world: &Arc<World>, uuid: Uuid, cause: Cause, talk_seconds: u32) {
     });
     let Some((hook, params, line)) = closed else { return };
     world.note(line);
-    if world.is_twilio(uuid) {
-        return end_at_twilio(world, uuid);
-    }
     let recording = world.recordings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&uuid);
+    match world.dialect(uuid) {
+        Some(Dialect::Twilio(progress)) => return end_at_twilio(world, uuid, progress.recording),
+        Some(Dialect::Telnyx(_)) => return world.step(uuid, "completed"),
+        Some(Dialect::Vonage(_)) => {
+            if let Some(hook) = recording {
+                vonage::recorded(world, uuid, hook);
+            }
+            return world.step(uuid, "completed");
+        }
+        Some(Dialect::Plivo) | None => {}
+    }
     if let Some(recording) = recording {
         let params = world.read(uuid, |call| recording_params(call, world)).unwrap_or_default();
         let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
@@ -194,9 +233,9 @@ fn end(world: &Arc<World>, uuid: Uuid, cause: Cause, talk_seconds: u32) {
 }
 
 /// The same in Twilio's words. Who was not reached was not recorded.
-fn end_at_twilio(world: &Arc<World>, uuid: Uuid) {
+fn end_at_twilio(world: &Arc<World>, uuid: Uuid, recording: Option<Hook>) {
     let told = world.read(uuid, |call| {
-        let hook = call.request.progress.as_ref()?.recording.clone().filter(|_| call.answered_at.is_some())?;
+        let hook = recording.filter(|_| call.answered_at.is_some())?;
         Some((hook, twilio::recording_params(call, &world.url)))
     });
     if let Some(Some((hook, params))) = told {
@@ -208,9 +247,6 @@ fn end_at_twilio(world: &Arc<World>, uuid: Uuid) {
 
 /// What every callback of a call says about it. Numbers come without their plus.
 pub(super) fn common_params(call: &Call, event: &str) -> Pairs {
-    if call.request.progress.is_some() {
-        return twilio::common_params(call);
-    }
     let uuid = call.uuid.to_string();
     let mut params: Pairs = [
         ("ALegRequestUUID", uuid.as_str()),
@@ -298,31 +334,53 @@ fn line(call: &Call) -> serde_json::Value {
 }
 
 impl World {
-    /// A callback of a call, not yet sent.
+    /// A callback of a call in Plivo's or Twilio's words, not yet sent.
     pub(super) fn callback(&self, uuid: Uuid, event: &str, hook: Hook, extra: &[(&str, &str)]) -> Option<Callback> {
-        let (auth_id, mut params, key, is_twilio) = self.read(uuid, |call| {
-            let key = [digits(&call.request.to), call.nth.to_string(), event.to_owned()];
-            (call.auth_id.clone(), common_params(call, event), key, call.request.progress.is_some())
+        let (mut params, is_twilio) = self.read(uuid, |call| {
+            let is_twilio = matches!(call.request.dialect, Dialect::Twilio(_));
+            (if is_twilio { twilio::common_params(call) } else { common_params(call, event) }, is_twilio)
         })?;
         params.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        let auth_token = self.account(&auth_id)?.auth_token;
-        Some(Callback { call: uuid, key, hook, auth_token, is_twilio, params })
+        let told = if is_twilio { Told::Twilio(params) } else { Told::Plivo(params) };
+        self.address(uuid, event, hook, told)
     }
 
-    fn is_twilio(&self, uuid: Uuid) -> bool {
-        self.read(uuid, |call| call.request.progress.is_some()).unwrap_or_default()
+    /// A callback of a call, not yet sent.
+    pub(super) fn address(&self, uuid: Uuid, event: &str, hook: Hook, told: Told) -> Option<Callback> {
+        let (auth_id, key) = self.read(uuid, |call| {
+            (call.auth_id.clone(), [digits(&call.request.to), call.nth.to_string(), event.to_owned()])
+        })?;
+        Some(Callback { call: uuid, key, hook, auth_token: self.account(&auth_id)?.auth_token, told })
     }
 
-    /// Tells a step of a call that was asked for in Twilio's words, where it was to be told.
+    fn dialect(&self, uuid: Uuid) -> Option<Dialect> {
+        self.read(uuid, |call| call.request.dialect.clone())
+    }
+
+    /// Tells a step of a call to whoever is told of steps.
     fn step(self: &Arc<Self>, uuid: Uuid, step: &str) {
-        let told = self.read(uuid, |call| {
-            let progress = call.request.progress.as_ref()?;
-            let hook = progress.callback.clone().filter(|_| progress.steps.iter().any(|asked| asked == step))?;
-            Some((hook, twilio::step_params(call, step)))
-        });
-        if let Some(Some((hook, params))) = told {
+        let progress = match self.dialect(uuid) {
+            Some(Dialect::Twilio(progress)) => progress,
+            Some(Dialect::Telnyx(_)) => return telnyx::step(self, uuid, step),
+            Some(Dialect::Vonage(_)) => return vonage::step(self, uuid, step),
+            Some(Dialect::Plivo) | None => return,
+        };
+        let hook = progress.callback.filter(|_| progress.steps.iter().any(|asked| asked == step));
+        let told = self.read(uuid, |call| twilio::step_params(call, step));
+        if let Some((hook, params)) = hook.zip(told) {
             let params: Vec<(&str, &str)> = params.iter().map(|(name, value)| (*name, value.as_str())).collect();
             self.send(uuid, step, hook, &params);
+        }
+    }
+
+    /// Tells what picked up, at the carriers that tell of people too.
+    fn detected(self: &Arc<Self>, uuid: Uuid) {
+        let is_asked = self.read(uuid, |call| {
+            matches!(call.request.dialect, Dialect::Telnyx(_) | Dialect::Vonage(_))
+                && matches!(call.request.machine_detection, Detection::Tell)
+        });
+        if is_asked == Some(true) {
+            self.step(uuid, "detected");
         }
     }
 

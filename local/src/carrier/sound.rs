@@ -38,6 +38,11 @@ pub(super) async fn recording(
     if !file.ends_with(".mp3") {
         return StatusCode::NOT_FOUND.into_response();
     }
+    response()
+}
+
+/// A recording's answer.
+pub(super) fn response() -> Response {
     ([(header::CONTENT_TYPE, "audio/mpeg")], mp3(SECONDS)).into_response()
 }
 

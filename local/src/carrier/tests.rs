@@ -1,5 +1,7 @@
 //! The carrier over real HTTP: a caller creates calls, a receiver takes the callbacks.
 
+mod json;
+
 use super::{
     Account, Carrier, CarrierOptions, Faults, Mix, Outcome,
     outcome::fate,

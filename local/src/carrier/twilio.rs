@@ -6,7 +6,7 @@
 use super::{
     Account, World,
     api::{self, Params, Taken, Trouble},
-    call::{Billing, Call, Detection, Hook, Progress, Request, Stage},
+    call::{Billing, Call, Detection, Dialect, Hook, Progress, Request, Stage},
     cause::Cause,
     signature::Pairs,
     sound,
@@ -161,7 +161,7 @@ fn request(account: &Account, form: &Pairs) -> Result<Request, (u32, &'static st
         fallback: hook("FallbackUrl")?,
         machine_detection,
         time_limit: number("TimeLimit", 14_400, 86_400)?,
-        progress: Some(Progress {
+        dialect: Dialect::Twilio(Progress {
             callback: hook("StatusCallback")?,
             steps,
             recording: hook("RecordingStatusCallback")?.filter(|_| record),
@@ -374,7 +374,8 @@ mod tests {
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into();
             form.extend(steps.iter().map(|step| ("StatusCallbackEvent".to_owned(), (*step).to_owned())));
-            request(&account, &form).unwrap().progress.unwrap().steps
+            let Dialect::Twilio(progress) = request(&account, &form).unwrap().dialect else { panic!() };
+            progress.steps
         };
         assert_eq!(form(&["initiated", "ringing"]), ["initiated", "ringing"]);
         assert_eq!(form(&["initiated ringing"]), ["completed"]);

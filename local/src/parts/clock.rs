@@ -15,7 +15,7 @@ use chrono::{DateTime, Datelike, Duration, FixedOffset, NaiveTime, Utc, Weekday}
 use schedule::Tick;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::{sync::Mutex, task::JoinSet};
-use tokio_postgres::NoTls;
+use tokio_postgres::{NoTls, types::ToSql};
 
 /// India's time, which knows no summer.
 const KOLKATA_SECONDS: i32 = 19_800;
@@ -30,12 +30,19 @@ const UNDER_WAY: &str = "
     select case
       when exists (select from net.http_request_queue) then 'a request of the database'
       when exists (select from public.call_logs where status <> 'ended') then 'a call'
+      when exists (select from private.unsettled_calls) then 'a call'
     end";
+/// The next thing due, and the last of the next few: what falls due within hours of each other is gathered when that is asked for.
 const NEXT_DUE: &str = "
-    select min(queue.next_retry_at)
-    from public.call_queue as queue
-    join public.campaigns as campaign on campaign.id = queue.campaign_id
-    where queue.status = 'queued' and campaign.status = 'running'";
+    select min(next.due), max(next.due) filter (where next.due <= next.first + interval '6 hours')
+    from (
+      select queue.next_retry_at as due, min(queue.next_retry_at) over () as first
+      from public.call_queue as queue
+      join public.campaigns as campaign on campaign.id = queue.campaign_id
+      where queue.status = 'queued' and campaign.status = 'running'
+      order by queue.next_retry_at
+      limit $1
+    ) as next";
 
 /// What the clock works on.
 pub struct ClockOptions {
@@ -45,6 +52,9 @@ pub struct ClockOptions {
     pub speed: f64,
     /// The messages that keep business time from jumping.
     pub backlog: Backlog,
+    /// How many things a jump gathers: 1 goes to the next one due, more go on to where so many are due at once. A jump waits until
+    /// nothing is under way, so that the last few retries of a large campaign would else be made one after the other.
+    pub gather: u32,
 }
 
 /// The running clock. Cheap to clone; it ticks until it is stopped or the last clone is dropped.
@@ -104,7 +114,7 @@ impl Clock {
         let jobs = schedule::ticks(template, options.speed);
         let inner = Inner { options, invoker, jobs, database: Mutex::new(None), history: RwLock::default() };
         let clock = Self { inner: Arc::new(inner), ticking: Arc::default() };
-        let shift = clock.query(GET_SHIFT, |row| row.get::<_, i64>(0)).await?;
+        let shift = clock.query(GET_SHIFT, &[], |row| row.get::<_, i64>(0)).await?;
         if let Some(micros) = shift {
             clock.remember(Duration::microseconds(micros));
         }
@@ -151,26 +161,28 @@ impl Clock {
         if before.in_flight + before.queued > 0 {
             return Ok(Advance::Busy("an invocation"));
         }
-        if let Some(what) = self.query(UNDER_WAY, |row| row.get::<_, Option<String>>(0)).await?.flatten() {
+        if let Some(what) = self.query(UNDER_WAY, &[], |row| row.get::<_, Option<String>>(0)).await?.flatten() {
             return Ok(Advance::Busy(if what == "a call" { "a call" } else { "a request of the database" }));
         }
         if self.inner.options.backlog.count().await? > 0 {
             return Ok(Advance::Busy("a message"));
         }
-        let due = self.query(NEXT_DUE, |row| row.get::<_, Option<DateTime<Utc>>>(0)).await?.flatten();
+        let gathered = i64::from(self.inner.options.gather.max(1));
+        let bounds = |row: tokio_postgres::Row| -> [Option<DateTime<Utc>>; 2] { [row.get(0), row.get(1)] };
+        let due = self.query(NEXT_DUE, &[&gathered], bounds).await?;
         // Each look was at another instant: only if no event began meanwhile did all hold at once.
         if self.inner.invoker.activity() != before {
             return Ok(Advance::Busy("an invocation"));
         }
-        let Some(due) = due else { return Ok(Advance::Nothing) };
+        let Some([Some(first), Some(last)]) = due else { return Ok(Advance::Nothing) };
         let from = self.business_now();
-        if due <= from {
+        if first <= from {
             self.fire(RELEASE).await?;
             return Ok(Advance::Due);
         }
-        self.jump_to(due).await?;
+        self.jump_to(last).await?;
         self.fire(RELEASE).await?;
-        Ok(Advance::Jumped { from, to: due })
+        Ok(Advance::Jumped { from, to: last })
     }
 
     /// Runs the scheduled job `job` now, as its schedule would, and waits for its end; what it answered. Fails when no schedule has
@@ -202,10 +214,15 @@ impl Clock {
     }
 
     /// The first row's value, through a connection that is made again when it was lost.
-    async fn query<T>(&self, sql: &str, read: impl FnOnce(tokio_postgres::Row) -> T) -> Result<Option<T>> {
+    async fn query<T>(
+        &self,
+        sql: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        read: impl FnOnce(tokio_postgres::Row) -> T,
+    ) -> Result<Option<T>> {
         let mut database = self.inner.database.lock().await;
         let client = self.connected(&mut database).await?;
-        Ok(client.query_opt(sql, &[]).await?.map(read))
+        Ok(client.query_opt(sql, parameters).await?.map(read))
     }
 
     async fn connected<'a>(

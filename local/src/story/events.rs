@@ -23,9 +23,11 @@ use uuid::Uuid;
 const ALL_UP_TO: usize = 1_000;
 /// What it is told of a load test.
 const OUTLINE: [&str; 3] = ["campaign.*", "invoice.*", "subscription.*"];
-/// How long what is still to be told may take: longer than the lease of a delivery, which is all that is left of one whose handler was
-/// killed between claiming it and handing it to the queue.
+/// How long what is still to be told may take. A delivery whose handler was killed between claiming it and handing it to the queue comes
+/// back with its lease: after half a minute, and after three more if that happens to it twice.
 const SETTLING: Duration = Duration::from_secs(240);
+/// After so long the log says what is not told yet, and where it stands; and once more when it is given up.
+const NOTABLE: Duration = Duration::from_secs(30);
 /// How often it is looked whether all is told.
 const GLANCE: Duration = Duration::from_millis(400);
 
@@ -91,16 +93,52 @@ impl Listener {
     pub async fn settle(&self, stack: &Stack, step: &Step) -> Result<Told> {
         let database = stack.connect(Role::Admin).await?;
         let begun = Instant::now();
+        let mut noted = false;
         loop {
             let happened = self.happened(&database).await?;
             let received = lock(&self.inbox.events).clone();
             step.say(format!("{} of {} events", received.len(), happened.len()));
-            if happened.len() == received.len() || begun.elapsed() > SETTLING {
+            let is_over = begun.elapsed() > SETTLING;
+            if happened.len() != received.len() && (is_over || begun.elapsed() > NOTABLE && !noted) {
+                noted = true;
+                self.note_untold(&database, &happened, &received, begun.elapsed()).await?;
+            }
+            if happened.len() == received.len() || is_over {
                 return Ok(Told { received, happened });
             }
             stack.clock.fire("deliver").await?;
             tokio::time::sleep(GLANCE).await;
         }
+    }
+
+    /// Says in the log which events are not told yet, and in what state their deliveries are.
+    async fn note_untold(
+        &self,
+        database: &Client,
+        happened: &BTreeMap<String, String>,
+        received: &BTreeMap<String, String>,
+        after: Duration,
+    ) -> Result<()> {
+        let untold: Vec<&String> = happened.keys().filter(|id| !received.contains_key(*id)).collect();
+        let state = "select told.id::text || ' ' || told.topic || ': ' || coalesce(
+              format(
+                '%s, %s attempts, due in %s s, %s%s, answered %s %s', delivery.status, delivery.attempts,
+                round(extract(epoch from delivery.next_attempt_at - private.clock_now())),
+                case when delivery.lease_token is null then 'claimed for' else 'begun, leased for' end,
+                coalesce(' ' || round(extract(epoch from delivery.lease_until - now())) || ' s', ' nobody'),
+                coalesce(delivery.response_status::text, 'nothing'), coalesce(delivery.error, '')
+              ),
+              'no delivery, ' || case when told.dispatched_at is null then 'not fanned out' else 'fanned out' end
+            )
+            from private.outbox as told
+            left join public.event_deliveries as delivery on delivery.event_id = told.id and delivery.endpoint_id = $2
+            where told.id::text = any ($1)
+            order by told.id";
+        let rows = database.query(state, &[&untold, &self.id]).await.context("what is not told")?;
+        for row in rows {
+            tracing::warn!(after_s = after.as_secs(), delivery = row.get::<_, String>(0), "an event is not told yet");
+        }
+        Ok(())
     }
 
     /// What happened since the endpoint was there, as far as it listens to it: from the outbox, not from what was delivered.

@@ -55,8 +55,10 @@ pub struct StoryOptions {
     pub provider: Provider,
     /// Somebody else's carrier in place of the simulated one.
     pub carrier_url: Option<Url>,
-    /// The account there, with its token; made up when none, for a carrier that takes whoever comes.
+    /// The account there, with its token, or a JSON object of its secrets; made up when none, for a carrier that takes whoever comes.
     pub carrier_account: Option<(String, String)>,
+    /// How many of the simulated carrier's first calls are long.
+    pub long_calls: usize,
 }
 
 impl StoryOptions {
@@ -65,11 +67,18 @@ impl StoryOptions {
         let mut options = StackOptions::default();
         if let Some(severity) = self.faults {
             options.message_faults = severity.messages(self.seed);
+            // A lost callback takes seconds to be found out: many retries wait for theirs at the same time.
+            options.gather = 4 * self.limit().unsigned_abs();
             // The server is to lose nothing that it confirmed when it is stopped; the machine goes on, so that files need no sync.
             let settings = vec![("synchronous_commit".to_owned(), "on".to_owned())];
             options.postgres = PostgresOptions { settings, ..PostgresOptions::default() };
         }
         options
+    }
+
+    /// Calls at the same time at most.
+    fn limit(&self) -> i32 {
+        self.live_calls.unwrap_or_else(|| live_calls(self.leads))
     }
 }
 
@@ -81,6 +90,10 @@ pub enum Provider {
     Plivo,
     /// Twilio's, which bills started minutes.
     Twilio,
+    /// Telnyx's, billed by the second, which it tells beside the end.
+    Telnyx,
+    /// Vonage's, billed by the second.
+    Vonage,
 }
 
 impl Provider {
@@ -89,20 +102,25 @@ impl Provider {
         match self {
             Self::Plivo => "plivo",
             Self::Twilio => "twilio",
+            Self::Telnyx => "telnyx",
+            Self::Vonage => "vonage",
         }
     }
 
-    fn fresh_account(self) -> Account {
-        match self {
+    fn fresh_account(self) -> Result<Account> {
+        Ok(match self {
             Self::Plivo => Account::fresh(),
             Self::Twilio => Account { auth_id: format!("AC{}", uuid::Uuid::new_v4().simple()), ..Account::fresh() },
-        }
+            Self::Telnyx => Account::telnyx(),
+            Self::Vonage => Account::vonage()?,
+        })
     }
 
     fn billing(self) -> Billing {
         match self {
             Self::Plivo => Billing::default(),
             Self::Twilio => Billing { pulse: 60, ..Billing::default() },
+            Self::Telnyx | Self::Vonage => Billing { first_pulse: 1, ..Billing::default() },
         }
     }
 }
@@ -114,10 +132,9 @@ impl std::str::FromStr for Provider {
         match name {
             "plivo" => Ok(Self::Plivo),
             "twilio" => Ok(Self::Twilio),
-            "telnyx" | "vonage" => {
-                Err(format!("the simulated carrier does not speak {name} yet; plivo and twilio it does"))
-            }
-            _ => Err("it is plivo or twilio".to_owned()),
+            "telnyx" => Ok(Self::Telnyx),
+            "vonage" => Ok(Self::Vonage),
+            _ => Err("it is plivo, twilio, telnyx or vonage".to_owned()),
         }
     }
 }
@@ -149,7 +166,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         Some((auth_id, auth_token)) => {
             Account { auth_id: auth_id.clone(), auth_token: auth_token.clone(), ..Account::fresh() }
         }
-        None => options.provider.fresh_account(),
+        None => options.provider.fresh_account()?,
     };
     let (carrier, url) = match &options.carrier_url {
         Some(url) => (None, url.clone()),
@@ -158,6 +175,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
                 accounts: vec![account.clone()],
                 seed: options.seed,
                 billing: options.provider.billing(),
+                long_calls: options.long_calls,
                 faults: options.faults.map(Severity::carrier).unwrap_or_default(),
                 log: Some(stack.log_dir.join("carrier.jsonl")),
                 ..CarrierOptions::default()
@@ -168,7 +186,7 @@ pub async fn play(stack: &Stack, options: &StoryOptions, progress: &Progress, st
         }
     };
 
-    let live_calls = options.live_calls.unwrap_or_else(|| live_calls(options.leads));
+    let live_calls = options.limit();
     let step = progress.step("Sign-up");
     let cast =
         cast::sign_up(stack, options.provider.as_str(), &url, (&account.auth_id, &account.auth_token), live_calls)

@@ -20,6 +20,8 @@ const ABANDONED: Duration = Duration::from_secs(20);
 const EVERY: Duration = Duration::from_secs(2);
 
 const OPEN: &str = "select id, concat_ws(' ', status, call_sid) from public.call_logs where status <> 'ended'";
+/// What has ended, and whose seconds the carrier is to be asked for.
+const ASK: &str = "update private.unsettled_calls set due_at = now() where due_at > now()";
 const AGE: &str = "update public.call_logs set lease_until = now() where id = any ($1) and status <> 'ended'";
 /// By more than the ten minutes after which a call that the carrier does not know is given up.
 const ABANDON: &str = "update public.call_logs set begun_at = begun_at - interval '11 minutes' \
@@ -37,10 +39,10 @@ impl Silence {
         Self { calls: HashMap::new(), looked: Instant::now() }
     }
 
-    /// Ages what is silent, when it is time to look.
-    pub(super) async fn age(&mut self, database: &Client) -> Result<()> {
+    /// Ages what is silent, when it is time to look. Whether anything was: then the reconciler has something to ask.
+    pub(super) async fn age(&mut self, database: &Client) -> Result<bool> {
         if self.looked.elapsed() < EVERY {
-            return Ok(());
+            return Ok(false);
         }
         self.looked = Instant::now();
         let open = database.query(OPEN, &[]).await.context("which calls are open")?;
@@ -50,14 +52,16 @@ impl Silence {
             let since = before.remove(&id).filter(|(known, _)| *known == state).map_or(self.looked, |(_, since)| since);
             self.calls.insert(id, (state, since));
         }
+        database.execute(ASK, &[]).await.context("ageing calls without seconds")?;
+        let mut aged = 0;
         for (limit, age) in [(SILENT, AGE), (ABANDONED, ABANDON)] {
             let since = |since: &Instant| self.looked.duration_since(*since);
             let calls = self.calls.iter().filter(|(_, (_, begun))| since(begun) >= limit);
             let calls: Vec<Uuid> = calls.map(|(id, _)| *id).collect();
             if !calls.is_empty() {
-                database.execute(age, &[&calls]).await.context("ageing leases")?;
+                aged += database.execute(age, &[&calls]).await.context("ageing leases")?;
             }
         }
-        Ok(())
+        Ok(aged > 0)
     }
 }

@@ -84,7 +84,8 @@ pub async fn campaign(
             step.say(format!("killed, and back in {} s", OUTAGE.saturating_sub(step.elapsed()).as_secs() + 1));
         }
         let looked = Instant::now();
-        let Some(standing) = trouble.note(look(stack, &mut database, campaign, silence.as_mut()).await)? else {
+        let Some((standing, silent)) = trouble.note(look(stack, &mut database, campaign, silence.as_mut()).await)?
+        else {
             // The database was stopped, and with it the connection.
             database = None;
             tokio::time::sleep(GLANCE).await;
@@ -102,6 +103,10 @@ pub async fn campaign(
         outage = weather(stack, outage, &last, progress).await?;
         if let Some(database) = &database {
             trouble.note(switch.turn(database, &last, progress).await)?;
+        }
+        if silent {
+            // At once, not with the next tick: while a single call is open, business time stands still.
+            trouble.note(stack.clock.fire("reconcile").await)?;
         }
         let calm = !matches!(outage, Outage::Now(_)) && !switch.is_off();
         if calm && polled.elapsed() >= POLL {
@@ -126,21 +131,22 @@ pub async fn campaign(
     Ok(switch.stretch())
 }
 
-/// How far the campaign is, through a connection that is made where there is none.
+/// How far the campaign is, and whether a call of it fell silent; through a connection that is made where there is none.
 async fn look(
     stack: &Stack,
     database: &mut Option<Client>,
     campaign: Uuid,
     silence: Option<&mut Silence>,
-) -> Result<Standing> {
+) -> Result<(Standing, bool)> {
     let client = match database {
         Some(client) => client,
         None => database.insert(stack.connect(Role::Admin).await?),
     };
-    if let Some(silence) = silence {
-        silence.age(client).await?;
-    }
-    facts::standing(client, campaign).await
+    let silent = match silence {
+        Some(silence) => silence.age(client).await?,
+        None => false,
+    };
+    Ok((facts::standing(client, campaign).await?, silent))
 }
 
 /// Failures that may pass: what is tried again anyway is given up only when it has failed for a while.

@@ -101,8 +101,18 @@ impl Witness {
         let url = match self.provider {
             Provider::Plivo => format!("{base}/v1/Account/{}/Call/{path}", self.auth_id),
             Provider::Twilio => format!("{base}/2010-04-01/Accounts/{}/{path}", self.auth_id),
+            Provider::Telnyx => format!("{base}/v2/{path}"),
+            Provider::Vonage => format!("{base}/v1/{path}"),
         };
-        let request = self.http.get(&url).basic_auth(&self.auth_id, Some(&self.auth_token));
+        let request = self.http.get(&url);
+        let request = match self.provider {
+            Provider::Plivo | Provider::Twilio => request.basic_auth(&self.auth_id, Some(&self.auth_token)),
+            Provider::Telnyx => request.bearer_auth(self.secret("api_key")?),
+            Provider::Vonage => {
+                let (application, key) = (self.secret("application_id")?, self.secret("private_key")?);
+                request.bearer_auth(shared::telephony::vonage::token::token(&application, &key)?)
+            }
+        };
         let response = request.send().await.with_context(|| format!("the carrier does not answer at {url}"))?;
         let status = response.status();
         let body = response.text().await?;
@@ -111,10 +121,19 @@ impl Witness {
             .with_context(|| format!("the carrier's answer to GET {url} is not {}'s: {body}", self.provider.as_str()))
     }
 
+    /// One of the secrets that the token is made of.
+    fn secret(&self, name: &str) -> Result<String> {
+        let secrets: serde_json::Value = serde_json::from_str(&self.auth_token).context("the account's token")?;
+        secrets[name].as_str().map(str::to_owned).with_context(|| format!("the account has no {name}"))
+    }
+
     /// Every call that the carrier accepted on this account, ended or live. `told` hears how many were read, of how many.
     pub async fn dials(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
-        if self.provider == Provider::Twilio {
-            return self.dials_at_twilio(told).await;
+        match self.provider {
+            Provider::Plivo => {}
+            Provider::Twilio => return self.dials_at_twilio(told).await,
+            Provider::Telnyx => return self.dials_at_telnyx(told).await,
+            Provider::Vonage => return self.dials_at_vonage(told).await,
         }
         // Before the records, and in the order in which a call goes: whatever ends meanwhile is in one of them.
         let mut staged = BTreeSet::new();
@@ -199,6 +218,106 @@ impl Witness {
             }
             told(dials.len(), dials.len());
             if read.next_page_uri.is_none() {
+                break;
+            }
+        }
+        Ok(dials)
+    }
+}
+
+/// A page of Telnyx's detail records: of calls that are over, since no list tells who is being called.
+#[derive(Deserialize)]
+struct Details {
+    data: Vec<Detail>,
+    meta: DetailMeta,
+}
+
+#[derive(Deserialize)]
+struct DetailMeta {
+    total_pages: usize,
+    total_results: usize,
+}
+
+#[derive(Deserialize)]
+struct Detail {
+    id: String,
+    cld: String,
+    started_at: String,
+    finished_at: Option<String>,
+    #[serde(default, deserialize_with = "number")]
+    billed_sec: Option<u64>,
+}
+
+/// A page of Vonage's calls, live ones among them.
+#[derive(Deserialize)]
+struct VonageCalls {
+    count: usize,
+    #[serde(rename = "_embedded")]
+    embedded: VonagePage,
+}
+
+#[derive(Deserialize)]
+struct VonagePage {
+    calls: Vec<VonageCall>,
+}
+
+#[derive(Deserialize)]
+struct VonageCall {
+    uuid: String,
+    to: VonageEnd,
+    start_time: String,
+    end_time: Option<String>,
+    #[serde(default, deserialize_with = "number")]
+    duration: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct VonageEnd {
+    number: String,
+}
+
+impl Witness {
+    async fn dials_at_telnyx(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
+        let mut dials = Vec::new();
+        let mut seen = BTreeSet::new();
+        for page in 1.. {
+            let query = "filter%5Brecord_type%5D=call-control&sort=started_at&page%5Bsize%5D=50";
+            let read: Details = self.get(&format!("detail_records?{query}&page%5Bnumber%5D={page}")).await?;
+            for call in read.data.into_iter().filter(|call| seen.insert(call.id.clone())) {
+                dials.push(Dial {
+                    callee: digits(&call.cld),
+                    created: Moment::read(&call.started_at)?,
+                    ended: call.finished_at.as_deref().map(Moment::read).transpose()?,
+                    billed_seconds: call.billed_sec.unwrap_or(0),
+                    hangup_code: None,
+                });
+            }
+            told(dials.len(), read.meta.total_results);
+            if page >= read.meta.total_pages {
+                break;
+            }
+        }
+        Ok(dials)
+    }
+
+    async fn dials_at_vonage(&self, told: impl Fn(usize, usize)) -> Result<Vec<Dial>> {
+        let mut dials = Vec::new();
+        let mut seen = BTreeSet::new();
+        loop {
+            let path = format!("calls?order=asc&page_size=100&record_index={}", dials.len());
+            let read: VonageCalls = self.get(&path).await?;
+            let known = dials.len();
+            for call in read.embedded.calls.into_iter().filter(|call| seen.insert(call.uuid.clone())) {
+                dials.push(Dial {
+                    callee: digits(&call.to.number),
+                    created: Moment::read(&call.start_time)?,
+                    ended: call.end_time.as_deref().map(Moment::read).transpose()?,
+                    billed_seconds: call.duration.unwrap_or(0),
+                    hangup_code: None,
+                });
+            }
+            told(dials.len(), read.count);
+            if dials.len() == known || dials.len() >= read.count {
                 break;
             }
         }

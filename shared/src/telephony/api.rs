@@ -115,16 +115,21 @@ pub struct Wanted<'a> {
     pub to: &'a str,
     /// Before this it cannot have been made.
     pub since: DateTime<Utc>,
+    /// The carrier's ids of other calls to that callee: what is known as another attempt's is not this one's, whatever its time says.
+    pub others: &'a [String],
 }
 
 impl Wanted<'_> {
-    /// Whether a call that was found is the wanted one. By its id it always is; by its numbers only if it is not an earlier one to the
-    /// same callee, and a time without a zone proves nothing.
+    /// Whether a call that was found is the wanted one. By its id it always is; by its numbers only if it is no other one to the same
+    /// callee, and a time without a zone proves nothing.
     pub fn is(&self, call: &CallReport) -> bool {
         let started = call.started_at.as_deref().and_then(|at| DateTime::parse_from_rfc3339(at).ok());
         match self.provider_call_id {
             Some(id) => call.provider_call_id.as_deref() == Some(id),
-            None => started.is_some_and(|at| at >= self.since),
+            None => {
+                let is_another = call.provider_call_id.as_ref().is_some_and(|id| self.others.contains(id));
+                !is_another && started.is_some_and(|at| at >= self.since)
+            }
         }
     }
 }
@@ -488,7 +493,6 @@ mod tests {
         let page =
             json!({"count": 2, "record_index": 1, "_embedded": {"calls": [{"uuid": "u", "status": "completed"}]}});
         assert_eq!(read("vonage", page), Some((one, None)));
-        assert_eq!(asked("telnyx", None), None);
         for carrier in ALL {
             assert!(carrier.recorded(&json!({"error": "no"})).is_none(), "{}", carrier.name());
         }
@@ -503,6 +507,7 @@ mod tests {
             from: "",
             to: "",
             since: now - TimeDelta::seconds(90),
+            others: &[],
         };
         let call = |seconds_ago: i64| CallReport {
             provider_call_id: Some("u".to_owned()),
@@ -512,6 +517,8 @@ mod tests {
         assert!(wanted(None).is(&call(55)));
         assert!(!wanted(None).is(&call(3_600)));
         assert!(!wanted(None).is(&CallReport::default()), "a time without a zone proves nothing");
+        let others = ["u".to_owned()];
+        assert!(!Wanted { others: &others, ..wanted(None) }.is(&call(55)), "another attempt's is not this one's");
         assert!(wanted(Some("u")).is(&call(3_600)));
         assert!(!wanted(Some("v")).is(&call(55)));
     }

@@ -114,6 +114,9 @@ pub struct CallReport {
     /// Whether the carrier's own count of seconds never comes with its callbacks: then the talk, from answer to end, is what counts.
     #[serde(default, skip_serializing_if = "is_false")]
     pub bill_talk: bool,
+    /// Whether the seconds are those of the bill, which take the place of seconds that were counted before.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub settles: bool,
     /// A fault that the carrier reports, for a person to see.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice: Option<String>,

@@ -271,10 +271,22 @@ const PLANS_TO_CHANGE: &str =
     insert into public.subscription_plans (slug, name) values ('isolation-other', 'Other') on conflict do nothing;
     insert into public.plan_prices (plan_id, version, base_minor)
     select id, 1, 1 from public.subscription_plans where slug = 'isolation-other' on conflict do nothing;
+    insert into private.coupons (code, name, percent_bp, valid_from, created_at)
+    values ('ISOLATION', 'Coupon', 1000, '2020-01-01', '2020-01-01') on conflict do nothing;
     set local session_replication_role = replica;
     update public.subscriptions set next_invoice_at = current_period_end, billing_hold = null, cancel_at_period_end = false
     where organization_id = '{org}' and status = 'active';
     update public.invoices set past_due_at = null where organization_id = '{org}';
+    set local session_replication_role = origin";
+const OWED: &str = "insert into private.payment_accounts (gateway, credentials_sealed, api_base, return_url)
+    values ('stripe', 'v1.1.x', 'https://api.stripe.com', 'https://example.com') on conflict do nothing;
+    set local session_replication_role = replica;
+    update public.invoices set status = 'open', subtotal_minor = 100, total_minor = 100, amount_paid_minor = 0, credited_minor = 0, currency = 'INR'
+    where organization_id = '{org}' and id = '{invoices}';
+    update public.payment_methods set is_default = false where organization_id = '{org}';
+    update public.payment_methods set is_default = true, removed_at = null, gateway = 'stripe', type = 'stripe', gateway_customer_id = 'cus_x',
+      expiry_month = null, expiry_year = null
+    where organization_id = '{org}' and id = '{payment_methods}';
     set local session_replication_role = origin";
 const A_COUNTED_LINE: &str = "set local session_replication_role = replica;
     delete from public.invoice_lines where organization_id = '{org}' and invoice_id = '{invoices}';
@@ -351,6 +363,7 @@ pub const FUNCTIONS: &[Use] = &[
     after(A_QUIET_LINE, call("place_call", RUN, "'{campaigns}', '{leads}'")),
     after(A_FAILED_CALL, call("retry_call", RUN, "'{call_logs}'")),
     after(UNDER_WAY, call("hang_up_call", With(&["call.control"]), "'{call_logs}'")),
+    after(UNDER_WAY, call("check_transfer", With(&["call.control"]), "'{call_logs}', '+919812345678'")),
     after(A_RECORDING, call("open_recording", With(&["call.listen"]), "'{call_logs}'")),
     call("erase_person",          With(&["lead.delete"]), "'+919999999999'"),
     call("get_invoice",           BILLING, "'{invoices}'"),
@@ -360,11 +373,16 @@ pub const FUNCTIONS: &[Use] = &[
     after(PLANS_TO_CHANGE, call("preview_subscription_change", BILLING, "'isolation-other', null, 'period_end'")),
     after(PLANS_TO_CHANGE, call("cancel_subscription", MANAGE_BILLING, "")),
     after(PLANS_TO_CHANGE, call("pause_subscription",  MANAGE_BILLING, "")),
+    after(PLANS_TO_CHANGE, call("redeem_coupon", MANAGE_BILLING, "'ISOLATION'")),
     after(PLANS_TO_CHANGE, call("resume_subscription", MANAGE_BILLING, "")),
     call("export_invoices",       BILLING, "'2026-01-01', '2026-12-31'"),
     call("export_invoice_lines",  BILLING, "'2026-01-01', '2026-12-31'"),
     call("export_payments",       BILLING, "'2026-01-01', '2026-12-31'"),
     call("export_gstr1",          BILLING, "'2026-01-01', '2026-12-31'"),
+    after(OWED, call("request_payment_link", MANAGE_BILLING, "'{invoices}'")),
+    after(OWED, call("collect_invoice", MANAGE_BILLING, "'{invoices}'")),
+    after(OWED, call("request_mandate", MANAGE_BILLING, "")),
+    after(OWED, call("forget_payment_method", MANAGE_BILLING, "'{payment_methods}'")),
     after(A_COUNTED_LINE, call("export_line_calls", BILLING, "'{invoices}', 1")),
 ];
 

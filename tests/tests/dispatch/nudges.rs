@@ -59,3 +59,30 @@ async fn the_database_s_own_nudge_is_one_that_is_taken() -> Result<()> {
     assert_eq!((answer.status, answer.json()), (200, json!({ "sent": 2, "unsent": 0 })), "{headers}");
     Ok(())
 }
+
+#[tokio::test]
+async fn a_nudge_takes_what_the_pace_has_now_and_the_schedule_waits_for_the_rest() -> Result<()> {
+    let (stack, campaign) = running(5).await?;
+    stack.sql.batch_execute("update public.carrier_accounts set max_calls_per_second = 2").await?;
+    let (key, now, body) = (stack.keys.nudge_key(), chrono::Utc::now().timestamp(), r#"{"type": "nudge"}"#);
+    let nudged = nudge(key, now, body)?.send(&campaign.dispatch).await?;
+    assert_eq!(
+        (nudged.status, nudged.json()),
+        (200, json!({ "sent": 2, "unsent": 0 })),
+        "a second's worth, and it waits for none"
+    );
+    // No second passes for the account, however slow the machine is.
+    stack
+        .sql
+        .batch_execute("update private.carrier_pace set tokens = 0, refilled_at = now() + interval '1 hour'")
+        .await?;
+    let again = nudge(key, now, body)?.send(&campaign.dispatch).await?;
+    assert_eq!(again.json(), json!({ "sent": 0, "unsent": 0 }));
+    stack.sql.batch_execute("update private.carrier_pace set refilled_at = now()").await?;
+    assert_eq!(
+        release(&campaign.dispatch).await?,
+        json!({ "sent": 3, "unsent": 0 }),
+        "the schedule goes on until all are on their way"
+    );
+    Ok(())
+}

@@ -62,6 +62,15 @@ async fn an_agent_s_socket_is_opened_by_its_token_once_and_forgotten() -> Result
     tell(&stream, "open", "b").await?.assert_error(409, "already_connected");
     assert_eq!(tell(&good(now - 1), "ping", "a").await?.json(), json!({ "gone": false }), "it may outlive its token");
     assert_eq!(tell(&stream, "ping", "b").await?.json(), json!({ "gone": true }));
+    let transfer = async |stream: &str, to: &str| {
+        let path = format!("/functions/v1/webhook-intake/streams/{}/{stream}/transfer", token.attempt_id);
+        HttpEvent::post(&path).json(&json!({ "to": to }))?.send(&intake).await
+    };
+    let verdict = transfer(&stream, "+918044445555").await?.json();
+    assert_eq!(verdict, json!({ "allowed": true, "reason": null }));
+    let verdict = transfer(&stream, "+19005550100").await?.json();
+    assert_eq!(verdict, json!({ "allowed": false, "reason": "destination_blocked" }));
+    transfer(&format!("{stream}x"), "+918044445555").await?.assert_error_at(403, "bad_token", "token");
     stack.sql.batch_execute("update public.websocket_sessions set last_ping_at = now() - interval '2 minutes'").await?;
     events::job(&campaign.dispatch, "reconcile").await?;
     assert_eq!(tell(&stream, "ping", "a").await?.json(), json!({ "gone": true }), "silent for too long");

@@ -55,6 +55,7 @@ impl Scene {
 type Expected = (&'static str, &'static str, &'static str, &'static str);
 
 const LOG: &str = "from public.call_logs where id = $ATTEMPT";
+const COST: &str = "(select cost.amount_micros || ' ' || cost.currency from private.call_costs as cost where cost.call_log_id = call_logs.id and cost.kind = 'agent')";
 const LAST_ACTIVITY: &str = "from public.lead_activities as a join public.call_logs as l on l.lead_id = a.lead_id where l.id = $ATTEMPT and a.type <> 'call'";
 
 #[rustfmt::skip]
@@ -65,13 +66,13 @@ const EXPECTED: &[Expected] = &[
     ("retell", "transfer_bridged", "select transferred || ' ' || transfer_department || ' ' || (select transferred_calls from public.campaigns) LOG", "true +918044445555 1"),
     ("retell", "transfer_cancelled", "select content ->> 'tool' ACTIVITY", "transfer_cancelled"),
     ("retell", "transfer_ended", "select content ->> 'tool' ACTIVITY", "transfer_ended"),
-    ("retell", "call_ended", "select disconnect_reason || ' ' || disconnect_notes || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') LOG", "customer_ended user_hangup https://dxc03zgurdly9.cloudfront.net/retell6/recording.wav 37"),
+    ("retell", "call_ended", "select disconnect_reason || ' ' || disconnect_notes || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') || ' ' || COST LOG", "customer_ended user_hangup https://dxc03zgurdly9.cloudfront.net/retell6/recording.wav 37 75000 USD"),
     ("retell", "call_analyzed", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (ai_analysis #>> '{custom_analysis_data,budget}') LOG", "Ravi asked about the flats and booked a visit to Tower B. 1.00 high 85 lakh"),
     ("retell", "function", "select do_not_call || ' ' || status || ' ' || opt_out_reason || ' ' || (select source from public.suppressions where phone_number = leads.phone) from public.leads where id = (select lead_id LOG)", "true do_not_call moved abroad call"),
-    ("elevenlabs", "post_call_transcription", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended"),
+    ("elevenlabs", "post_call_transcription", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason || ' ' || COST LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended 296000000 XEL"),
     ("elevenlabs", "post_call_audio", "select (select copy.state || ' ' || copy.bytes || ' ' || copy.content_type || ' ' || (copy.path = recording_url) from private.recordings as copy where copy.attempt_id = call_logs.id) LOG", "copied 45 audio/mpeg true"),
     ("elevenlabs", "unredacted_audio", "select (select copy.state || ' ' || copy.bytes || ' ' || copy.content_type || ' ' || (copy.path = recording_url) from private.recordings as copy where copy.attempt_id = call_logs.id) LOG", "copied 45 audio/mpeg true"),
-    ("elevenlabs", "unredacted_transcript", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended"),
+    ("elevenlabs", "unredacted_transcript", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (metadata #>> '{agent,language}') || ' ' || disconnect_reason || ' ' || COST LOG", "They want to be called on Thursday evening. 0.40 medium hi agent_ended 296000000 XEL"),
     ("elevenlabs", "call_initiation_failure", "select disconnect_reason || ' ' || disconnect_notes LOG", "busy busy"),
     ("elevenlabs", "answering_machine_detection", "select (content ->> 'tool') || ' ' || (content #>> '{arguments,result}') ACTIVITY", "answering_machine_detection machine"),
     ("vapi", "status-update", "select agent_call_id || ' ' || (metadata #>> '{agent,started_at}') LOG", "vapi15 2026-11-24T04:31:40+00:00"),
@@ -86,12 +87,12 @@ const EXPECTED: &[Expected] = &[
     ("vapi", "language-change-detected", "select metadata #>> '{agent,language}' LOG", "hi"),
     ("vapi", "phone-call-control", "select content #>> '{arguments,request}' ACTIVITY", "hang-up"),
     ("vapi", "assistant-request", "select content ->> 'tool' ACTIVITY", "assistant-request"),
-    ("vapi", "end-of-call-report", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || disconnect_reason || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') LOG", "Ravi was put through to sales. 0.80 hot transferred https://storage.vapi.ai/vapi27-mono.wav 51"),
+    ("vapi", "end-of-call-report", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || disconnect_reason || ' ' || recording_url || ' ' || (metadata #>> '{agent,duration_seconds}') || ' ' || COST LOG", "Ravi was put through to sales. 0.80 hot transferred https://storage.vapi.ai/vapi27-mono.wav 51 120000 USD"),
     ("agent", "started", "select metadata #>> '{agent,language}' LOG", "en"),
     ("agent", "status", "select metadata #>> '{agent,message_count}' LOG", "1"),
     ("agent", "tool", "select type || ' ' || (content #>> '{arguments,property}') ACTIVITY", "site_visit Tower A"),
     ("agent", "ended", "select disconnect_reason || ' ' || disconnect_notes || ' ' || conversation_transcript LOG", "silence idle Agent: Hello?\nCustomer: Yes."),
-    ("agent", "analyzed", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (ai_analysis #>> '{topics,0}') LOG", "Short and friendly. 0.25 warm price"),
+    ("agent", "analyzed", "select summary || ' ' || sentiment_score || ' ' || interest_level || ' ' || (ai_analysis #>> '{topics,0}') || ' ' || COST LOG", "Short and friendly. 0.25 warm price 50000 EUR"),
 ];
 
 #[tokio::test]
@@ -121,7 +122,7 @@ async fn every_recorded_delivery_changes_its_row_by_value() -> Result<()> {
             },
             "{provider} {name}: {told}"
         );
-        let sql = asked.replace("LOG", LOG).replace("ACTIVITY", LAST_ACTIVITY);
+        let sql = asked.replace("COST", COST).replace("LOG", LOG).replace("ACTIVITY", LAST_ACTIVITY);
         assert_eq!(scene.asked(index, &sql).await?, *answer, "{provider} {name}");
     }
     for provider in ["retell", "elevenlabs", "vapi", "agent"] {
@@ -147,6 +148,15 @@ async fn vapi_reads_its_answers() -> Result<()> {
     let destination = json!({ "destination": { "type": "number", "number": "+918044445555" } });
     assert_eq!(scene.tell("vapi", "transfer-destination-request", 0).await?, destination);
     assert_eq!(scene.tell("vapi", "speech-update", 0).await?["result"], "ignored");
+
+    // A number that may not be called is nobody's to be handed to either.
+    let premium = r#"{"transfer_destination": {"type": "number", "number": "+19005550100"}}"#;
+    let configure =
+        format!("update public.webhook_sources set settings = settings || '{premium}' where provider = 'vapi'");
+    scene.stack.sql.batch_execute(&configure).await?;
+    let body = recorded("vapi", "transfer-destination-request", scene.attempt(0)?, "vapi0")?;
+    let answer = scene.source("vapi").deliver(&body).send(&scene.stack.intake()?).await?;
+    assert_eq!(answer.json(), json!({ "error": "the destination is refused: destination_blocked" }));
     Ok(())
 }
 

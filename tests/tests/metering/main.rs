@@ -1,6 +1,7 @@
 //! Metering that is exact: however a stream of events is cut, repeated, mixed up or late, it is counted and billed the same.
 
 mod browser;
+mod held;
 mod races;
 
 use anyhow::{Context, Result};
@@ -24,13 +25,14 @@ const PLAN: &str = "
     values ('test_messages', 'Test messages', 'message', 'sum', 'none', 1), ('test_talk', 'Talk', 'second', 'sum', 'event', 60),
       ('test_month', 'Talk of a month', 'second', 'sum', 'period', 60), ('test_visits', 'Visits', 'visit', 'count', 'none', 1),
       ('test_lines', 'Lines', 'line', 'max', 'none', 1), ('test_visitors', 'Visitors', 'visitor', 'unique', 'none', 1),
-      ('test_seats', 'Seats', 'seat', 'latest', 'none', 1);
+      ('test_seats', 'Seats', 'seat', 'latest', 'none', 1), ('test_room', 'Room', 'unit', 'sum', 'none', 1);
     insert into public.subscription_plans (id, slug, name) values ('00000000-0000-4000-a000-000000000001', 'test-exact', 'Exact');
     insert into public.plan_prices (id, plan_id, version, base_minor)
     values ('00000000-0000-4000-b000-000000000001', '00000000-0000-4000-a000-000000000001', 1, 1000);
     insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor, overage_unit, limit_units, hard)
     values ('00000000-0000-4000-b000-000000000001', 'test_messages', 100, 7, 3, null, false),
-      ('00000000-0000-4000-b000-000000000001', 'ai_calls', 3600, null, 1, 3600, true);
+      ('00000000-0000-4000-b000-000000000001', 'ai_calls', 3600, null, 1, 3600, true),
+      ('00000000-0000-4000-b000-000000000001', 'test_room', 3600, null, 1, 3600, true);
     insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor)
     select '00000000-0000-4000-b000-000000000001', key, 0, 1 from public.meters
     where key in ('test_talk', 'test_month', 'test_visits', 'test_lines', 'test_visitors', 'test_seats');";

@@ -17,6 +17,7 @@ use tokio::{
 };
 use tokio_postgres::Client;
 
+/// Scenario 46.
 #[tokio::test]
 async fn of_sixteen_thousand_who_reserve_at_once_exactly_as_many_are_granted_as_there_is_room_for() -> Result<()> {
     const CLIENTS: i64 = 8;
@@ -38,6 +39,89 @@ async fn of_sixteen_thousand_who_reserve_at_once_exactly_as_many_are_granted_as_
     .await?;
     assert_eq!((CLIENTS * EACH, granted.iter().sum::<i64>()), (16_000, 3_600));
     assert_eq!(first_column(&sql, "select reserved from public.usage_logs").await?, ["3600"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_held_is_returned_once_whoever_settles_gives_back_or_sweeps_first() -> Result<()> {
+    const CLIENTS: u64 = 6;
+    const EACH: u64 = 80;
+    const UNITS: u64 = 10;
+    const OVER: &str = "2026-01-10T10:05+05:30";
+    let database = Database::migrated(supervisor_binary!()).await?;
+    let sql = database.connect(Role::Owner).await?;
+    subscribe(&sql, 1).await?;
+    let about = |id: &str, more: Value| {
+        let mut asked =
+            json!({ "v": 1, "organization_id": organization(0), "source": "crm", "id": id, "type": "test_room" });
+        if let (Some(asked), Value::Object(more)) = (asked.as_object_mut(), more) {
+            asked.extend(more);
+        }
+        asked
+    };
+    let hold = async |session: &Client, id: &str, units: u64, at: &str| {
+        let asked = about(id, json!({ "quantity": units, "seconds": 60 }));
+        session.query_one("select private.hold_usage($1, $2::text::timestamptz)", &[&asked, &at]).await.is_ok()
+    };
+
+    // Of 4,800 units that are asked for at once, as many are held as there are.
+    let held: Vec<Vec<String>> = try_join_all((0..CLIENTS).map(async |client| -> Result<Vec<String>> {
+        let session = database.connect(Role::Owner).await?;
+        let mut held = Vec::new();
+        for nth in 0..EACH {
+            let id = format!("{client}-{nth}");
+            if hold(&session, &id, UNITS, "2026-01-10T10:00+05:30").await {
+                held.push(id);
+            }
+        }
+        Ok(held)
+    }))
+    .await?;
+    let held = held.concat();
+    assert_eq!(held.len() as u64 * UNITS, 3_600);
+    assert_eq!(first_column(&sql, "select reserved from public.usage_logs").await?, ["3600"]);
+    assert!(!hold(&sql, "one more", 1, "2026-01-10T10:00:59+05:30").await, "nothing is left");
+
+    // Their time is over, and everybody comes for them.
+    let mixed = |seed: u64| {
+        let mut ids: Vec<(u64, String)> = (0..).map(|nth| chance(seed, nth)).zip(held.iter().cloned()).collect();
+        ids.sort();
+        ids.into_iter().map(|(_, id)| id).collect::<Vec<_>>()
+    };
+    let settling = async |seed: u64| -> Result<()> {
+        let session = database.connect(Role::Owner).await?;
+        for ids in mixed(seed).chunks(20) {
+            let events: Vec<Value> =
+                ids.iter().map(|id| json!({ "id": id, "source": "crm", "type": "test_room", "quantity": 4 })).collect();
+            record(&session, 0, &events, OVER).await?;
+        }
+        Ok(())
+    };
+    let giving_back = async |seed: u64| -> Result<()> {
+        let session = database.connect(Role::Owner).await?;
+        for id in mixed(seed) {
+            let asked = about(&id, json!({}));
+            session.query_one("select private.release_usage_hold($1, $2::text::timestamptz)", &[&asked, &OVER]).await?;
+        }
+        Ok(())
+    };
+    let sweeping = async || -> Result<()> {
+        let session = database.connect(Role::Owner).await?;
+        for _ in 0..60 {
+            session
+                .query_one("select private.expire_usage_holds('{\"limit\": 5}', $1::text::timestamptz)", &[&OVER])
+                .await?;
+        }
+        Ok(())
+    };
+    let (settled, again, given_back, swept) = tokio::join!(settling(1), settling(2), giving_back(3), sweeping());
+    settled.and(again).and(given_back).and(swept)?;
+
+    let left = "select usage_count || ' used, ' || reserved || ' held' from public.usage_logs";
+    assert_eq!(first_column(&sql, left).await?, ["1440 used, 0 held"]);
+    assert!(first_column(&sql, "select problem from private.check_usage_holds()").await?.is_empty());
+    assert!(first_column(&sql, "select problem from private.check_usage()").await?.is_empty());
+    assert!(hold(&sql, "the rest", 2_160, OVER).await && !hold(&sql, "one more", 1, OVER).await);
     Ok(())
 }
 

@@ -114,6 +114,31 @@ pub fn dollars() -> Record {
     }))
 }
 
+/// What leaves the country, to a business, with a discount and a credit.
+pub fn abroad() -> Record {
+    let mut value = invoice();
+    let mut first = base(699_900);
+    first["discount_minor"] = json!(139_980);
+    value["lines"] = json!([
+        first,
+        {"position": 2, "kind": "credit", "meter_key": null, "description": "Unused time on Starter", "quantity": 1, "unit": "month",
+         "unit_price_minor": -249_900, "price_units": 1, "amount_minor": -124_950, "first_day": "2026-01-16", "last_day": "2026-01-31",
+         "discount_minor": -24_990}
+    ]);
+    value["subtotal_minor"] = json!(574_950);
+    value["discount_minor"] = json!(114_990);
+    value["discounts"] = json!([
+        {"name": "Welcome", "percent_bp": 2_000, "amount_minor": 139_980},
+        {"name": "Discounts given back with what they were on", "amount_minor": -24_990}
+    ]);
+    value["taxes"] = json!([{"position": 1, "name": "IGST", "rate_bp": 0, "taxable_minor": 459_960, "amount_minor": 0,
+        "treatment": "zero_rated", "note": "Export of services under a letter of undertaking, without payment of integrated tax."}]);
+    value["total_minor"] = json!(459_960);
+    value["customer"] = json!({"name": "Beispiel GmbH", "tax_id": "DE123456789", "address_line_1": "Hauptstr. 1", "city": "Berlin",
+        "pincode": "10115", "country_code": "DE", "place_of_supply": "96-Other Countries"});
+    record(value)
+}
+
 /// A credit note against [`gst`].
 pub fn credit_note() -> Record {
     let mut value = invoice();
@@ -160,12 +185,13 @@ pub fn registered() -> Record {
 }
 
 /// All of them by name.
-pub fn all() -> [(&'static str, Record); 6] {
+pub fn all() -> [(&'static str, Record); 7] {
     [
         ("one-line", one_line()),
         ("sixty-lines", sixty_lines()),
         ("gst", gst()),
         ("dollars", dollars()),
+        ("abroad", abroad()),
         ("credit-note", credit_note()),
         ("registered", registered()),
     ]

@@ -9,8 +9,9 @@ use std::fmt::Write;
 
 const STYLE: &str = include_str!("html.css");
 
-/// The page, with the portal's code where there is one. Every text of the document is escaped.
-pub fn html(paper: &Paper, code: Option<&Code>) -> String {
+/// The page, with the portal's code where there is one, and where it is paid online (which is no part of the document, whose id is made of
+/// all that is in [`Paper`]). Every text of the document is escaped.
+pub fn html(paper: &Paper, code: Option<&Code>, pay_at: Option<&str>) -> String {
     let (title, number) = (paper.title, escape(&paper.number));
     let [red, green, blue] = paper.color;
     let size = if paper.is_letter { "letter" } else { "A4" };
@@ -26,6 +27,9 @@ pub fn html(paper: &Paper, code: Option<&Code>) -> String {
         logo(paper),
         status(paper),
     );
+    if let Some(url) = pay_at.filter(|url| url.starts_with("http")) {
+        let _ = writeln!(page, "<p class=\"pay\"><a href=\"{}\" rel=\"noreferrer\">Pay online</a></p>", escape(url));
+    }
     page.push_str("<dl class=\"facts\">\n");
     for (label, value) in &paper.facts {
         let _ = writeln!(page, "<div><dt>{label}</dt><dd>{}</dd></div>", escape(value));
@@ -126,11 +130,11 @@ mod tests {
     use crate::document::{
         examples,
         paper::Moment,
-        record::{Record, Status},
+        record::{PaymentLink, Record, Status},
     };
 
     fn page(record: &Record) -> String {
-        html(&Paper::of(record, Moment::Now), Code::of(record.signed_qr.as_deref()).as_ref())
+        html(&Paper::of(record, Moment::Now), Code::of(record.signed_qr.as_deref()).as_ref(), record.pay_at())
     }
 
     #[test]
@@ -192,11 +196,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_owed_can_be_paid_from_the_page_and_not_from_the_paper() {
+        let mut record = examples::gst();
+        assert!(!page(&record).contains("Pay online"));
+        for (url, is_shown) in [("https://rzp.io/i/x?a=1&b=\"", true), ("javascript:alert(1)", false)] {
+            record.payment_link = Some(PaymentLink { url: url.to_owned() });
+            let page = page(&record);
+            assert_eq!(page.contains("<a href=\"https://rzp.io/i/x?a=1&amp;b=&quot;\""), is_shown, "{page}");
+            assert!(!page.contains("javascript"));
+        }
+    }
+
+    #[test]
     fn a_void_invoice_says_so_in_every_form() {
         let mut record = examples::gst();
         record.status = Some(Status::Void);
         for moment in [Moment::Now, Moment::Issued] {
-            assert!(html(&Paper::of(&record, moment), None).contains("Void: nothing is owed"));
+            assert!(html(&Paper::of(&record, moment), None, None).contains("Void: nothing is owed"));
         }
     }
 }

@@ -2,10 +2,13 @@
 
 use super::{
     money,
-    record::{Kind, Line, Party, Record, Status},
+    record::{Kind, Line, Party, Record, Status, Treatment},
     words,
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
+
+/// The unit of calls that were rated one by one.
+const RATED: &str = "sixtieth of a millionth";
 
 /// How a document is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +156,10 @@ fn facts(record: &Record, is_indian: bool) -> Vec<(&'static str, String)> {
     }
     if is_indian {
         tell("Place of supply", place_of_supply(&record.customer));
+    }
+    if record.taxes.iter().any(|tax| tax.treatment == Treatment::ReverseCharge) {
+        tell("Reverse charge", Some("Yes".to_owned()));
+    } else if is_indian {
         tell("Reverse charge", (!record.taxes.is_empty()).then(|| "No".to_owned()));
     }
     tell("IRN", record.irn.clone());
@@ -203,6 +210,7 @@ fn address(role: &'static str, party: &Party) -> Address {
             ", ",
         )),
         party.gstin.as_ref().map(|gstin| format!("GSTIN {gstin}")),
+        party.tax_id.as_ref().map(|number| format!("Tax number {number}")),
         party.pan.as_ref().map(|pan| format!("PAN {pan}")),
         party.email.clone(),
         party.phone.clone(),
@@ -223,7 +231,13 @@ fn columns(record: &Record, has_sac: bool) -> Vec<Column> {
         columns.extend([figure("Quantity"), figure("Price")]);
     }
     columns.push(figure("Amount"));
+    columns.extend(has_discounts(record).then(|| figure("Discount")));
     columns
+}
+
+/// Whether any line has a discount: without one there is no column for it.
+fn has_discounts(record: &Record) -> bool {
+    record.lines.iter().any(|line| line.discount_minor != 0)
 }
 
 fn row(record: &Record, line: &Line, sac: Option<&str>) -> Vec<String> {
@@ -239,6 +253,11 @@ fn row(record: &Record, line: &Line, sac: Option<&str>) -> Vec<String> {
         cells.push(line.invoice_position.map(|position| position.to_string()).unwrap_or_default());
     } else {
         let unit = line.unit.as_deref().unwrap_or_default();
+        if unit == RATED {
+            // Calls of many prices: what each one came to is told by the sheet of the line.
+            cells.extend([String::new(), "by destination".to_owned(), money::amount(line.amount_minor, currency)]);
+            return cells;
+        }
         cells.push(line.quantity.map(|count| money::quantity(count, unit, currency)).unwrap_or_default());
         let price = line.unit_price_minor.map(|price| money::amount(price, currency)).unwrap_or_default();
         cells.push(match (line.kind.as_deref(), line.price_units.unwrap_or(1)) {
@@ -248,6 +267,10 @@ fn row(record: &Record, line: &Line, sac: Option<&str>) -> Vec<String> {
         });
     }
     cells.push(money::amount(line.amount_minor, currency));
+    cells.extend(has_discounts(record).then(|| match line.discount_minor {
+        0 => String::new(),
+        discount => money::amount(-discount, currency),
+    }));
     cells
 }
 
@@ -255,9 +278,18 @@ fn totals(record: &Record, moment: Moment) -> Vec<Total> {
     let currency = &record.currency;
     let total = |label: String, minor, is_sum| Total { label, amount: money::amount(minor, currency), is_sum };
     let mut totals = vec![total("Subtotal".to_owned(), record.subtotal_minor, false)];
+    totals.extend(record.discounts.iter().map(|discount| {
+        let rate = discount.percent_bp.map(|rate| format!(" ({})", money::rate(rate))).unwrap_or_default();
+        total(format!("{}{rate}", discount.name), -discount.amount_minor, false)
+    }));
     totals.extend(record.taxes.iter().map(|tax| {
-        let label =
-            format!("{} {} on {}", tax.name, money::rate(tax.rate_bp), money::amount(tax.taxable_minor, currency));
+        let taxable = money::amount(tax.taxable_minor, currency);
+        let label = match tax.treatment {
+            Treatment::Standard => format!("{} {} on {taxable}", tax.name, money::rate(tax.rate_bp)),
+            Treatment::ZeroRated => format!("{}, zero-rated, on {taxable}", tax.name),
+            Treatment::ReverseCharge => format!("{}, reverse charge, on {taxable}", tax.name),
+            Treatment::Exempt => format!("{}, exempt, on {taxable}", tax.name),
+        };
         total(label, tax.amount_minor, false)
     }));
     let sum = if record.document == Kind::CreditNote { "Total credited" } else { "Total" };
@@ -276,7 +308,8 @@ fn totals(record: &Record, moment: Moment) -> Vec<Total> {
 }
 
 fn notes(record: &Record) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = record.taxes.iter().filter_map(|tax| tax.note.clone()).collect();
+    notes.dedup();
     // How to pay is of no use on what is paid back.
     notes.extend(record.issuer.note.clone().filter(|_| record.document != Kind::CreditNote));
     let kind = match record.document {

@@ -42,7 +42,11 @@ pub struct Record {
     /// Last day that is billed.
     pub last_day: Option<NaiveDate>,
     pub timezone: String,
+    /// Of the lines, before discounts.
     pub subtotal_minor: i64,
+    /// What is taken off them before tax.
+    #[serde(default)]
+    pub discounts: Vec<Discount>,
     pub total_minor: i64,
     #[serde(default)]
     pub amount_paid_minor: i64,
@@ -67,6 +71,21 @@ pub struct Record {
     pub taxes: Vec<Tax>,
     /// The issuer's logo, a PNG in base64.
     pub logo: Option<String>,
+    /// Where it is paid online now.
+    pub payment_link: Option<PaymentLink>,
+}
+
+impl Record {
+    /// Where it is paid online, for a page that shows how it stands now; never for the document itself.
+    pub fn pay_at(&self) -> Option<&str> {
+        self.payment_link.as_ref().map(|link| link.url.as_str())
+    }
+}
+
+/// A page of a payment gateway's.
+#[derive(Debug, Clone, Deserialize)]
+pub struct PaymentLink {
+    pub url: String,
 }
 
 /// One side of a document.
@@ -77,6 +96,8 @@ pub struct Party {
     #[serde(alias = "legal_name")]
     pub name: String,
     pub gstin: Option<String>,
+    /// The number of a business abroad.
+    pub tax_id: Option<String>,
     pub pan: Option<String>,
     pub address_line_1: Option<String>,
     pub address_line_2: Option<String>,
@@ -112,6 +133,9 @@ pub struct Line {
     pub unit_price_minor: Option<i64>,
     pub price_units: Option<i64>,
     pub amount_minor: i64,
+    /// What of the amount is taken off, before tax.
+    #[serde(default)]
+    pub discount_minor: i64,
     /// The first day that it is for, where that is not the invoice's.
     pub first_day: Option<NaiveDate>,
     pub last_day: Option<NaiveDate>,
@@ -126,5 +150,30 @@ pub struct Tax {
     /// Hundredths of a percent.
     pub rate_bp: i64,
     pub taxable_minor: i64,
+    pub amount_minor: i64,
+    #[serde(default)]
+    pub treatment: Treatment,
+    /// What the law wants said where nothing is charged.
+    pub note: Option<String>,
+}
+
+/// Whether a tax is charged, and if not, why.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Treatment {
+    #[default]
+    Standard,
+    ZeroRated,
+    /// The customer owes it.
+    ReverseCharge,
+    Exempt,
+}
+
+/// What is taken off an invoice.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Discount {
+    pub name: String,
+    /// Hundredths of a percent; none of a fixed amount.
+    pub percent_bp: Option<i64>,
     pub amount_minor: i64,
 }

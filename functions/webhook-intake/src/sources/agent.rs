@@ -50,6 +50,11 @@ impl Source for Agent {
             message.at = message.at.as_deref().and_then(rfc3339);
         }
         report.duration_seconds = report.duration_seconds.filter(|seconds| (0..=1_000_000).contains(seconds));
+        let is_currency = |code: &String| code.len() == 3 && code.bytes().all(|letter| letter.is_ascii_uppercase());
+        report.cost_currency = report.cost_currency.filter(is_currency);
+        report.cost_micros = report
+            .cost_micros
+            .filter(|micros| report.cost_currency.is_some() && (0..=1_000_000_000_000_000).contains(micros));
         report.first_audio_ms = report.first_audio_ms.filter(|milliseconds| (0..=3_600_000).contains(milliseconds));
         report.sentiment = report.sentiment.filter(|score| (-1.0..=1.0).contains(score));
         report.tools = report.tools.into_iter().map(|tool| understood(tool, &source.settings)).collect();

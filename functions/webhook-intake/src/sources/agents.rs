@@ -73,6 +73,10 @@ pub struct AgentReport {
     pub tools: Vec<Tool>,
     /// The language that was spoken.
     pub language: Option<String>,
+    /// What the agent's provider asks for the conversation, in millionths of `cost_currency`.
+    pub cost_micros: Option<i64>,
+    /// ISO 4217; `XEL` are ElevenLabs' credits.
+    pub cost_currency: Option<String>,
     /// The agent's recording, which is in Storage already. Never a word of the sender's.
     #[serde(skip_deserializing, skip_serializing_if = "Option::is_none")]
     pub recording: Option<Stored>,
@@ -341,6 +345,14 @@ pub fn whole_seconds(value: &Value, per_second: f64) -> Option<i64> {
     (0.0..=1_000_000.0).contains(&seconds).then(|| seconds.round() as i64)
 }
 
+/// A price as millionths, and its currency; `parts` of the price make a unit of the currency. No cost where it is none, or absurd.
+pub fn cost(price: Option<&Value>, parts: f64, currency: &str) -> (Option<i64>, Option<String>) {
+    let micros = price.and_then(Value::as_f64).map(|price| price / parts * 1e6);
+    #[expect(clippy::cast_possible_truncation, reason = "the range is checked")]
+    let micros = micros.filter(|micros| (0.0..=1e15).contains(micros)).map(|micros| micros.round() as i64);
+    (micros, micros.map(|_| currency.to_owned()))
+}
+
 /// Text of a transcript from its messages.
 pub fn transcript_of(messages: &[Message]) -> Option<String> {
     let line = |message: &Message| {
@@ -426,6 +438,23 @@ mod tests {
         {
             assert_eq!(when(vague), None, "{vague}");
         }
+    }
+
+    #[test]
+    fn a_cost_is_whole_millionths_or_none() {
+        for (price, parts, micros) in [
+            (json!(0.12), 1.0, Some(120_000)),
+            (json!(7.5), 100.0, Some(75_000)),
+            (json!(296), 1.0, Some(296_000_000)),
+            (json!(0.1 + 0.2), 1.0, Some(300_000)),
+            (json!(0), 1.0, Some(0)),
+            (json!(-1), 1.0, None),
+            (json!(1e300), 1.0, None),
+            (json!("0.12"), 1.0, None),
+        ] {
+            assert_eq!(cost(Some(&price), parts, "USD"), (micros, micros.map(|_| "USD".to_owned())), "{price}");
+        }
+        assert_eq!(cost(None, 1.0, "USD"), (None, None));
     }
 
     #[test]

@@ -127,6 +127,8 @@ fn transcription(reader: &mut Reader<'_>, report: &mut AgentReport, settings: &V
     report.summary = reader.text(&["/data/analysis/transcript_summary"]);
     report.analysis = reader.get(&["/data/analysis"]).filter(|analysis| analysis.is_object()).cloned();
     report.language = reader.text(&["/data/metadata/main_language"]);
+    // Credits, whose price is that of the account's plan: an exchange rate like another.
+    (report.cost_micros, report.cost_currency) = agents::cost(reader.get(&["/data/metadata/cost"]), 1.0, "XEL");
     report.tools = tools(turns, settings);
     if let Some(results) = reader.get(&["/data/analysis/data_collection_results"]).and_then(Value::as_object) {
         let data =

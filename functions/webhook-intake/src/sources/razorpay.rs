@@ -57,6 +57,7 @@ struct Entities {
     refund: Option<Entity<Refund>>,
     dispute: Option<Entity<Dispute>>,
     token: Option<Entity<Token>>,
+    payment_link: Option<Entity<Link>>,
 }
 
 #[derive(Deserialize)]
@@ -73,6 +74,11 @@ struct Payment {
     error_code: Option<Exact>,
     error_description: Option<Exact>,
     error_reason: Option<Exact>,
+    notes: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Link {
     notes: Option<Value>,
 }
 
@@ -135,7 +141,7 @@ fn told(event: &Wire) -> Told {
     let payload = &event.payload;
     match event.event.text().unwrap_or_default() {
         "payment.authorized" => payment(payload, "authorized", at),
-        "payment.captured" | "order.paid" => payment(payload, "captured", at),
+        "payment.captured" | "order.paid" | "payment_link.paid" => payment(payload, "captured", at),
         "payment.failed" => payment(payload, "failed", at),
         // What happened is in the refund, not in the payment that stands beside it.
         "refund.created" | "refund.speed_changed" => refund(payload, None),
@@ -163,7 +169,9 @@ fn payment(payload: &Entities, status: &str, at: Option<&str>) -> Told {
     };
     let order = payload.order.as_ref().map(|entity| &entity.entity);
     let invoice = own_id(note(&payment.notes, "invoice_id"))
-        .or_else(|| own_id(order.and_then(|order| note(&order.notes, "invoice_id"))));
+        .or_else(|| own_id(order.and_then(|order| note(&order.notes, "invoice_id"))))
+        // The payment of a link has not the link's notes, and comes with the link's own event.
+        .or_else(|| own_id(payload.payment_link.as_ref().and_then(|link| note(&link.entity.notes, "invoice_id"))));
     let failure = (status == "failed").then(|| {
         json!({
             "code": text(&payment.error_reason).or(text(&payment.error_code)), "message": text(&payment.error_description),

@@ -134,6 +134,9 @@ fn call(reader: &mut Reader<'_>, settings: &Value) -> AgentReport {
         tools: tools(turns, settings),
         ..AgentReport::default()
     };
+    // In US cents.
+    (report.cost_micros, report.cost_currency) =
+        agents::cost(reader.get(&["/call/call_cost/combined_cost"]), 100.0, "USD");
     if let Some(sentiment) = reader.text(&["/call/call_analysis/user_sentiment"]) {
         match sentiment.as_str() {
             "Positive" => report.sentiment = Some(1.0),

@@ -77,8 +77,10 @@ mod tests {
             ("reconcile", "call-dispatch"),
             ("records", "call-dispatch"),
             ("reconcile_usage", "usage-metering"),
+            ("expire_holds", "usage-metering"),
             ("renew_credit", "usage-metering"),
             ("close_periods", "invoice-generation"),
+            ("collect", "invoice-generation"),
             ("deliver", "event-delivery"),
         ];
         assert_eq!(jobs, expected);

@@ -55,6 +55,11 @@ fn our_functions_have_their_routes_schedules_and_variables() {
             assert!(function.environment.contains_key(name), "{} lacks {name}", function.package);
         }
     }
+    // A document connects the agent, and at Telnyx the request for the call does.
+    for name in ["webhook-intake", "call-dispatch"] {
+        let agents = &template.function(name).unwrap().environment["AGENT_ORIGINS"];
+        assert_eq!(*agents, Value::Ref("AgentOrigins".to_owned()), "{name}");
+    }
     let dispatch = template.function("call-dispatch").unwrap();
     assert_eq!(dispatch.timeout, Duration::from_secs(30));
     assert_eq!(dispatch.environment["DIAL_QUEUE_URL"], Value::Ref("DialQueue".to_owned()));

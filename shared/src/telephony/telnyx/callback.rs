@@ -91,7 +91,8 @@ pub fn outcome(cause: &str) -> (Outcome, bool) {
     (outcome, true)
 }
 
-/// The price comes after the end, if at all. Its seconds are not taken: a call is counted once, by its talk.
+/// The price comes after the end, where the application is set to tell it. Its seconds are those of the bill: they take the place of
+/// the talk's, which are all that is known until then.
 fn cost(payload: &Value, report: &mut CallReport) {
     let amount = match payload.get("total_cost") {
         Some(Value::Number(number)) => micros(&number.to_string()),
@@ -101,6 +102,8 @@ fn cost(payload: &Value, report: &mut CallReport) {
     match text(payload, "/status") {
         Some("success") | None => {
             report.cost_micros = amount.filter(|cost| *cost >= 0);
+            report.bill_duration_seconds = json_count(payload, "/billed_duration_secs");
+            report.settles = report.bill_duration_seconds.is_some();
             let currency =
                 text(payload, "/cost_parts/0/currency").or_else(|| text(payload, "/currency")).unwrap_or("USD");
             let is_currency = currency.len() == 3 && currency.bytes().all(|byte| byte.is_ascii_alphabetic());
@@ -197,9 +200,11 @@ mod tests {
         let cost =
             event("call.cost", json!({ "status": "success", "total_cost": "0.0042", "billed_duration_secs": 60 }));
         assert_eq!(
-            (cost.cost_micros, cost.cost_currency.as_deref(), cost.bill_duration_seconds),
-            (Some(4_200), Some("USD"), None)
+            (cost.cost_micros, cost.cost_currency.as_deref(), cost.bill_duration_seconds, cost.settles),
+            (Some(4_200), Some("USD"), Some(60), true)
         );
+        let failed = event("call.cost", json!({ "status": "error", "billed_duration_secs": 60 }));
+        assert_eq!((failed.bill_duration_seconds, failed.settles), (None, false));
         let saved = event(
             "call.recording.saved",
             json!({ "recording_id": "r", "recording_urls": { "mp3": "https://r/1.mp3" },

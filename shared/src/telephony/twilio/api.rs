@@ -231,6 +231,7 @@ mod tests {
             from: "+14155550111",
             to: "+14155550100",
             since: Utc::now(),
+            others: &[],
         };
         let mut call = json!({
             "sid": "CA1", "status": "completed", "from": "+14155550111", "to": "+14155550100", "duration": "61",

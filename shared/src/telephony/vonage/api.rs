@@ -15,8 +15,10 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use http::Method;
 use serde_json::{Value, json};
 
-/// Calls of a list that are looked through: the most that a page has.
-const PAGE: &str = "100";
+/// Calls a page, at most.
+const PAGE: u32 = 100;
+/// Pages that are looked through for a call: at three new ones a second, those of a minute and a half.
+const PAGES: u32 = 3;
 
 fn authorization(account: &Account) -> Result<Authorization> {
     Ok(Authorization::Bearer(token(account.secret("application_id")?, account.secret("private_key")?)?))
@@ -80,20 +82,21 @@ impl Api for Vonage {
         })
     }
 
-    /// A list is of all that were made since, whoever was called.
+    /// A list is of all that were made since, whoever was called: the wanted one is among the first, however many came after it.
     fn look_up(&self, account: &Account, wanted: &Wanted<'_>) -> Result<Vec<ApiRequest>> {
-        let asked = match wanted.provider_call_id {
-            Some(call_id) => account.url(&["v1", "calls", call_id])?,
-            None => {
-                let mut list = account.url(&["v1", "calls"])?;
-                list.query_pairs_mut()
-                    .append_pair("date_start", &wanted.since.to_rfc3339_opts(SecondsFormat::Secs, true))
-                    .append_pair("order", "desc")
-                    .append_pair("page_size", PAGE);
-                list
-            }
+        if let Some(call_id) = wanted.provider_call_id {
+            return Ok(vec![ApiRequest::get(account.url(&["v1", "calls", call_id])?, authorization(account)?)]);
+        }
+        let page = |page: u32| {
+            let mut list = account.url(&["v1", "calls"])?;
+            list.query_pairs_mut()
+                .append_pair("date_start", &wanted.since.to_rfc3339_opts(SecondsFormat::Secs, true))
+                .append_pair("order", "asc")
+                .append_pair("page_size", &PAGE.to_string())
+                .append_pair("record_index", &(page * PAGE).to_string());
+            Ok(ApiRequest::get(list, authorization(account)?))
         };
-        Ok(vec![ApiRequest::get(asked, authorization(account)?)])
+        (0..PAGES).map(page).collect()
     }
 
     fn records(&self, account: &Account, span: &Span, next_page: Option<&str>) -> Result<Option<ApiRequest>> {
@@ -103,7 +106,7 @@ impl Api for Vonage {
             .append_pair("date_start", &time(span.since))
             .append_pair("date_end", &time(span.until))
             .append_pair("order", "asc")
-            .append_pair("page_size", PAGE)
+            .append_pair("page_size", &PAGE.to_string())
             .append_pair("record_index", next_page.unwrap_or("0"));
         Ok(Some(ApiRequest::get(list, authorization(account)?)))
     }
@@ -123,7 +126,8 @@ impl Api for Vonage {
                 .as_array()?
                 .iter()
                 .filter_map(report)
-                .find(|call| call.from == e164(wanted.from) && call.to == e164(wanted.to) && wanted.is(call))?,
+                // Of two the later: an earlier call to somebody is another attempt's.
+                .rfind(|call| call.from == e164(wanted.from) && call.to == e164(wanted.to) && wanted.is(call))?,
         };
         Some(if report.status == Some(CallStatus::Ended) { Lookup::Ended(report) } else { Lookup::Live(report) })
     }
@@ -191,8 +195,14 @@ mod tests {
     #[test]
     fn a_list_holds_other_calls_too() {
         let since: DateTime<Utc> = "2026-09-21T13:00:00Z".parse().unwrap();
-        let wanted =
-            Wanted { attempt_id: Uuid::nil(), provider_call_id: None, from: "+14155550111", to: "+14155550100", since };
+        let wanted = Wanted {
+            attempt_id: Uuid::nil(),
+            provider_call_id: None,
+            from: "+14155550111",
+            to: "+14155550100",
+            since,
+            others: &[],
+        };
         let call = |uuid: &str, to: &str, at: &str| {
             json!({
                 "uuid": uuid, "status": "completed", "to": { "type": "phone", "number": to },
@@ -207,5 +217,10 @@ mod tests {
         ] } });
         let Some(Lookup::Ended(report)) = Vonage.found(&wanted, &calls) else { panic!("not found") };
         assert_eq!((report.provider_call_id.as_deref(), report.cost_micros), (Some("c"), Some(10_000)));
+        let twice = json!({ "_embedded": { "calls": [
+            call("c", "14155550100", "2026-09-21T13:33:20.000Z"), call("d", "14155550100", "2026-09-21T13:33:50.000Z"),
+        ] } });
+        let Some(Lookup::Ended(later)) = Vonage.found(&wanted, &twice) else { panic!("not found") };
+        assert_eq!(later.provider_call_id.as_deref(), Some("d"));
     }
 }

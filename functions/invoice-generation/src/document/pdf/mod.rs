@@ -372,7 +372,11 @@ impl Layout<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::document::{examples, paper::Moment, record::Status};
+    use crate::document::{
+        examples,
+        paper::Moment,
+        record::{PaymentLink, Status},
+    };
 
     fn made(record: &crate::document::record::Record) -> Vec<u8> {
         pdf(&Paper::of(record, Moment::Issued), Code::of(record.signed_qr.as_deref()).as_ref()).expect("a PDF")
@@ -390,7 +394,8 @@ mod tests {
                 let folder = std::path::Path::new(&folder);
                 std::fs::write(folder.join(format!("{name}.pdf")), &bytes).expect("a file");
                 let code = Code::of(record.signed_qr.as_deref());
-                let page = crate::document::html::html(&Paper::of(&record, Moment::Now), code.as_ref());
+                let page =
+                    crate::document::html::html(&Paper::of(&record, Moment::Now), code.as_ref(), record.pay_at());
                 std::fs::write(folder.join(format!("{name}.html")), page).expect("a file");
             }
         }
@@ -443,7 +448,15 @@ mod tests {
             for line in &record.lines {
                 // Of a description in several rows, the first stands beside the amount.
                 let begun: String = line.description.split(' ').take(5).collect::<Vec<_>>().join(" ");
-                assert!(has_line(&[&begun, &amount(line.amount_minor)]), "{name}: {begun} in\n{text}");
+                let discount = if line.discount_minor == 0 { String::new() } else { amount(-line.discount_minor) };
+                assert!(has_line(&[&begun, &amount(line.amount_minor), &discount]), "{name}: {begun} in\n{text}");
+            }
+            for discount in &record.discounts {
+                assert!(has_line(&[&discount.name, &amount(-discount.amount_minor)]), "{name} in\n{text}");
+            }
+            for note in record.taxes.iter().filter_map(|tax| tax.note.as_deref()) {
+                let begun: String = note.split(' ').take(5).collect::<Vec<_>>().join(" ");
+                assert!(text.contains(&begun), "{name}: {begun} in\n{text}");
             }
             for tax in &record.taxes {
                 let (on, levied) = (amount(tax.taxable_minor), amount(tax.amount_minor));
@@ -473,6 +486,7 @@ mod tests {
         let issued = made(&record);
         record.status = Some(Status::Paid);
         record.amount_paid_minor = record.total_minor;
+        record.payment_link = Some(PaymentLink { url: "https://pay.example.com/1".to_owned() });
         assert_eq!(made(&record), issued);
         record.status = Some(Status::Void);
         assert_ne!(made(&record), issued);

@@ -92,9 +92,11 @@ impl Source for Vapi {
                 Some(json!({ "results": results }))
             }
             "transfer-destination-request" | "handoff-destination-request" => {
-                Some(match source.settings.get("transfer_destination") {
-                    Some(destination) => json!({ "destination": destination }),
-                    None => json!({ "error": "no destination is configured" }),
+                Some(match (source.settings.get("transfer_destination"), source.setting("transfer_refused")) {
+                    // The rules of a dial hold for whoever a call is handed to.
+                    (Some(_), Some(reason)) => json!({ "error": format!("the destination is refused: {reason}") }),
+                    (Some(destination), None) => json!({ "destination": destination }),
+                    (None, _) => json!({ "error": "no destination is configured" }),
                 })
             }
             "assistant-request" => Some(match source.setting("assistant_id") {
@@ -200,6 +202,7 @@ fn call(reader: &Reader<'_>) -> AgentReport {
     let (from, to) = if direction == Some("inbound") { (customer, ours) } else { (ours, customer) };
     let time = |pointers: &[&str]| reader.text(pointers).and_then(|text| agents::rfc3339(&text));
     let (started_at, ended_at) = (time(&["/startedAt", "/call/startedAt"]), time(&["/endedAt", "/call/endedAt"]));
+    let (cost_micros, cost_currency) = agents::cost(reader.get(&["/cost", "/call/cost"]), 1.0, "USD");
     AgentReport {
         attempt_id: reader.attempt(&[
             "/call/metadata/attempt_id",
@@ -220,6 +223,8 @@ fn call(reader: &Reader<'_>) -> AgentReport {
             .or_else(|| seconds_between(started_at.as_deref()?, ended_at.as_deref()?)),
         started_at,
         ended_at,
+        cost_micros,
+        cost_currency,
         transcript: reader.text(&["/artifact/transcript", "/transcript", "/call/artifact/transcript"]),
         messages: (!messages.is_empty()).then_some(messages),
         summary: reader.text(&["/analysis/summary", "/summary", "/call/analysis/summary"]),

@@ -1,7 +1,7 @@
 -- Metering's scenarios by their numbers: caps, the calendar in zones of whole, half and quarter hours, missed runs, late usage, repetition.
 begin;
 set local search_path = public, extensions, tap;
-select plan(36);
+select plan(41);
 
 insert into private.billing_issuer (legal_name, state_code, country_code, timezone)
 values ('Issuer', 'KA', 'IN', 'Asia/Kolkata')
@@ -10,11 +10,16 @@ set legal_name = 'Issuer', state_code = 'KA', country_code = 'IN', timezone = 'A
 insert into public.meters (key, name, unit) values ('test_units', 'Units', 'unit');
 insert into public.subscription_plans (id, slug, name)
 values
-  ('00000000-0000-4000-a000-000000000001', 'test-units', 'Units'), ('00000000-0000-4000-a000-000000000002', 'test-capped', 'Capped');
+  ('00000000-0000-4000-a000-000000000001', 'test-units', 'Units'), ('00000000-0000-4000-a000-000000000002', 'test-capped', 'Capped'),
+  ('00000000-0000-4000-a000-000000000004', 'test-volume', 'Volume');
 insert into public.plan_prices (id, plan_id, version, billing_cycle, base_minor)
 values
   ('00000000-0000-4000-b000-000000000001', '00000000-0000-4000-a000-000000000001', 1, 'monthly', 0),
-  ('00000000-0000-4000-b000-000000000002', '00000000-0000-4000-a000-000000000002', 1, 'monthly', 0);
+  ('00000000-0000-4000-b000-000000000002', '00000000-0000-4000-a000-000000000002', 1, 'monthly', 0),
+  ('00000000-0000-4000-b000-000000000004', '00000000-0000-4000-a000-000000000004', 1, 'monthly', 0);
+insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor, pricing_model, tiers)
+values (
+  '00000000-0000-4000-b000-000000000004', 'test_units', 0, 10, 'volume', '[{"up_to": 15, "unit_minor": 10}, {"unit_minor": 5}]');
 insert into public.plan_price_meters (plan_price_id, meter_key, included_units, overage_price_minor, limit_units, hard)
 values
   ('00000000-0000-4000-b000-000000000001', 'test_units', 0, 10, -1, false),
@@ -179,6 +184,22 @@ select is(
   'base 1 0, overage 3 30, adjustment 1 10', '30. on a line of its own'
 );
 
+-- 30. By volume the sixteenth unit makes all sixteen cheaper: what was billed too much comes back.
+select isnt(pg_temp.tenant(7, 'Asia/Kolkata', 'test-volume', '2026-06-01T10:00+05:30'), null, '30. By volume');
+select pg_temp.record(7, '2026-06-02T12:00Z', 'a 15');
+select pg_temp.closed('2026-07-01T01:00+05:30');
+select pg_temp.record(7, '2026-07-02T12:00Z', 'b 1 2026-06-20T10:00:00Z', 'c 9');
+select pg_temp.closed('2026-08-01T01:00+05:30');
+select is(pg_temp.invoices(7), '2026-06-01 150, 2026-07-01 20', '30. fifteen are 150, sixteen are 80: the next invoice is 90 less 70');
+select is(
+  (select string_agg(kind || ' ' || quantity || ' ' || amount_minor, ', ' order by position) from public.invoice_lines as line
+   where line.invoice_id = (select id from public.invoices where organization_id = pg_temp.org(7) and first_day = '2026-07-01')),
+  'base 1 0, overage 9 90, adjustment 1 -70', '30. on a line of its own'
+);
+select pg_temp.record(7, '2026-08-02T12:00Z', 'd 7 2026-07-20T10:00:00Z');
+select pg_temp.closed('2026-09-01T01:00+05:30');
+select is(pg_temp.invoices(7), '2026-06-01 150, 2026-07-01 20', '30. Where nothing else is billed there is no invoice of less than nothing,');
+
 -- 31 and 32. The same again.
 select is(pg_temp.record(6, '2026-09-20T12:00Z', 'a 3', 'a 4', 'e 1', 'e 1', 'e 2'), 'duplicate, conflict, stored, duplicate, conflict',
   '31. Forty days later it is the same event, 32. and with another quantity it is none');
@@ -200,6 +221,13 @@ select is(pg_temp.record(6, '2026-09-20T12:00Z', 'f -2  a', 'g 5  c'), 'stored, 
 select isnt(pg_temp.preview(6), (select bytes from before), 'which changes the next invoice');
 select is(pg_temp.record(6, '2026-09-20T12:00Z', 'h 2  a', 'i -5  c'), 'stored, stored', 'and corrected back');
 select is(pg_temp.preview(6), (select bytes from before), 'to the same bytes');
+select pg_temp.record(7, '2026-09-21T12:00Z', 'e 4');
+select pg_temp.closed('2026-10-01T01:00+05:30');
+select is(
+  (select string_agg(kind || ' ' || quantity || ' ' || amount_minor, ', ' order by position) from public.invoice_lines as line
+   where line.invoice_id = (select id from public.invoices where organization_id = pg_temp.org(7) and first_day = '2026-09-01')),
+  'base 1 0, overage 4 40, adjustment 7 -10', '30. and it is credit on the next one that there is'
+);
 select is_empty('select problem from private.check_usage()', 'Events, keys, days and counters agree');
 
 select * from finish();
