@@ -4,7 +4,7 @@
 
 do $trunkline_master$
 declare
-  version   constant text := '1cfc3c4bc201';
+  version   constant text := 'caee7c8fbd4b';
   installed text;
   clash     text;
 begin
@@ -12587,6 +12587,24 @@ $$;
 comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
   'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
 
+create function private.spends_too_much(tenant public.organizations, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return tenant.max_hourly_cost_micros is not null and (
+    select
+      coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+      or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+    from public.call_logs as log
+    -- The longest call and the hour.
+    where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+      and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+  );
+end
+$$;
+comment on function private.spends_too_much(public.organizations, timestamptz) is
+  'Whether an organization''s calls of the last hour cost at the carrier what they may, or in a currency that nobody compared.';
+revoke all on function private.spends_too_much(public.organizations, timestamptz) from public, anon, authenticated, service_role;
+
 create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
 begin
@@ -12624,15 +12642,7 @@ begin
           select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
         )
         then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
-        when tenant.max_hourly_cost_micros is not null and (
-          select
-            coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
-            or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
-          from public.call_logs as log
-          -- The longest call and the hour.
-          where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
-            and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
-        )
+        when private.spends_too_much(tenant, at)
         then 'spend_ceiling'
         -- All its numbers rest: its leads are left where they are, and none of them is looked at.
         when not exists (
@@ -29983,15 +29993,7 @@ begin
     -- Without its country nobody knows where it leads: short codes and emergency calls are among those.
     when tenant.id is null or phone not like '+%' or not (private.destination(phone, tenant.dial_countries)).is_callable then 'destination_blocked'
     when tenant.max_price_micros is not null and coalesce(private.destination_price(phone) > tenant.max_price_micros, true) then 'price_ceiling'
-    when tenant.max_hourly_cost_micros is not null and (
-      select
-        coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
-        or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
-      from public.call_logs as log
-      where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
-        and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
-    )
-    then 'spend_ceiling'
+    when private.spends_too_much(tenant, at) then 'spend_ceiling'
   end;
 end
 $$;
@@ -30134,7 +30136,7 @@ begin
     when private.transfer_number(phone_number) is null then 'destination_blocked'
     else coalesce(
       private.transfer_refusal(organization, phone_number, at),
-      case when obstacle in ('platform_disabled', 'dialling_disabled', 'spend_ceiling') then obstacle end
+      case when obstacle in ('platform_disabled', 'dialling_disabled') then obstacle end
     )
   end;
   perform private.audit(

@@ -63,6 +63,82 @@ $$;
 comment on function private.transfer_number(text) is
   'The number that a transfer''s destination is, however it is written (also as tel: or sip:); null for one that names none, as a department.';
 
+-- What an hour may cost is judged at one place, for a dial and for a transfer.
+create function private.spends_too_much(tenant public.organizations, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return tenant.max_hourly_cost_micros is not null and (
+    select
+      coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+      or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+    from public.call_logs as log
+    -- The longest call and the hour.
+    where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+      and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+  );
+end
+$$;
+comment on function private.spends_too_much(public.organizations, timestamptz) is
+  'Whether an organization''s calls of the last hour cost at the carrier what they may, or in a currency that nobody compared.';
+revoke all on function private.spends_too_much(public.organizations, timestamptz) from public, anon, authenticated, service_role;
+
+create or replace function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return (
+    select
+      case
+        -- A switch that is not there is off.
+        when platform.dialling_enabled is not true then 'platform_disabled'
+        when not tenant.dialling_enabled then 'dialling_disabled'
+        when not exists (
+          select
+          from public.subscriptions as subscription
+          where subscription.organization_id = tenant.id and subscription.status in ('trialing', 'active', 'past_due')
+        ) then 'subscription_inactive'
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+        )
+        then case
+          when exists (
+            select from public.caller_numbers as number where number.organization_id = tenant.id and number.is_active
+          ) then 'account_disabled'
+          else 'no_caller_number'
+        end
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+        ) then 'circuit_open'
+        when exists (
+          select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
+        )
+        then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
+        when private.spends_too_much(tenant, at)
+        then 'spend_ceiling'
+        -- All its numbers rest: its leads are left where they are, and none of them is looked at.
+        when not exists (
+          select
+          from public.caller_numbers as number
+          join public.carrier_accounts as account on account.id = number.carrier_account_id
+          where number.organization_id = tenant.id and number.is_active and account.is_active and account.dialling_enabled
+            and not private.is_broken(account.id, at)
+            and (number.daily_calls is null or private.caller_number_room(number.phone_number, number.daily_calls, at) > 0)
+        )
+        then 'caller_number_cap'
+      end
+    from public.organizations as tenant
+    left join private.platform_dialling as platform on platform.single
+    where tenant.id = organization
+  );
+end
+$$;
+
 create function private.transfer_refusal(tenant_id uuid, told text, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
 declare
@@ -77,15 +153,7 @@ begin
     -- Without its country nobody knows where it leads: short codes and emergency calls are among those.
     when tenant.id is null or phone not like '+%' or not (private.destination(phone, tenant.dial_countries)).is_callable then 'destination_blocked'
     when tenant.max_price_micros is not null and coalesce(private.destination_price(phone) > tenant.max_price_micros, true) then 'price_ceiling'
-    when tenant.max_hourly_cost_micros is not null and (
-      select
-        coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
-        or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
-      from public.call_logs as log
-      where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
-        and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
-    )
-    then 'spend_ceiling'
+    when private.spends_too_much(tenant, at) then 'spend_ceiling'
   end;
 end
 $$;

@@ -1012,7 +1012,7 @@ begin
     when private.transfer_number(phone_number) is null then 'destination_blocked'
     else coalesce(
       private.transfer_refusal(organization, phone_number, at),
-      case when obstacle in ('platform_disabled', 'dialling_disabled', 'spend_ceiling') then obstacle end
+      case when obstacle in ('platform_disabled', 'dialling_disabled') then obstacle end
     )
   end;
   perform private.audit(

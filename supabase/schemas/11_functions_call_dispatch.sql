@@ -1086,6 +1086,24 @@ $$;
 comment on function private.campaign_obstacle(public.campaigns, timestamptz) is
   'Why nothing at all may be dialled for a campaign now, whatever its own state is; null if something may.';
 
+create function private.spends_too_much(tenant public.organizations, at timestamptz) returns boolean
+language plpgsql stable security definer set search_path = '' as $$
+begin
+  return tenant.max_hourly_cost_micros is not null and (
+    select
+      coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
+      or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
+    from public.call_logs as log
+    -- The longest call and the hour.
+    where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
+      and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
+  );
+end
+$$;
+comment on function private.spends_too_much(public.organizations, timestamptz) is
+  'Whether an organization''s calls of the last hour cost at the carrier what they may, or in a currency that nobody compared.';
+revoke all on function private.spends_too_much(public.organizations, timestamptz) from public, anon, authenticated, service_role;
+
 create function private.dispatch_obstacle(organization uuid, at timestamptz) returns text
 language plpgsql stable security definer set search_path = '' as $$
 begin
@@ -1123,15 +1141,7 @@ begin
           select from private.dispatch_holds as hold where hold.organization_id = tenant.id and hold.held_until > at
         )
         then (select hold.reason from private.dispatch_holds as hold where hold.organization_id = tenant.id)
-        when tenant.max_hourly_cost_micros is not null and (
-          select
-            coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
-            or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
-          from public.call_logs as log
-          -- The longest call and the hour.
-          where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
-            and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
-        )
+        when private.spends_too_much(tenant, at)
         then 'spend_ceiling'
         -- All its numbers rest: its leads are left where they are, and none of them is looked at.
         when not exists (

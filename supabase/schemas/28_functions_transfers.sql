@@ -75,15 +75,7 @@ begin
     -- Without its country nobody knows where it leads: short codes and emergency calls are among those.
     when tenant.id is null or phone not like '+%' or not (private.destination(phone, tenant.dial_countries)).is_callable then 'destination_blocked'
     when tenant.max_price_micros is not null and coalesce(private.destination_price(phone) > tenant.max_price_micros, true) then 'price_ceiling'
-    when tenant.max_hourly_cost_micros is not null and (
-      select
-        coalesce(sum(log.carrier_cost_micros), 0) >= tenant.max_hourly_cost_micros
-        or coalesce(bool_or(log.carrier_cost_currency is distinct from tenant.hourly_cost_currency), false)
-      from public.call_logs as log
-      where log.organization_id = tenant.id and log.created_at > at - interval '5 hours'
-        and log.ended_at > at - interval '1 hour' and log.carrier_cost_micros > 0
-    )
-    then 'spend_ceiling'
+    when private.spends_too_much(tenant, at) then 'spend_ceiling'
   end;
 end
 $$;
