@@ -1,7 +1,7 @@
 -- Where a call may be handed to is judged as where it may be made to; and seconds that come late, or have to be asked for, count once.
 begin;
 set local search_path = public, extensions, tap;
-select plan(48);
+select plan(51);
 
 insert into private.clock_offset (shift) values (timestamptz '2026-11-24 10:00+05:30' - now())
 on conflict (single) do update set shift = excluded.shift;
@@ -70,6 +70,19 @@ select is(
 select is(pg_temp.judged(''), 'malformed_request', 'nothing is no destination');
 select is(pg_temp.judged('+918044445555', 9), 'call_not_found', 'a call that is none');
 select is(pg_temp.judged('+918044445555', 2), 'call_ended', 'a call that is over') from pg_temp.leg(2, 'ended');
+
+-- What an hour may cost.
+update public.organizations set max_hourly_cost_micros = 50000, hourly_cost_currency = 'INR' where id = pg_temp.id('8076', 1);
+update public.call_logs set carrier_cost_micros = 49999, carrier_cost_currency = 'INR' where id = pg_temp.id('c076', 2);
+select is(private.transfer_refusal(pg_temp.id('8076', 1), '+918044445555', private.clock_now()), null, 'there is room in the hour');
+update public.call_logs set carrier_cost_micros = 50000 where id = pg_temp.id('c076', 2);
+select is(private.transfer_refusal(pg_temp.id('8076', 1), '+918044445555', private.clock_now()), 'spend_ceiling', 'there is none');
+update public.call_logs set carrier_cost_micros = 1, carrier_cost_currency = 'USD' where id = pg_temp.id('c076', 2);
+select is(
+  private.transfer_refusal(pg_temp.id('8076', 1), '+918044445555', private.clock_now()), 'spend_ceiling', 'and what cannot be compared is too much'
+);
+update public.organizations set max_hourly_cost_micros = null where id = pg_temp.id('8076', 1);
+update public.call_logs set carrier_cost_micros = null, carrier_cost_currency = null where id = pg_temp.id('c076', 2);
 
 -- An agent that has done it all the same.
 insert into public.webhook_sources (id, organization_id, provider, name, settings, secrets_sealed)
